@@ -1,0 +1,70 @@
+"""Shadow Batch Normalization."""
+
+from typing import Any
+
+import torch
+import torch.nn as nn
+
+__all__ = ['ShadowBatchNorm2d']
+
+
+class ShadowBatchNorm2d(nn.Module):
+    """Shadow Batch Normalization (SBN): one batch norm per number of active paths.
+
+    In a block that sums k paths, E[sum] is about k times and Var[sum] about k^2 times that of one path, since the
+    features of different paths are close to each other. A single batch norm behind the sum would mix these
+    distributions. SBN keeps `num_shadows` of them, and only number k normalises, and is trained, when k paths are
+    active (MixPath, arXiv 2001.05887).
+
+    The members are ordinary `nn.BatchNorm2d`, so SyncBN conversion, `timm.utils.distribute_bn`, EMA and BN folding
+    see what they know.
+
+    Args:
+        num_features: Number of channels C.
+        num_shadows: Largest number of active paths, m in the paper.
+        **kwargs: `eps`, `momentum`, `affine`, `track_running_stats`, `device`, `dtype` of `nn.BatchNorm2d`.
+
+    Raises:
+        ValueError: `num_shadows` is below 1.
+
+    Examples:
+
+        ```python
+        sbn = ShadowBatchNorm2d(64, num_shadows=3)
+        y = sbn(conv3(x) + conv5(x), 2)
+        ```
+    """
+
+    def __init__(self, num_features: int, num_shadows: int, **kwargs: Any) -> None:
+        super().__init__()
+        if num_shadows < 1:
+            raise ValueError(f'num_shadows={num_shadows} must be at least 1')
+        self.num_features = num_features
+        self.num_shadows = num_shadows
+        self.shadows = nn.ModuleList([nn.BatchNorm2d(num_features, **kwargs) for _ in range(num_shadows)])
+
+    def forward(self, x: torch.Tensor, num_paths: int) -> torch.Tensor:
+        """Normalise a sum of paths.
+
+        Args:
+            x: Sum of `num_paths` paths [B, C, H, W].
+            num_paths: Number of active paths k, 1..num_shadows.
+
+        Returns:
+            Normalised tensor [B, C, H, W].
+
+        Raises:
+            ValueError: `num_paths` is out of range.
+        """
+        if num_paths < 1 or num_paths > self.num_shadows:
+            raise ValueError(f'num_paths={num_paths} is out of range, allowed are 1 to {self.num_shadows}')
+        if torch.jit.is_scripting():
+            # TorchScript can't index a ModuleList with a variable, it unrolls this loop instead
+            for index, bn in enumerate(self.shadows):
+                if index == num_paths - 1:
+                    x = bn(x)
+            return x
+        return self.shadows[num_paths - 1](x)
+
+    def extra_repr(self) -> str:
+        return f'{self.num_features}, num_shadows={self.num_shadows}'

@@ -1,0 +1,260 @@
+"""MixPath networks, after `MixPath: A Unified Approach for One-shot Neural Architecture Search` (ICCV 2023).
+
+Paper: https://arxiv.org/abs/2001.05887
+
+`mixpath_<space>` is a stand-alone network of a given arch, `mixpath_<space>_supernet` the one-shot network that holds
+every arch of the space. Space S1 follows the published description; `nano` is this package's own.
+"""
+
+import sys
+from functools import partial
+from typing import Any
+
+import torch.nn as nn
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.layers import LayerType, create_classifier, create_conv2d, get_act_layer, get_norm_act_layer
+from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from timm.models._efficientnet_builder import _init_weight_goog, efficientnet_init_weights, resolve_bn_args
+from timm.models.efficientnet import EfficientNet
+
+from .arch import Arch
+from .blocks import MultiPathResidual
+from .space import BlockSpec, SearchSpace, add_space, get_space
+
+__all__ = ['MixPath', 'register_space']
+
+
+class MixPath(EfficientNet):
+    """A network of a MixPath search space: stem, multi-path inverted bottlenecks, head.
+
+    Everything behind the constructor is timm's EfficientNet: features, classifier, pruning, parameter groups.
+
+    Args:
+        space: Search space.
+        arch: Text or `Arch`, the space's `default_arch` if None. Any number of paths per block is allowed.
+        num_classes: Number of classes.
+        in_chans: Input channels.
+        width_mult: Multiplier of all widths, see `SearchSpace.scaled`.
+        output_stride: Largest stride of the features, more is turned into dilation.
+        act_layer: Activation, the space's if None.
+        norm_layer: Normalisation.
+        drop_rate: Dropout in front of the classifier.
+        drop_path_rate: Stochastic depth rate of the last block, growing linearly.
+        global_pool: Global pooling.
+
+    Raises:
+        ValueError: The space does not hold the arch.
+    """
+
+    def __init__(
+        self,
+        space: SearchSpace,
+        arch: Arch | str | None = None,
+        num_classes: int = 1000,
+        in_chans: int = 3,
+        width_mult: float = 1.0,
+        output_stride: int = 32,
+        act_layer: LayerType | None = None,
+        norm_layer: LayerType | None = None,
+        drop_rate: float = 0.0,
+        drop_path_rate: float = 0.0,
+        global_pool: str = 'avg',
+        device=None,
+        dtype=None,
+    ) -> None:
+        nn.Module.__init__(self)  # EfficientNet's own constructor builds blocks of a fixed set of types
+        dd = {'device': device, 'dtype': dtype}
+        self._set_space(space.scaled(width_mult), arch)
+        space = self.space
+        act_layer = get_act_layer(act_layer or space.act_layer)
+        norm_layer = norm_layer or nn.BatchNorm2d
+        norm_act_layer = get_norm_act_layer(norm_layer, act_layer)
+        self.num_classes = num_classes
+        self.in_chans = in_chans
+        self.drop_rate = drop_rate
+        self.grad_checkpointing = False
+
+        # Stem
+        self.conv_stem = create_conv2d(in_chans, space.stem_chs, 3, stride=space.stem_stride, **dd)
+        self.bn1 = norm_act_layer(space.stem_chs, inplace=True, **dd)
+
+        # Stages of blocks, feature taps as timm's EfficientNetBuilder places them
+        stages = space.stages
+        in_chs, block_index, reduction, dilation = space.stem_chs, 0, space.stem_stride, 1
+        self.feature_info = []
+        if stages[0][0].stride > 1:
+            self.feature_info.append(dict(module='bn1', num_chs=in_chs, stage=0, reduction=reduction))
+        layers = []
+        for stage_index, stage in enumerate(stages):
+            blocks = []
+            for spec in stage:
+                stride, block_dilation = spec.stride, dilation
+                if stride > 1:
+                    if reduction * stride > output_stride:
+                        dilation *= stride
+                        stride = 1
+                    else:
+                        reduction *= stride
+                blocks.append(
+                    self._make_block(
+                        block_index,
+                        in_chs,
+                        spec,
+                        stride=stride,
+                        dilation=block_dilation,
+                        act_layer=act_layer,
+                        norm_layer=norm_layer,
+                        drop_path_rate=drop_path_rate * block_index / len(space.blocks),
+                        **dd,
+                    )
+                )
+                in_chs = spec.out_chs
+                block_index += 1
+            layers.append(nn.Sequential(*blocks))
+            if stage_index + 1 == len(stages) or stages[stage_index + 1][0].stride > 1:
+                self.feature_info.append(
+                    dict(module=f'blocks.{stage_index}', num_chs=in_chs, stage=stage_index + 1, reduction=reduction)
+                )
+        self.blocks = nn.Sequential(*layers)
+        self.stage_ends = [f['stage'] for f in self.feature_info]
+
+        # Head + Pooling
+        self.conv_head = create_conv2d(in_chs, space.num_features, 1, **dd)
+        self.bn2 = norm_act_layer(space.num_features, inplace=True, **dd)
+        self.num_features = space.num_features
+        self.global_pool, self.classifier = create_classifier(
+            self.num_features, self.num_classes, pool_type=global_pool, **dd
+        )
+        self.head_hidden_size = self.num_features * self.global_pool.feat_mult()
+
+        # The released code takes k * k * out as fan out of depthwise convolutions too, timm divides it by the groups
+        efficientnet_init_weights(self, partial(_init_weight_goog, fix_group_fanout=False))
+
+    def _set_space(self, space: SearchSpace, arch: Arch | str | None) -> None:
+        # m bounds the search, not what a stand-alone network may be made of
+        self.space = space.with_max_paths(space.max_paths_limit)
+        self.arch = self.space.arch(arch) if arch is not None else space.default_arch
+
+    def _make_block(self, index: int, in_chs: int, spec: BlockSpec, **kwargs: Any) -> nn.Module:
+        choice = self.arch.blocks[index]
+        return MultiPathResidual(in_chs, spec.out_chs, choice.groups[0], choice.expand_ratio, **kwargs)
+
+
+def create_mixpath(
+    model_cls: type[MixPath],
+    variant: str,
+    space: SearchSpace,
+    pretrained: bool = False,
+    **kwargs: Any,
+) -> MixPath:
+    """Create a MixPath model through timm's builder.
+
+    Args:
+        model_cls: `MixPath` or `MixPathSupernet`.
+        variant: Registered name.
+        space: Search space.
+        pretrained: Load the weights of the pretrained cfg.
+        **kwargs: Arguments of the model class and of `timm.models.build_model_with_cfg`.
+    """
+    bn_args = resolve_bn_args(kwargs)
+    if bn_args:
+        kwargs['norm_layer'] = partial(kwargs.get('norm_layer') or nn.BatchNorm2d, **bn_args)
+    strides = [stage[0].stride for stage in space.stages]
+    num_features = (strides[0] > 1) + sum(s > 1 for s in strides[1:]) + 1
+    return build_model_with_cfg(
+        model_cls,
+        variant,
+        pretrained,
+        feature_cfg=dict(out_indices=tuple(range(num_features)), feature_cls='getter'),
+        space=space,
+        **kwargs,
+    )
+
+
+def _cfg(space: SearchSpace, **kwargs: Any) -> dict:
+    return {
+        'url': '',
+        'num_classes': space.num_classes,
+        'input_size': space.input_size,
+        'pool_size': None,
+        'crop_pct': 1.0,
+        'interpolation': 'bicubic',
+        'mean': IMAGENET_DEFAULT_MEAN,
+        'std': IMAGENET_DEFAULT_STD,
+        'first_conv': 'conv_stem',
+        'classifier': 'classifier',
+        'license': 'apache-2.0',
+        'paper_ids': 'arXiv:2001.05887',
+        'paper_name': 'MixPath: A Unified Approach for One-shot Neural Architecture Search',
+        **kwargs,
+    }
+
+
+default_cfgs = generate_default_cfgs(
+    {
+        'mixpath_s1.untrained': _cfg(get_space('s1')),
+        'mixpath_s1_supernet.untrained': _cfg(get_space('s1')),
+        'mixpath_nano.untrained': _cfg(get_space('nano')),
+        'mixpath_nano_supernet.untrained': _cfg(get_space('nano')),
+    }
+)
+
+
+def _supernet_cls() -> type[MixPath]:
+    from .supernet import MixPathSupernet  # a supernet is a MixPath, so it imports this module
+
+    return MixPathSupernet
+
+
+@register_model
+def mixpath_s1(pretrained: bool = False, **kwargs: Any) -> MixPath:
+    """Sub-network of S1, the paper's CIFAR space, of the given `arch`."""
+    return create_mixpath(MixPath, 'mixpath_s1', get_space('s1'), pretrained, **kwargs)
+
+
+@register_model
+def mixpath_s1_supernet(pretrained: bool = False, **kwargs: Any) -> MixPath:
+    """Supernet of S1, the paper's CIFAR space (m = 4 by default)."""
+    return create_mixpath(_supernet_cls(), 'mixpath_s1_supernet', get_space('s1'), pretrained, **kwargs)
+
+
+@register_model
+def mixpath_nano(pretrained: bool = False, **kwargs: Any) -> MixPath:
+    """Sub-network of nano, a small space in the manner of S1 (not in the paper), of the given `arch`."""
+    return create_mixpath(MixPath, 'mixpath_nano', get_space('nano'), pretrained, **kwargs)
+
+
+@register_model
+def mixpath_nano_supernet(pretrained: bool = False, **kwargs: Any) -> MixPath:
+    """Supernet of nano, a small space in the manner of S1 (not in the paper; m = 2 by default)."""
+    return create_mixpath(_supernet_cls(), 'mixpath_nano_supernet', get_space('nano'), pretrained, **kwargs)
+
+
+def register_space(space: SearchSpace) -> None:
+    """Register a search space of your own and its models `mixpath_<name>` and `mixpath_<name>_supernet` with timm.
+
+    Args:
+        space: The space. Registering an equal one again does nothing.
+
+    Raises:
+        ValueError: A different space of that name exists, or the name is not an identifier.
+    """
+    if not space.name.isidentifier():
+        raise ValueError(f'space name {space.name!r} must be an identifier, the model is called mixpath_<name>')
+    add_space(space)
+    module = sys.modules[__name__]
+    for suffix, supernet in (('', False), ('_supernet', True)):
+        name = f'mixpath_{space.name}{suffix}'
+        if hasattr(module, name):
+            continue
+
+        def entrypoint(
+            pretrained: bool = False, _name: str = name, _supernet: bool = supernet, **kwargs: Any
+        ) -> MixPath:
+            model_cls = _supernet_cls() if _supernet else MixPath
+            return create_mixpath(model_cls, _name, space, pretrained, **kwargs)
+
+        entrypoint.__name__ = entrypoint.__qualname__ = name
+        entrypoint.__doc__ = f'{"Supernet" if supernet else "Sub-network"} of space {space.name}.'
+        default_cfgs.update(generate_default_cfgs({f'{name}.untrained': _cfg(space)}))
+        setattr(module, name, register_model(entrypoint))

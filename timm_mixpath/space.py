@@ -1,0 +1,273 @@
+"""Search spaces as data: backbone table, choices per block, bounds.
+
+A space knows which archs it holds, how many, and how they map to integer vectors. It knows nothing of tensors.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from itertools import combinations
+
+from .arch import Arch, BlockChoice
+
+__all__ = ['BlockSpec', 'SearchSpace', 'get_space', 'list_spaces']
+
+
+@dataclass(frozen=True)
+class BlockSpec:
+    """One choice block of a search space.
+
+    Attributes:
+        out_chs: Output channels.
+        stride: Stride of the depthwise convolutions.
+        expand_ratios: Expansions to choose from, each with its own weights.
+        kernel_sizes: Depthwise kernels to choose from.
+    """
+
+    out_chs: int
+    stride: int = 1
+    expand_ratios: tuple[int, ...] = (3, 6)
+    kernel_sizes: tuple[int, ...] = (3, 5, 7, 9)
+
+
+@dataclass(frozen=True)
+class SearchSpace:
+    """A multi-path search space of inverted bottlenecks.
+
+    Every block chooses one expansion and 1 to `max_paths` of its kernels, without repetition.
+
+    Attributes:
+        name: Short name; the models are `mixpath_<name>` and `mixpath_<name>_supernet`.
+        blocks: The choice blocks in order. Neighbours with equal `out_chs` form a stage.
+        stem_chs: Output channels of the 3x3 stem convolution.
+        stem_stride: Stride of the stem.
+        num_features: Output channels of the 1x1 head convolution.
+        max_paths: m of the paper, the largest number of paths that may be active in a block.
+        act_layer: Activation, by timm name.
+        input_size: Default input as (channels, height, width), in pixels.
+        num_classes: Default number of classes.
+        description: One line for listings.
+
+    Raises:
+        ValueError: `max_paths` is out of range, or there is no block.
+    """
+
+    name: str
+    blocks: tuple[BlockSpec, ...]
+    stem_chs: int = 32
+    stem_stride: int = 1
+    num_features: int = 1280
+    max_paths: int = 2
+    act_layer: str = 'relu6'
+    input_size: tuple[int, int, int] = (3, 32, 32)
+    num_classes: int = 10
+    description: str = ''
+
+    def __post_init__(self) -> None:
+        if not self.blocks:
+            raise ValueError(f'space {self.name!r} has no blocks')
+        for block in self.blocks:
+            if not block.expand_ratios or not block.kernel_sizes:
+                raise ValueError(f'space {self.name!r}: every block needs at least one expansion and one kernel')
+        limit = self.max_paths_limit
+        if isinstance(self.max_paths, bool) or not isinstance(self.max_paths, int) or not 1 <= self.max_paths <= limit:
+            raise ValueError(f'm={self.max_paths!r} is out of range for space {self.name!r}, allowed are 1 to {limit}')
+
+    @property
+    def max_paths_limit(self) -> int:
+        """The largest m the space allows: the number of kernels of its block with the fewest."""
+        return min(len(block.kernel_sizes) for block in self.blocks)
+
+    def with_max_paths(self, m: int | None) -> 'SearchSpace':
+        """Return the space with another m, unchanged if None."""
+        return self if m is None else replace(self, max_paths=m)
+
+    def scaled(self, width_mult: float) -> 'SearchSpace':
+        """Return the space with its channels multiplied and rounded as timm's EfficientNet builder does.
+
+        The head widens above 1 and keeps its width below, as in MobileNetV2.
+        """
+        if width_mult == 1.0:
+            return self
+        if not width_mult > 0:
+            raise ValueError(f'width_mult={width_mult!r} must be positive')
+        from timm.models._efficientnet_builder import round_channels  # torch behind it, so not at import
+
+        return replace(
+            self,
+            stem_chs=round_channels(self.stem_chs, width_mult),
+            blocks=tuple(replace(b, out_chs=round_channels(b.out_chs, width_mult)) for b in self.blocks),
+            num_features=round_channels(self.num_features, max(1.0, width_mult)),
+        )
+
+    @property
+    def stages(self) -> list[list[BlockSpec]]:
+        """The blocks grouped into stages of equal width."""
+        stages: list[list[BlockSpec]] = []
+        for block in self.blocks:
+            if stages and stages[-1][-1].out_chs == block.out_chs and block.stride == 1:
+                stages[-1].append(block)
+            else:
+                stages.append([block])
+        return stages
+
+    def subsets(self, index: int) -> list[tuple[int, ...]]:
+        """Kernel subsets that block `index` may activate, by size and then by kernel."""
+        kernel_sizes = sorted(self.blocks[index].kernel_sizes)
+        return [s for k in range(1, self.max_paths + 1) for s in combinations(kernel_sizes, k)]
+
+    def choices(self, index: int) -> list[BlockChoice]:
+        """All choices of block `index`."""
+        return [
+            BlockChoice((subset,), expand_ratio)
+            for expand_ratio in self.blocks[index].expand_ratios
+            for subset in self.subsets(index)
+        ]
+
+    def num_choices(self, index: int) -> int:
+        """Number of choices of block `index`; 8, 20, 28, 30 in S1 for m = 1..4."""
+        block = self.blocks[index]
+        return len(block.expand_ratios) * sum(
+            math.comb(len(block.kernel_sizes), k) for k in range(1, self.max_paths + 1)
+        )
+
+    @property
+    def size(self) -> int:
+        """Number of archs in the space."""
+        return math.prod(self.num_choices(i) for i in range(len(self.blocks)))
+
+    @property
+    def default_arch(self) -> Arch:
+        """One path per block: the smallest kernel at the largest expansion, the plain MobileNetV2 block."""
+        return Arch.from_blocks(BlockChoice(((min(b.kernel_sizes),),), max(b.expand_ratios)) for b in self.blocks)
+
+    def arch(self, arch: Arch | str) -> Arch:
+        """Parse `arch` and check that the space holds it.
+
+        Raises:
+            ValueError: Malformed text, or a choice that the space does not have; the message names the block, the
+                value and what is allowed.
+        """
+        arch = Arch(arch)
+        if len(arch.blocks) != len(self.blocks):
+            raise ValueError(
+                f'arch has {len(arch.blocks)} blocks, space {self.name!r} needs {len(self.blocks)}: {str(arch)!r}'
+            )
+        for index, (choice, spec) in enumerate(zip(arch.blocks, self.blocks)):
+            problem = None
+            if len(choice.groups) != 1:
+                problem = f'{len(choice.groups)} channel groups, the space has 1'
+            elif choice.expand_ratio not in spec.expand_ratios:
+                problem = f'expansion {choice.expand_ratio} is not one of {_join(spec.expand_ratios)}'
+            elif len(choice.groups[0]) > self.max_paths:
+                problem = f'{len(choice.groups[0])} paths, at most m={self.max_paths} may be active'
+            else:
+                for kernel_size in choice.groups[0]:
+                    if kernel_size not in spec.kernel_sizes:
+                        problem = f'kernel {kernel_size} is not one of {_join(spec.kernel_sizes)}'
+            if problem:
+                raise ValueError(f'arch block {index} ({str(choice)!r}) is not in space {self.name!r}: {problem}')
+        return arch
+
+    @property
+    def gene_sizes(self) -> tuple[int, ...]:
+        """Number of values of each entry of an integer vector: per block the expansion, then the kernel subset."""
+        sizes: list[int] = []
+        for index, block in enumerate(self.blocks):
+            sizes += [len(block.expand_ratios), len(self.subsets(index))]
+        return tuple(sizes)
+
+    def encode(self, arch: Arch | str) -> tuple[int, ...]:
+        """Return the integer vector of an arch: entries are indices into expansions and `subsets`."""
+        vector: list[int] = []
+        for index, choice in enumerate(self.arch(arch).blocks):
+            vector += [
+                self.blocks[index].expand_ratios.index(choice.expand_ratio),
+                self.subsets(index).index(choice.groups[0]),
+            ]
+        return tuple(vector)
+
+    def decode(self, vector: Sequence[int]) -> Arch:
+        """Return the arch of an integer vector, the inverse of `encode`.
+
+        Raises:
+            ValueError: Wrong length, or an entry out of range.
+        """
+        sizes = self.gene_sizes
+        if len(vector) != len(sizes):
+            raise ValueError(f'vector has {len(vector)} entries, space {self.name!r} needs {len(sizes)}')
+        for position, (value, size) in enumerate(zip(vector, sizes)):
+            if not 0 <= value < size:
+                raise ValueError(f'entry {position} of the vector is {value}, allowed are 0 to {size - 1}')
+        return Arch.from_blocks(
+            BlockChoice(
+                (self.subsets(index)[vector[2 * index + 1]],),
+                block.expand_ratios[vector[2 * index]],
+            )
+            for index, block in enumerate(self.blocks)
+        )
+
+
+def _join(values: Sequence[int]) -> str:
+    return ', '.join(str(v) for v in values)
+
+
+def _s1() -> SearchSpace:
+    # The released code's CIFAR space, facts only: channels, strides and choices.
+    channels = (48, 48, 96, 96, 96, 192, 192, 192, 256, 256, 320, 320)
+    return SearchSpace(
+        name='s1',
+        blocks=tuple(BlockSpec(c, stride=2 if i in (2, 5) else 1) for i, c in enumerate(channels)),
+        stem_chs=32,
+        num_features=1280,
+        max_paths=4,
+        description='S1 of MixPath for CIFAR: 12 blocks, kernels 3 5 7 9, expansions 3 6',
+    )
+
+
+def _nano() -> SearchSpace:
+    # Half the resolution of S1 from the stem on: on a CPU the weight gradients of large depthwise kernels are what a
+    # training step costs, and they grow with the area.
+    channels = (24, 24, 48, 48, 48, 96, 96, 96)
+    return SearchSpace(
+        name='nano',
+        blocks=tuple(
+            BlockSpec(c, stride=2 if i in (2, 5) else 1, kernel_sizes=(3, 5, 7)) for i, c in enumerate(channels)
+        ),
+        stem_chs=24,
+        stem_stride=2,
+        num_features=384,
+        max_paths=2,
+        description='The design of S1 made for 2 CPU cores (not in the paper): 8 blocks, kernels 3 5 7, expansions 3 6',
+    )
+
+
+_spaces: dict[str, SearchSpace] = {space.name: space for space in (_s1(), _nano())}
+
+
+def add_space(space: SearchSpace) -> None:
+    """Make a space known to `get_space`; `timm_mixpath.register_space` calls it and registers the models too."""
+    known = _spaces.get(space.name)
+    if known is not None and known != space:
+        raise ValueError(f'a different space named {space.name!r} exists already, choose another name')
+    _spaces[space.name] = space
+
+
+def get_space(name: str, m: int | None = None) -> SearchSpace:
+    """Return a search space by name.
+
+    Args:
+        name: One of `list_spaces()`.
+        m: Largest number of active paths per block, the space's own default if None.
+
+    Raises:
+        ValueError: Unknown name, or m out of range.
+    """
+    if name not in _spaces:
+        raise ValueError(f'unknown search space {name!r}, known are {", ".join(list_spaces())}')
+    return _spaces[name].with_max_paths(m)
+
+
+def list_spaces() -> list[str]:
+    """Return the names of all search spaces, sorted."""
+    return sorted(_spaces)

@@ -1,0 +1,171 @@
+"""The one-shot supernet: samples an arch per training step, runs `active_arch` in eval, hands out sub-networks."""
+
+from typing import Any
+
+import timm
+import torch
+import torch.nn as nn
+
+from .arch import Arch
+from .blocks import ChoiceBlock, subnet_key
+from .mixpath import MixPath
+from .sampling import sample
+from .space import BlockSpec, SearchSpace
+
+__all__ = ['MixPathSupernet']
+
+
+class MixPathSupernet(MixPath):
+    """A MixPath supernet.
+
+    In training mode every forward samples an arch, a function of `seed` and of the step counter `sample_step`, a
+    persistent buffer: all ranks of a distributed run agree in every step, and a resumed run goes on with the very
+    same sequence. Parameters that were not sampled take no part in the graph, their gradient stays None, so neither
+    weight decay nor momentum moves them. In eval mode `active_arch` runs.
+
+    Args:
+        space: Search space.
+        m: Largest number of active paths per block, the space's own if None.
+        sbn: Shadow Batch Normalization behind the sum; one batch norm for all numbers of paths if False.
+        seed: Seed of the sampled sequence.
+        num_classes: Number of classes.
+        width_mult: Multiplier of all widths.
+        **kwargs: See `MixPath`.
+
+    Attributes:
+        space: The space that is searched, with this supernet's m and width.
+        sampled_arch: The arch of the latest forward in training mode, None before.
+        sample_step: Number of archs sampled so far, int64 scalar tensor.
+
+    Raises:
+        ValueError: m is out of range.
+    """
+
+    def __init__(
+        self,
+        space: SearchSpace,
+        m: int | None = None,
+        sbn: bool = True,
+        seed: int = 0,
+        num_classes: int = 1000,
+        in_chans: int = 3,
+        width_mult: float = 1.0,
+        **kwargs: Any,
+    ) -> None:
+        self._num_shadows = space.with_max_paths(m).max_paths if sbn else None
+        super().__init__(
+            space.with_max_paths(m),
+            num_classes=num_classes,
+            in_chans=in_chans,
+            width_mult=width_mult,
+            **kwargs,
+        )
+        self.seed = seed
+        # What a sub-network must be built with to fit this supernet
+        self._subnet_kwargs = dict(in_chans=in_chans, **kwargs)
+        if width_mult != 1.0:
+            self._subnet_kwargs['width_mult'] = width_mult
+        self.sampled_arch: Arch | None = None
+        # The buffer is what is saved, broadcast and averaged; the int beside it spares a device sync per step.
+        self.register_buffer('sample_step', torch.zeros((), dtype=torch.int64, device=kwargs.get('device')))
+        self._step = 0
+        self._activate(self._active_arch)
+
+    def _set_space(self, space: SearchSpace, arch: Arch | str | None) -> None:
+        self.space = space
+        self._active_arch = space.default_arch
+
+    def _make_block(self, index: int, in_chs: int, spec: BlockSpec, **kwargs: Any) -> nn.Module:
+        return ChoiceBlock(in_chs, spec, num_shadows=self._num_shadows, **kwargs)
+
+    @property
+    def active_arch(self) -> Arch:
+        """The arch that eval mode runs, an `Arch` or its text to set; `space.default_arch` at first."""
+        return self._active_arch
+
+    @active_arch.setter
+    def active_arch(self, arch: Arch | str) -> None:
+        self._active_arch = self.space.arch(arch)
+        self._activate(self._active_arch)
+
+    def _activate(self, arch: Arch) -> None:
+        blocks = (block for stage in self.blocks for block in stage)
+        for block, choice in zip(blocks, arch.blocks):
+            block.set_choice(choice)
+
+    def _sample(self) -> None:
+        self.sampled_arch = sample(self.space, seed=self.seed, step=self._step)
+        self._activate(self.sampled_arch)
+        self._step += 1
+        self.sample_step += 1
+
+    def train(self, mode: bool = True) -> 'MixPathSupernet':
+        super().train(mode)
+        if not mode:
+            self._activate(self._active_arch)
+        return self
+
+    def forward_features(self, x: torch.Tensor) -> torch.Tensor:
+        if self.training:
+            self._sample()
+        return super().forward_features(x)
+
+    def forward_intermediates(self, x: torch.Tensor, *args: Any, **kwargs: Any):
+        if self.training:
+            self._sample()
+        return super().forward_intermediates(x, *args, **kwargs)
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        self._step = int(self.sample_step)
+
+    def extract(self, arch: Arch | str | None = None) -> MixPath:
+        """Return the stand-alone network of an arch with the weights it inherits.
+
+        Shadow batch norms are reduced to the plain one that was in use, so the network equals this supernet in eval
+        mode with that `active_arch`.
+
+        Args:
+            arch: Arch or its text, `active_arch` if None.
+
+        Returns:
+            A `mixpath_<space>` model in the mode, on the device and in the dtype of the supernet.
+
+        Raises:
+            ValueError: The space does not hold the arch.
+        """
+        arch = self.space.arch(arch) if arch is not None else self.active_arch
+        kwargs = dict(
+            self._subnet_kwargs,
+            num_classes=self.num_classes,
+            global_pool=self.global_pool.pool_type,
+        )
+        name = f'mixpath_{self.space.name}'
+        model = timm.create_model(name, arch=str(arch), **kwargs)
+        model.load_state_dict(self._subnet_state_dict(arch))
+        reference = self.conv_stem.weight
+        model.to(device=reference.device, dtype=reference.dtype)
+        pretrained_cfg = getattr(self, 'pretrained_cfg', None)
+        if pretrained_cfg:
+            model.pretrained_cfg = model.default_cfg = dict(pretrained_cfg, architecture=name)
+        return model.train(self.training)
+
+    def _subnet_state_dict(self, arch: Arch) -> dict[str, torch.Tensor]:
+        positions = {
+            (stage_index, block_index): index
+            for index, (stage_index, block_index) in enumerate(
+                (s, b) for s, stage in enumerate(self.blocks) for b in range(len(stage))
+            )
+        }
+        state_dict = {}
+        for key, value in self.state_dict().items():
+            if key == 'sample_step':
+                continue
+            if key.startswith('blocks.'):
+                _, stage_index, block_index, rest = key.split('.', 3)
+                rest = subnet_key(rest, arch.blocks[positions[int(stage_index), int(block_index)]])
+                if rest is None:
+                    continue
+                key = f'blocks.{stage_index}.{block_index}.{rest}'
+            state_dict[key] = value
+        return state_dict
