@@ -1,0 +1,129 @@
+"""Slow plain reference of MixPath's S1 network, written from the description of the paper and its released code.
+
+One function a part, functional ops on a dict of tensors, one `if` per choice: nothing is shared with the package but
+the names of the parameters. Batch norm is written out, so that its statistics are checked too.
+"""
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+from timm_mixpath import Arch, SearchSpace
+
+Tensors = dict[str, torch.Tensor]
+
+
+def batch_norm(tensors: Tensors, name: str, x: torch.Tensor, training: bool) -> torch.Tensor:
+    """Batch norm `name` of x [B, C, H, W]; in training the running statistics in `tensors` move by 0.1."""
+    mean, var = tensors[f'{name}.running_mean'], tensors[f'{name}.running_var']
+    if training:
+        mean, var = x.mean((0, 2, 3)), x.var((0, 2, 3), unbiased=False)
+        count = x.numel() // x.shape[1]
+        with torch.no_grad():
+            tensors[f'{name}.running_mean'] = 0.9 * tensors[f'{name}.running_mean'] + 0.1 * mean
+            tensors[f'{name}.running_var'] = 0.9 * tensors[f'{name}.running_var'] + 0.1 * var * count / (count - 1)
+            tensors[f'{name}.num_batches_tracked'] = tensors[f'{name}.num_batches_tracked'] + 1
+    x = (x - mean[:, None, None]) / (var[:, None, None] + 1e-5).sqrt()
+    return x * tensors[f'{name}.weight'][:, None, None] + tensors[f'{name}.bias'][:, None, None]
+
+
+def choice_block(
+    tensors: Tensors,
+    name: str,
+    x: torch.Tensor,
+    *,
+    kernel_sizes: Sequence[int],
+    expand_ratio: int,
+    stride: int,
+    training: bool,
+    sbn: bool = True,
+) -> torch.Tensor:
+    """One block of a supernet: x [B, C_in, H, W] -> [B, C_out, H / stride, W / stride]."""
+    branch = f'{name}e{expand_ratio}'
+    y = F.conv2d(x, tensors[f'{branch}.conv_pw.weight'])
+    y = F.relu6(batch_norm(tensors, f'{branch}.bn1', y, training))
+    total = torch.zeros(())
+    for k in kernel_sizes:
+        path = f'{branch}.paths.k{k}'
+        z = F.conv2d(y, tensors[f'{path}.conv.weight'], stride=stride, padding=k // 2, groups=y.shape[1])
+        total = total + F.relu6(batch_norm(tensors, f'{path}.bn', z, training))
+    y = F.conv2d(total, tensors[f'{branch}.conv_pwl.weight'])
+    y = batch_norm(tensors, f'{branch}.bn3.shadows.{len(kernel_sizes) - 1}' if sbn else f'{branch}.bn3', y, training)
+    if stride == 1 and x.shape[1] == y.shape[1]:
+        y = y + x
+    return y
+
+
+def supernet(
+    tensors: Tensors,
+    space: SearchSpace,
+    arch: Arch,
+    x: torch.Tensor,
+    *,
+    training: bool,
+    sbn: bool = True,
+) -> torch.Tensor:
+    """The whole supernet with `arch` active: x [B, 3, H, W] -> logits [B, num_classes]."""
+    x = F.conv2d(x, tensors['conv_stem.weight'], stride=space.stem_stride, padding=1)
+    x = F.relu6(batch_norm(tensors, 'bn1', x, training))
+    stage, position = 0, 0
+    for i, spec in enumerate(space.blocks):
+        if i and (spec.stride > 1 or spec.out_chs != space.blocks[i - 1].out_chs):
+            stage, position = stage + 1, 0
+        x = choice_block(
+            tensors,
+            f'blocks.{stage}.{position}.',
+            x,
+            kernel_sizes=arch.blocks[i].groups[0],
+            expand_ratio=arch.blocks[i].expand_ratio,
+            stride=spec.stride,
+            training=training,
+            sbn=sbn,
+        )
+        position += 1
+    x = F.conv2d(x, tensors['conv_head.weight'])
+    x = F.relu6(batch_norm(tensors, 'bn2', x, training))
+    x = x.mean((2, 3))
+    return x @ tensors['classifier.weight'].T + tensors['classifier.bias']
+
+
+def leaf_tensors(model: nn.Module) -> Tensors:
+    """Copies of a model's parameters and buffers, the parameters as leaves that take gradients."""
+    tensors = {name: value.detach().clone() for name, value in model.state_dict().items()}
+    for name, _ in model.named_parameters():
+        tensors[name].requires_grad_()
+    return tensors
+
+
+def perturb(model: nn.Module, seed: int = 0) -> nn.Module:
+    """Give every batch norm statistics and affine parameters of its own, so that taking a wrong one shows."""
+    generator = torch.Generator().manual_seed(seed)
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            for tensor, low, high in (
+                (module.running_mean, -0.5, 0.5),
+                (module.running_var, 0.5, 1.5),
+                (module.weight, 0.5, 1.5),
+                (module.bias, -0.5, 0.5),
+            ):
+                values = torch.rand(tensor.shape, generator=generator) * (high - low) + low
+                tensor.data.copy_(values)
+    return model
+
+
+def active_parameter(name: str, space: SearchSpace, arch: Arch, sbn: bool = True) -> bool:
+    """Whether parameter `name` of a supernet takes part when `arch` is active."""
+    if not name.startswith('blocks.'):
+        return True
+    _, stage, position, branch, *rest = name.split('.')
+    index = sum(len(s) for s in space.stages[: int(stage)]) + int(position)
+    choice = arch.blocks[index]
+    if branch != f'e{choice.expand_ratio}':
+        return False
+    if rest[0] == 'paths':
+        return rest[1] in [f'k{k}' for k in choice.groups[0]]
+    if rest[0] == 'bn3' and sbn:
+        return rest[2] == str(len(choice.groups[0]) - 1)
+    return True

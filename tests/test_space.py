@@ -1,0 +1,224 @@
+from dataclasses import FrozenInstanceError, replace
+from itertools import combinations
+
+import pytest
+import timm
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from timm_mixpath import Arch, BlockSpec, SearchSpace, get_space, list_spaces, register_space
+
+fixed = settings(derandomize=True, database=None, deadline=None, max_examples=60)
+
+
+@st.composite
+def spaces_and_vectors(draw) -> tuple[SearchSpace, list[int]]:
+    space = draw(st.sampled_from([get_space('s1', m) for m in (1, 2, 3, 4)] + [get_space('nano', m) for m in (1, 3)]))
+    return space, [draw(st.integers(0, size - 1)) for size in space.gene_sizes]
+
+
+def test_s1_is_the_published_space():
+    s1 = get_space('s1')
+    assert [b.out_chs for b in s1.blocks] == [48, 48, 96, 96, 96, 192, 192, 192, 256, 256, 320, 320]
+    assert [b.stride for b in s1.blocks] == [1, 1, 2, 1, 1, 2, 1, 1, 1, 1, 1, 1]
+    assert {b.expand_ratios for b in s1.blocks} == {(3, 6)}
+    assert {b.kernel_sizes for b in s1.blocks} == {(3, 5, 7, 9)}
+    assert (s1.stem_chs, s1.stem_stride, s1.num_features, s1.act_layer) == (32, 1, 1280, 'relu6')
+    assert (s1.max_paths, s1.max_paths_limit) == (4, 4)
+    assert s1.input_size == (3, 32, 32)
+
+
+@pytest.mark.parametrize(('m', 'num_choices'), [(1, 8), (2, 20), (3, 28), (4, 30)])
+def test_s1_number_of_choices(m, num_choices):
+    s1 = get_space('s1', m)
+    assert [s1.num_choices(i) for i in range(12)] == [num_choices] * 12
+    assert s1.size == num_choices**12
+    assert len({str(c) for c in s1.choices(0)}) == num_choices
+
+
+@pytest.mark.parametrize('m', [1, 2, 3])
+def test_choices_are_all_subsets_up_to_m(m):
+    space = get_space('nano', m)
+    subsets = {c for k in range(1, m + 1) for c in combinations((3, 5, 7), k)}
+    assert {(c.groups[0], c.expand_ratio) for c in space.choices(4)} == {(s, e) for s in subsets for e in (3, 6)}
+    assert space.gene_sizes == (2, len(subsets)) * 8
+
+
+@fixed
+@given(spaces_and_vectors())
+def test_decode_encode_round_trip(space_and_vector):
+    space, vector = space_and_vector
+    arch = space.decode(vector)
+    assert space.encode(arch) == tuple(vector)
+    assert space.encode(str(arch)) == tuple(vector)
+    assert space.arch(arch) == arch
+
+
+def test_decode_covers_every_choice():
+    space = SearchSpace('one', (BlockSpec(8, kernel_sizes=(3, 5, 7)),), max_paths=2)
+    archs = {space.decode((e, k)) for e in range(2) for k in range(6)}
+    assert archs == {Arch.from_blocks([c]) for c in space.choices(0)}
+    assert len(archs) == space.size == 12
+
+
+def test_encoding_does_not_depend_on_the_order_in_the_table():
+    space = SearchSpace('unsorted', (BlockSpec(8, kernel_sizes=(7, 3, 5), expand_ratios=(6, 3)),), max_paths=3)
+    for choice in space.choices(0):
+        arch = Arch.from_blocks([choice])
+        assert space.decode(space.encode(arch)) == arch
+
+
+@pytest.mark.parametrize('length', [0, 15, 17])
+def test_decode_wrong_length(length):
+    with pytest.raises(ValueError, match=f'{length} entries.*needs 16'):
+        get_space('nano').decode([0] * length)
+
+
+@pytest.mark.parametrize(('position', 'value', 'largest'), [(0, 2, 1), (4, -1, 1), (1, 6, 5), (15, 100, 5)])
+def test_decode_out_of_range(position, value, largest):
+    vector = [0] * 16
+    vector[position] = value
+    with pytest.raises(ValueError, match=f'entry {position} .* is {value}, allowed are 0 to {largest}'):
+        get_space('nano').decode(vector)
+
+
+@pytest.mark.parametrize(
+    ('block', 'words'),
+    [
+        ('k9_e6', ['kernel 9', '3, 5, 7']),
+        ('k3+9_e6', ['kernel 9', '3, 5, 7']),
+        ('k3_e4', ['expansion 4', '3, 6']),
+        ('k3+5+7_e6', ['3 paths', 'm=2']),
+        ('k3.5_e6', ['2 channel groups', '1']),
+    ],
+)
+@pytest.mark.parametrize('index', [0, 5])
+def test_arch_outside_the_space(index, block, words):
+    blocks = ['k3_e6'] * 8
+    blocks[index] = block
+    with pytest.raises(ValueError) as error:
+        get_space('nano').arch(','.join(blocks))
+    for word in [f'arch block {index} ', repr(block), "'nano'", *words]:
+        assert word in str(error.value)
+
+
+@pytest.mark.parametrize('num_blocks', [1, 7, 9])
+def test_arch_of_another_depth(num_blocks):
+    with pytest.raises(ValueError, match=f"{num_blocks} blocks, space 'nano' needs 8"):
+        get_space('nano').arch(','.join(['k3_e6'] * num_blocks))
+
+
+def test_arch_gives_the_canonical_arch():
+    text = ','.join(['k5+3_e3'] * 8)
+    arch = get_space('nano').arch(text)
+    assert type(arch) is Arch
+    assert arch == ','.join(['k3+5_e3'] * 8)
+
+
+def test_default_arch_is_mobilenet_v2():
+    assert get_space('s1').default_arch == ','.join(['k3_e6'] * 12)
+    assert get_space('s1', 1).default_arch == get_space('s1').default_arch
+
+
+@pytest.mark.parametrize('m', [0, -1, 4, 2.0, '2', True])
+def test_m_out_of_range(m):
+    with pytest.raises(ValueError, match=r"m=.* out of range for space 'nano', allowed are 1 to 3"):
+        get_space('nano', m)
+
+
+def test_m_is_limited_by_the_smallest_block():
+    blocks = (BlockSpec(8), BlockSpec(8, kernel_sizes=(3, 5)))
+    assert SearchSpace('two', blocks, max_paths=2).max_paths_limit == 2
+    with pytest.raises(ValueError, match='allowed are 1 to 2'):
+        SearchSpace('two', blocks, max_paths=3)
+
+
+@pytest.mark.parametrize('blocks', [(), (BlockSpec(8, expand_ratios=()),), (BlockSpec(8, kernel_sizes=()),)])
+def test_empty_space(blocks):
+    with pytest.raises(ValueError, match="space 'empty'"):
+        SearchSpace('empty', blocks, max_paths=1)
+
+
+def test_get_space():
+    assert {'s1', 'nano'} <= set(list_spaces())
+    assert list_spaces() == sorted(list_spaces())
+    assert get_space('s1', 2) == replace(get_space('s1'), max_paths=2)
+    with pytest.raises(ValueError, match=r"'s9'.*nano.*s1"):
+        get_space('s9')
+
+
+def test_spaces_are_immutable():
+    with pytest.raises(FrozenInstanceError):
+        get_space('s1').max_paths = 1
+
+
+@pytest.mark.parametrize(
+    ('width_mult', 'stem_chs', 'out_chs', 'num_features'),
+    [
+        (1.0, 24, [24, 24, 48, 48, 48, 96, 96, 96], 384),
+        (0.5, 16, [16, 16, 24, 24, 24, 48, 48, 48], 384),
+        (2.0, 48, [48, 48, 96, 96, 96, 192, 192, 192], 768),
+    ],
+)
+def test_scaled(width_mult, stem_chs, out_chs, num_features):
+    space = get_space('nano').scaled(width_mult)
+    assert (space.stem_chs, space.num_features) == (stem_chs, num_features)
+    assert [b.out_chs for b in space.blocks] == out_chs
+    assert [b.stride for b in space.blocks] == [b.stride for b in get_space('nano').blocks]
+    assert (space.name, space.size, space.default_arch) == ('nano', get_space('nano').size, get_space('nano').default_arch)
+
+
+@pytest.mark.parametrize('width_mult', [0.0, -1.0, float('nan')])
+def test_scaled_by_nonsense(width_mult):
+    with pytest.raises(ValueError, match='width_mult=.*positive'):
+        get_space('nano').scaled(width_mult)
+
+
+def test_stages_break_at_width_and_stride():
+    blocks = (BlockSpec(8), BlockSpec(8), BlockSpec(8, stride=2), BlockSpec(8), BlockSpec(16))
+    assert [len(s) for s in SearchSpace('stages', blocks).stages] == [2, 2, 1]
+    assert [len(s) for s in get_space('s1').stages] == [2, 3, 3, 2, 2]
+
+
+OWN = SearchSpace(
+    name='own_for_test',
+    blocks=(BlockSpec(8), BlockSpec(16, stride=2, kernel_sizes=(3, 5), expand_ratios=(2, 4)), BlockSpec(16)),
+    stem_chs=8,
+    num_features=32,
+    num_classes=5,
+    input_size=(3, 16, 16),
+)
+
+
+def test_register_own_space():
+    register_space(OWN)
+    register_space(replace(OWN))  # an equal one is the same space
+    assert get_space('own_for_test') == OWN
+    assert {'mixpath_own_for_test', 'mixpath_own_for_test_supernet'} <= set(timm.list_models('mixpath_*'))
+
+    supernet = timm.create_model('mixpath_own_for_test_supernet').eval()
+    x = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    supernet.active_arch = arch = 'k3+9_e6,k3+5_e4,k7_e3'
+    model = timm.create_model('mixpath_own_for_test', arch=arch).eval()
+    assert model.arch == arch
+    assert model(x).shape == (2, 5)
+    assert model.default_cfg['input_size'] == (3, 16, 16)
+    torch.testing.assert_close(supernet.extract()(x), supernet(x), rtol=1e-5, atol=1e-5)
+
+
+def test_register_conflict():
+    register_space(OWN)
+    with pytest.raises(ValueError, match="'own_for_test' exists already"):
+        register_space(replace(OWN, num_features=64))
+    with pytest.raises(ValueError, match="'s1' exists already"):
+        register_space(replace(OWN, name='s1'))
+    assert get_space('own_for_test') == OWN
+    assert len(get_space('s1').blocks) == 12
+
+
+@pytest.mark.parametrize('name', ['', 'my space', 'my-space', '1st', 'a.b'])
+def test_register_bad_name(name):
+    with pytest.raises(ValueError, match='identifier'):
+        register_space(replace(OWN, name=name))
+    assert name not in list_spaces()

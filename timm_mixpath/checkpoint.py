@@ -1,0 +1,140 @@
+"""Training checkpoints: written atomically, loaded without unpickling anything but weights and plain values."""
+
+import os
+import shutil
+from argparse import Namespace
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import timm
+from timm.data import resolve_data_config
+from timm.models import clean_state_dict
+from timm.models._helpers import _torch_load
+from timm.utils import CheckpointSaver
+from torch import nn
+
+from .errors import RunError, UsageError
+
+__all__ = ['AtomicCheckpointSaver', 'LoadedModel', 'load_model']
+
+
+class AtomicCheckpointSaver(CheckpointSaver):
+    """timm's saver without its moment, between unlink and rename, in which `last.pth.tar` does not exist."""
+
+    def _save(self, save_path: str, epoch: int, metric: float | None = None) -> None:
+        super()._save(save_path, epoch, metric)
+        with open(save_path, 'rb') as f:
+            os.fsync(f.fileno())
+
+    def _replace(self, src: str, dst: str) -> None:
+        os.replace(src, dst)
+
+    def _duplicate(self, src: str, dst: str) -> None:
+        temporary = f'{dst}.tmp'
+        Path(temporary).unlink(missing_ok=True)
+        try:
+            os.link(src, temporary)
+        except OSError:  # no hard links on this file system
+            shutil.copy2(src, temporary)
+        os.replace(temporary, dst)
+
+
+@dataclass
+class LoadedModel:
+    """A model from a checkpoint, with what it was trained with.
+
+    Attributes:
+        model: The model, in eval mode on the CPU.
+        args: Options of its training, empty for a model folder.
+        data_config: Input size, mean, std and resizing, see `timm.data.resolve_data_config`.
+        epoch: Last epoch it was trained for, None if unknown.
+    """
+
+    model: nn.Module
+    args: Namespace
+    data_config: dict[str, Any]
+    epoch: int | None = None
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        checkpoint = _torch_load(str(path), map_location='cpu', weights_only=True)
+    except Exception as e:  # torch raises half a dozen types for a file that is no checkpoint
+        raise RunError(f'{str(path)!r} is not a readable checkpoint: {str(e).splitlines()[0]}') from None
+    if not isinstance(checkpoint, dict) or not ({'state_dict', 'args'} <= checkpoint.keys()):
+        raise UsageError(
+            f"{str(path)!r} is not a training checkpoint, it has no 'state_dict' and 'args'; "
+            'pass the last.pth.tar or model_best.pth.tar of a run'
+        )
+    return checkpoint
+
+
+def load_model(path: str | os.PathLike, *, use_ema: bool = True) -> LoadedModel:
+    """Load a model of a training checkpoint (ours or of timm's train.py) or of a model folder.
+
+    Args:
+        path: `*.pth.tar` file, or a folder with `config.json` and `model.safetensors`.
+        use_ema: Prefer the averaged weights where there are any.
+
+    Raises:
+        UsageError: No such file, or not a checkpoint of a known model.
+        RunError: The file is damaged, or its weights do not fit its model.
+    """
+    path = Path(path)
+    if path.is_dir():
+        if not (path / 'config.json').exists():
+            raise UsageError(f'{str(path)!r} is not a model folder, it has no config.json')
+        try:
+            model = timm.create_model(f'local-dir:{path}', pretrained=True)
+        except (RuntimeError, OSError, KeyError) as e:
+            raise RunError(f'model folder {str(path)!r} can not be loaded: {str(e).splitlines()[0]}') from None
+        return LoadedModel(model.eval(), Namespace(), resolve_data_config({}, model=model))
+    if not path.exists():
+        raise UsageError(f'checkpoint {str(path)!r} does not exist')
+
+    checkpoint = _read(path)
+    args = checkpoint['args']
+    model = create_model(args)
+    key = 'state_dict_ema' if use_ema and checkpoint.get('state_dict_ema') is not None else 'state_dict'
+    try:
+        model.load_state_dict(clean_state_dict(checkpoint[key]))
+    except RuntimeError as e:
+        details = ' '.join(line.strip() for line in str(e).splitlines()[1:3])
+        raise RunError(f'weights of {str(path)!r} do not fit {args.model}: {details[:300]}') from None
+    data_config = resolve_data_config(vars(args), model=model)
+    return LoadedModel(model.eval(), args, data_config, checkpoint.get('epoch'))
+
+
+def create_model(args: Namespace, **overrides: Any) -> nn.Module:
+    """Create the model that training options describe, as timm's train.py does.
+
+    Args:
+        args: Training options.
+        **overrides: Arguments of `timm.create_model` that take precedence.
+
+    Raises:
+        UsageError: Unknown model, or a value that it does not take.
+    """
+    in_chans = getattr(args, 'in_chans', None)
+    if in_chans is None:
+        input_size = getattr(args, 'input_size', None)
+        in_chans = input_size[0] if input_size else 3
+    kwargs = dict(
+        in_chans=in_chans,
+        num_classes=args.num_classes,
+        drop_rate=args.drop,
+        drop_path_rate=args.drop_path,
+        global_pool=args.gp,
+        bn_momentum=args.bn_momentum,
+        bn_eps=args.bn_eps,
+        **args.model_kwargs,
+    )
+    name = args.model
+    if not timm.is_model(timm.models.split_model_name_tag(name)[0]) and ':' not in name:
+        known = ', '.join(timm.list_models('mixpath*'))
+        raise UsageError(f'unknown model {name!r}; mixpath models are {known}, timm.list_models() lists all')
+    try:
+        return timm.create_model(name, **{**kwargs, **overrides})
+    except (ValueError, TypeError, RuntimeError, FileNotFoundError) as e:
+        raise UsageError(f'model {name!r} can not be created: {str(e).splitlines()[0] if str(e) else e!r}') from None

@@ -1,0 +1,361 @@
+"""What an arch costs: multiply-adds and parameters by look-up, latency by measurement.
+
+MACs and parameters of a sub-network are sums: a part that all archs share, per block a part that belongs to the
+expansion, and one part per active path. The parts are read off a few single-path networks on the meta device, counted
+by torch itself, so there is no formula here that could drift from the layers.
+"""
+
+import copy
+import statistics
+from collections.abc import Iterable
+from dataclasses import dataclass
+from operator import getitem
+from typing import Any, ClassVar
+
+import torch
+import torch.nn as nn
+from torch.utils.benchmark import Timer
+from torch.utils.flop_counter import FlopCounterMode
+
+from .arch import Arch, BlockChoice
+from .mixpath import MixPath
+from .sampling import sample
+from .space import SearchSpace
+from .supernet import MixPathSupernet
+
+__all__ = ['CostTable', 'MetricRange', 'SpaceProfile', 'measure_latency', 'profile_space']
+
+
+class CostTable:
+    """MACs and parameters of any arch of a space, by look-up.
+
+    A look-up takes microseconds and equals what the stand-alone network has: `macs` are the multiply-adds of its
+    convolutions and linear layers for one image (half of what `torch.utils.flop_counter` counts), `params` all of its
+    parameters, without the running statistics of batch norm.
+
+    Args:
+        space: Search space as it is, with its m and its final widths: `supernet.space`, or `space.scaled(width_mult)`.
+        num_classes: Number of classes, the space's own if None; 0 for no classifier.
+        input_size: Input as (channels, height, width), in pixels; the space's own if None.
+        **model_kwargs: Arguments of `MixPath` that change what the network is made of, such as `act_layer`.
+
+    Attributes:
+        space: The space.
+        num_classes: Number of classes.
+        input_size: Input as (channels, height, width), in pixels.
+
+    Raises:
+        ValueError: `input_size` is not three positive integers, or `width_mult` is given.
+    """
+
+    metrics: ClassVar[tuple[str, ...]] = ('macs', 'params')
+
+    def __init__(
+        self,
+        space: SearchSpace,
+        *,
+        num_classes: int | None = None,
+        input_size: tuple[int, int, int] | None = None,
+        **model_kwargs: Any,
+    ) -> None:
+        if 'width_mult' in model_kwargs:
+            # The space of a supernet is scaled already, a second scaling would go unnoticed
+            raise ValueError(
+                'width_mult belongs to the space: pass space.scaled(width_mult), or supernet.space as it is'
+            )
+        self.space = space
+        self.num_classes = space.num_classes if num_classes is None else num_classes
+        self.input_size = _check_input_size(space.input_size if input_size is None else input_size)
+
+        # What all archs share, {metric: cost}; per block the expansions' own parts and the paths' parts
+        self._base: dict[str, int] = {}
+        self._expansions: list[dict[int, dict[str, int]]] = [{} for _ in space.blocks]
+        self._paths: list[dict[tuple[int, int], dict[str, int]]] = [{} for _ in space.blocks]
+        for arch in _single_path_archs(space):
+            # Neither place nor precision of a supernet matters here
+            kwargs = dict(model_kwargs, device='meta', dtype=None)
+            model = MixPath(space, arch, num_classes=self.num_classes, in_chans=self.input_size[0], **kwargs)
+            self._add(model, arch)
+
+        # Cost of the choices seen so far, {metric: one dict per block}. They are keyed by text because an arch is its
+        # own canonical text, and hashing that costs a tenth of hashing a `BlockChoice`.
+        self._seen: dict[str, list[dict[str, int]]] = {metric: [{} for _ in space.blocks] for metric in self.metrics}
+
+    @classmethod
+    def from_supernet(
+        cls,
+        supernet: MixPathSupernet,
+        input_size: tuple[int, int, int] | None = None,
+    ) -> 'CostTable':
+        """Make the table of the networks that `supernet.extract` gives.
+
+        Args:
+            supernet: Supernet, in any mode and on any device.
+            input_size: Input as (channels, height, width), in pixels; the supernet's own if None.
+
+        Raises:
+            ValueError: `input_size` is malformed or has other channels than the supernet.
+        """
+        if input_size is None:
+            cfg = getattr(supernet, 'pretrained_cfg', None) or {}
+            # A cfg keeps its channels when a model is created with others
+            input_size = (supernet.in_chans, *(cfg.get('input_size') or supernet.space.input_size)[1:])
+        elif input_size[0] != supernet.in_chans:
+            raise ValueError(f'input_size {tuple(input_size)} does not fit a supernet of {supernet.in_chans} channels')
+        kwargs = {k: v for k, v in supernet._subnet_kwargs.items() if k not in ('in_chans', 'width_mult')}
+        kwargs['global_pool'] = supernet.global_pool.pool_type  # reset_classifier may have changed it
+        return cls(supernet.space, num_classes=supernet.num_classes, input_size=input_size, **kwargs)
+
+    def _add(self, model: MixPath, arch: Arch) -> None:
+        names = [f'blocks.{s}.{b}' for s, stage in enumerate(model.blocks) for b in range(len(stage))]
+        counts = {
+            'macs': _count_macs(model, self.input_size),
+            'params': {name: p.numel() for name, p in model.named_parameters()},
+        }
+        for metric, count in counts.items():
+            base = _sum_below(count, '')
+            for index, (name, choice) in enumerate(zip(names, arch.blocks)):
+                block, path = _sum_below(count, f'{name}.'), _sum_below(count, f'{name}.paths.')
+                e = choice.expand_ratio
+                self._expansions[index].setdefault(e, {})[metric] = block - path
+                self._paths[index].setdefault((e, choice.groups[0][0]), {})[metric] = path
+                base -= block
+            self._base[metric] = base
+
+    def _block_cost(self, metric: str, index: int, choice: BlockChoice) -> int:
+        e = choice.expand_ratio
+        paths = self._paths[index]
+        return self._expansions[index][e][metric] + sum(paths[e, k][metric] for group in choice.groups for k in group)
+
+    def macs(self, arch: Arch | str) -> int:
+        """Multiply-adds of one image, of convolutions and linear layers.
+
+        Raises:
+            ValueError: The space does not hold the arch.
+        """
+        return self.cost('macs', arch)
+
+    def params(self, arch: Arch | str) -> int:
+        """Number of parameters.
+
+        Raises:
+            ValueError: The space does not hold the arch.
+        """
+        return self.cost('params', arch)
+
+    def cost(self, metric: str, arch: Arch | str) -> int:
+        """Return the cost of an arch by the metric's name.
+
+        Args:
+            metric: One of `metrics`.
+            arch: Arch or its text.
+
+        Raises:
+            ValueError: Unknown metric, or the space does not hold the arch.
+        """
+        self._check_metric(metric)
+        seen, base = self._seen[metric], self._base[metric]
+        if isinstance(arch, str):
+            choices = arch.split(',')
+            if len(choices) == len(seen):
+                try:
+                    return base + sum(map(getitem, seen, choices))
+                except KeyError:
+                    pass  # a choice that is new, in another spelling, or not in the space
+
+        costs: list[int] = []
+        for index, choice in enumerate(self.space.arch(arch).blocks):
+            costs.append(self._block_cost(metric, index, choice))
+            # Only what the space has approved gets here, so that a hit above needs no check
+            seen[index][str(choice)] = costs[-1]
+        return base + sum(costs)
+
+    def bounds(self, metric: str) -> tuple[int, int]:
+        """Return the smallest and the largest cost in the space, exact.
+
+        Raises:
+            ValueError: Unknown metric.
+        """
+        return self.cost(metric, self.smallest(metric)), self.cost(metric, self.largest(metric))
+
+    def smallest(self, metric: str) -> Arch:
+        """Return an arch of the smallest cost, the first such in the order of `space.choices`.
+
+        Raises:
+            ValueError: Unknown metric.
+        """
+        return self._extreme(metric, min)
+
+    def largest(self, metric: str) -> Arch:
+        """Return an arch of the largest cost within the space's m, the first such in the order of `space.choices`.
+
+        Raises:
+            ValueError: Unknown metric.
+        """
+        return self._extreme(metric, max)
+
+    def _extreme(self, metric: str, pick: Any) -> Arch:
+        self._check_metric(metric)
+        # Costs add up over blocks, so the extreme of the sum is the sum of the extremes
+        return Arch.from_blocks(
+            pick(self.space.choices(index), key=lambda choice, i=index: self._block_cost(metric, i, choice))
+            for index in range(len(self.space.blocks))
+        )
+
+    def _check_metric(self, metric: str) -> None:
+        if metric not in self.metrics:
+            raise ValueError(f'unknown metric {metric!r}, known are {", ".join(self.metrics)}')
+
+
+def _check_input_size(input_size: Iterable[int]) -> tuple[int, int, int]:
+    size = tuple(input_size)
+    if len(size) != 3 or not all(isinstance(n, int) and n > 0 for n in size):
+        raise ValueError(f'input_size is (channels, height, width) in pixels, not {size!r}')
+    return size
+
+
+def _single_path_archs(space: SearchSpace) -> list[Arch]:
+    """As few archs of one path per block as show every path of every block at least once."""
+    paths = [
+        [BlockChoice(((k,),), e) for e in block.expand_ratios for k in block.kernel_sizes] for block in space.blocks
+    ]
+    return [Arch.from_blocks(block[i % len(block)] for block in paths) for i in range(max(map(len, paths)))]
+
+
+def _count_macs(model: nn.Module, input_size: tuple[int, int, int]) -> dict[str, int]:
+    """MACs per module for one image, without those of the modules inside it; '' is the model itself."""
+    model.eval()
+    counter = FlopCounterMode(display=False)
+    # Not inference_mode: it would hand whole linear layers to the counter, which older torch versions do not count
+    with torch.no_grad(), counter:
+        model(torch.empty(1, *input_size, device='meta'))
+    # The counter calls the model by its class, and gives every module what the ones inside it have, too
+    root = type(model).__name__
+    counts = {
+        name[len(root) + 1 :]: sum(ops.values()) // 2
+        for name, ops in counter.get_flop_counts().items()
+        if name == root or name.startswith(f'{root}.')
+    }
+    own = dict(counts)
+    for name, macs in counts.items():
+        parent = name
+        while parent:
+            parent = parent.rpartition('.')[0]
+            if parent in own:  # a container without a forward of its own, such as a ModuleDict, has no count
+                own[parent] -= macs
+                break
+    return own
+
+
+def _sum_below(counts: dict[str, int], prefix: str) -> int:
+    return sum(n for name, n in counts.items() if f'{name}.'.startswith(prefix))
+
+
+@dataclass(frozen=True)
+class MetricRange:
+    """Smallest, median and largest value of a metric over a space."""
+
+    min: int
+    median: int
+    max: int
+
+
+@dataclass(frozen=True)
+class SpaceProfile:
+    """What the archs of a space cost.
+
+    Attributes:
+        size: Number of archs in the space.
+        num_samples: Number of sampled archs behind the medians.
+        macs: Multiply-adds of one image.
+        params: Number of parameters.
+    """
+
+    size: int
+    num_samples: int
+    macs: MetricRange
+    params: MetricRange
+
+
+def profile_space(table: CostTable, *, num_samples: int = 10_001, seed: int = 0) -> SpaceProfile:
+    """Summarise what the archs of a space cost.
+
+    Minimum and maximum are exact. The median is that of archs drawn with `timm_mixpath.sample`, as in the training of
+    a supernet: uniform over expansions and over the number of paths, which is not uniform over archs.
+
+    Args:
+        table: Costs of the space.
+        num_samples: Number of archs behind the median; for an even number it is the lower of the middle two.
+        seed: Seed of the sequence of archs.
+
+    Raises:
+        ValueError: `num_samples` is not positive.
+    """
+    if num_samples < 1:
+        raise ValueError(f'num_samples={num_samples!r} must be positive')
+    archs = [sample(table.space, seed=seed, step=step) for step in range(num_samples)]
+    ranges: dict[str, MetricRange] = {}
+    for metric in table.metrics:
+        smallest, largest = table.bounds(metric)
+        median = statistics.median_low(table.cost(metric, arch) for arch in archs)
+        ranges[metric] = MetricRange(smallest, median, largest)
+    return SpaceProfile(size=table.space.size, num_samples=num_samples, **ranges)
+
+
+def measure_latency(
+    model: nn.Module,
+    *,
+    batch_size: int = 1,
+    input_size: tuple[int, int, int] | None = None,
+    num_threads: int | None = None,
+    min_run_time_s: float = 1.0,
+    channels_last: bool = False,
+) -> float:
+    """Measure how long a model takes for one batch, in eval mode without autograd, where and in what dtype it is.
+
+    The model is left as it was. A supernet runs its `active_arch`; its latency is not that of a sub-network on every
+    device, so measure what `extract` gives.
+
+    Args:
+        model: Any model of images.
+        batch_size: Images per batch.
+        input_size: Input as (channels, height, width), in pixels; that of `model.pretrained_cfg` if None.
+        num_threads: CPU threads, as many as torch is set to if None.
+        min_run_time_s: Measure for at least this long, in seconds.
+        channels_last: Measure a copy of the model in the channels-last memory format.
+
+    Returns:
+        Latency of a batch in milliseconds (`latency_ms`), the median over blocks of runs.
+
+    Raises:
+        ValueError: `batch_size` or `input_size` is malformed, or the input size is not known.
+    """
+    if batch_size < 1:
+        raise ValueError(f'batch_size={batch_size!r} must be positive')
+    if input_size is None:
+        cfg = getattr(model, 'pretrained_cfg', None) or {}
+        if not cfg.get('input_size'):
+            raise ValueError('the model has no pretrained_cfg with an input_size, give input_size')
+        # A cfg keeps its channels when a model is created with others
+        input_size = (getattr(model, 'in_chans', cfg['input_size'][0]), *cfg['input_size'][1:])
+    input_size = _check_input_size(input_size)
+    memory_format = torch.channels_last if channels_last else torch.contiguous_format
+    if channels_last:
+        model = copy.deepcopy(model).to(memory_format=memory_format)
+
+    reference = next(model.parameters())
+    x = torch.rand(batch_size, *input_size, device='cpu').to(reference).to(memory_format=memory_format)
+    # Per module, because some may be frozen in eval mode
+    modes = [(module, module.training) for module in model.modules()]
+    try:
+        model.eval()
+        with torch.inference_mode():
+            # The timer waits for the device and would take a single thread by default
+            timer = Timer(
+                'model(x)', globals=dict(model=model, x=x), num_threads=num_threads or torch.get_num_threads()
+            )
+            measurement = timer.blocked_autorange(min_run_time=min_run_time_s)
+    finally:
+        for module, training in modes:
+            module.training = training
+    return measurement.median * 1e3

@@ -1,0 +1,67 @@
+"""Files that are written whole or not at all."""
+
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from .errors import RunError, UsageError
+
+__all__ = ['make_output_dir', 'write_atomic', 'write_dir_atomic']
+
+
+@contextmanager
+def write_atomic(path: str | os.PathLike) -> Iterator[Path]:
+    """Yield a temporary path beside `path` that takes its place at the end, and is removed after an exception.
+
+    Args:
+        path: File to write.
+    """
+    path = Path(path)
+    temporary = path.with_name(f'.{path.stem}.{os.getpid()}.tmp{path.suffix}')
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def write_dir_atomic(path: str | os.PathLike) -> Iterator[Path]:
+    """Yield a temporary folder that becomes `path` at the end, and is removed after an exception.
+
+    Args:
+        path: Folder to make; it may exist if it is empty.
+
+    Raises:
+        UsageError: The folder exists and holds something, which is never overwritten.
+    """
+    path = Path(path)
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise UsageError(f'{str(path)!r} exists already and is not overwritten; choose another folder or remove it')
+    make_output_dir(path.parent)
+    temporary = Path(tempfile.mkdtemp(prefix=f'.{path.name}.', dir=path.parent))
+    try:
+        yield temporary
+        temporary.chmod(0o755)  # mkdtemp's own mode is for one user only
+        os.replace(temporary, path)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def make_output_dir(path: str | os.PathLike) -> Path:
+    """Make a folder and its parents.
+
+    Raises:
+        RunError: It can't be made or written to.
+    """
+    path = Path(path)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path):
+            pass
+    except OSError as e:
+        raise RunError(f'output folder {str(path)!r} can not be written: {e.strerror}; choose another one') from None
+    return path
