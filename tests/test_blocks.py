@@ -12,6 +12,7 @@ from timm_mixpath.blocks import ChoiceBlock, MultiPathResidual, subnet_key
 
 KERNELS = (3, 5, 7, 9)
 SUBSETS = [s for k in range(1, 5) for s in combinations(KERNELS, k)]
+CHOICES = [((3,), 3), ((9,), 6), ((3, 7), 6), ((5, 9), 3), ((3, 5, 9), 3), (KERNELS, 6)]  # kernels, expansion
 SHAPES = [(8, 8, 1), (8, 12, 1), (8, 8, 2)]  # in, out, stride: with skip, without, strided
 
 
@@ -28,40 +29,39 @@ def make_block(
 
 
 def make_input(dtype: torch.dtype = torch.float64) -> torch.Tensor:
-    return torch.randn(3, 8, 8, 8, generator=torch.Generator().manual_seed(1), dtype=torch.float64).to(dtype)
+    return torch.randn(2, 8, 6, 6, generator=torch.Generator().manual_seed(1), dtype=torch.float64).to(dtype)
 
 
 @pytest.mark.parametrize('sbn', [True, False], ids=['sbn', 'bn'])
 @pytest.mark.parametrize('training', [True, False], ids=['train', 'eval'])
 @pytest.mark.parametrize(('in_chs', 'out_chs', 'stride'), SHAPES)
 def test_choice_block_equals_reference(in_chs, out_chs, stride, training, sbn):
-    for kernel_sizes in SUBSETS:
-        for expand_ratio in (3, 6):
-            block = make_block(in_chs, out_chs, stride, num_shadows=4 if sbn else None).train(training)
-            block.set_choice(BlockChoice((kernel_sizes,), expand_ratio))
-            tensors = reference.leaf_tensors(block)
-            x = make_input().requires_grad_()
-            x_ref = x.detach().clone().requires_grad_()
-            y = block(x)
-            y_ref = reference.choice_block(
-                tensors,
-                '',
-                x_ref,
-                kernel_sizes=kernel_sizes,
-                expand_ratio=expand_ratio,
-                stride=stride,
-                training=training,
-                sbn=sbn,
-            )
-            torch.testing.assert_close(y, y_ref, rtol=1e-9, atol=1e-9)
-            weight = torch.linspace(-1, 1, y.numel(), dtype=y.dtype).view_as(y)
-            (y * weight).sum().backward()
-            (y_ref * weight).sum().backward()
-            torch.testing.assert_close(x.grad, x_ref.grad, rtol=1e-8, atol=1e-8)
-            for name, p in block.named_parameters():
-                torch.testing.assert_close(p.grad, tensors[name].grad, rtol=1e-8, atol=1e-8, msg=name)
-            for name, buffer in block.named_buffers():
-                torch.testing.assert_close(buffer, tensors[name], rtol=1e-9, atol=1e-9, msg=name)
+    for kernel_sizes, expand_ratio in CHOICES:
+        block = make_block(in_chs, out_chs, stride, num_shadows=4 if sbn else None).train(training)
+        block.set_choice(BlockChoice((kernel_sizes,), expand_ratio))
+        tensors = reference.leaf_tensors(block)
+        x = make_input().requires_grad_()
+        x_ref = x.detach().clone().requires_grad_()
+        y = block(x)
+        y_ref = reference.choice_block(
+            tensors,
+            '',
+            x_ref,
+            kernel_sizes=kernel_sizes,
+            expand_ratio=expand_ratio,
+            stride=stride,
+            training=training,
+            sbn=sbn,
+        )
+        torch.testing.assert_close(y, y_ref, rtol=1e-9, atol=1e-9)
+        weight = torch.linspace(-1, 1, y.numel(), dtype=y.dtype).view_as(y)
+        (y * weight).sum().backward()
+        (y_ref * weight).sum().backward()
+        torch.testing.assert_close(x.grad, x_ref.grad, rtol=1e-8, atol=1e-8)
+        for name, p in block.named_parameters():
+            torch.testing.assert_close(p.grad, tensors[name].grad, rtol=1e-8, atol=1e-8, msg=name)
+        for name, buffer in block.named_buffers():
+            torch.testing.assert_close(buffer, tensors[name], rtol=1e-9, atol=1e-9, msg=name)
 
 
 @pytest.mark.parametrize('kernel_sizes', [(3,), (5, 9), KERNELS])
@@ -83,7 +83,7 @@ def test_choice_block_equals_reference_in_float32(kernel_sizes):
 @pytest.mark.parametrize(('in_chs', 'out_chs', 'stride'), SHAPES)
 def test_fixed_block_takes_a_selection_of_the_choice_blocks_state(in_chs, out_chs, stride, sbn):
     choice_block = make_block(in_chs, out_chs, stride, num_shadows=4 if sbn else None).eval()
-    for kernel_sizes in SUBSETS:
+    for kernel_sizes in SUBSETS:  # all 15 ways to activate paths
         choice = BlockChoice((kernel_sizes,), 3)
         choice_block.set_choice(choice)
         block = MultiPathResidual(in_chs, out_chs, kernel_sizes, 3, stride=stride).double().eval()
@@ -200,3 +200,17 @@ def test_channels_last():
     y = block(make_input(torch.float32).contiguous(memory_format=torch.channels_last))
     assert y.is_contiguous(memory_format=torch.channels_last)
     torch.testing.assert_close(y, block(make_input(torch.float32)), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize('sbn', [True, False], ids=['sbn', 'bn'])
+@pytest.mark.parametrize(('in_chs', 'out_chs', 'stride'), SHAPES)
+def test_reparameterized_choice_block_is_the_same(in_chs, out_chs, stride, sbn):
+    block = make_block(in_chs, out_chs, stride, num_shadows=4 if sbn else None).eval()
+    folded = copy.deepcopy(block)
+    for _ in range(2):  # again is a no-op
+        folded.e3.reparameterize()
+        folded.e6.reparameterize()
+    for kernel_sizes, expand_ratio in CHOICES:
+        for b in (block, folded):
+            b.set_choice(BlockChoice((kernel_sizes,), expand_ratio))
+        torch.testing.assert_close(folded(make_input()), block(make_input()), rtol=1e-9, atol=1e-9)

@@ -166,12 +166,16 @@ def test_scaled(width_mult, stem_chs, out_chs, num_features):
     assert (space.stem_chs, space.num_features) == (stem_chs, num_features)
     assert [b.out_chs for b in space.blocks] == out_chs
     assert [b.stride for b in space.blocks] == [b.stride for b in get_space('nano').blocks]
-    assert (space.name, space.size, space.default_arch) == ('nano', get_space('nano').size, get_space('nano').default_arch)
+    assert (space.name, space.size, space.default_arch) == (
+        'nano',
+        get_space('nano').size,
+        get_space('nano').default_arch,
+    )
 
 
 @pytest.mark.parametrize('width_mult', [0.0, -1.0, float('nan')])
 def test_scaled_by_nonsense(width_mult):
-    with pytest.raises(ValueError, match='width_mult=.*positive'):
+    with pytest.raises(ValueError, match=r'width_mult=.*positive'):
         get_space('nano').scaled(width_mult)
 
 

@@ -10,6 +10,7 @@ import json
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 __all__ = ['Arch', 'BlockChoice']
@@ -54,9 +55,13 @@ class BlockChoice:
         """Number of active paths, per channel group."""
         return tuple(len(group) for group in self.groups)
 
-    def __str__(self) -> str:
+    @cached_property
+    def _text(self) -> str:
         kernels = '.'.join('+'.join(str(k) for k in group) for group in self.groups)
         return f'k{kernels}_e{self.expand_ratio}'
+
+    def __str__(self) -> str:
+        return self._text
 
     @classmethod
     def parse(cls, text: str) -> 'BlockChoice':

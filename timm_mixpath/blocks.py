@@ -7,8 +7,9 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-import torch.nn as nn
 from timm.layers import ConvNormAct, DropPath, LayerType, create_conv2d, get_norm_act_layer, make_divisible
+from torch import nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from .arch import BlockChoice
 from .layers import ShadowBatchNorm2d
@@ -112,6 +113,26 @@ class MultiPathResidual(nn.Module):
             x = self.drop_path(x) + shortcut
         return x
 
+    def reparameterize(self) -> None:
+        """Fold the batch norms into the convolutions, in place and for good: for inference in eval mode.
+
+        `timm.utils.reparameterize_model` calls it.
+        """
+        _fold(self, 'conv_pw', 'bn1')
+        for path in self.paths.values():
+            _fold(path, 'conv', 'bn')
+        self._fold_projection()
+
+    def _fold_projection(self) -> None:
+        _fold(self, 'conv_pwl', 'bn3')
+
+
+def _fold(parent: nn.Module, conv: str, bn: str) -> None:
+    norm = getattr(parent, bn)
+    if isinstance(norm, nn.BatchNorm2d):
+        setattr(parent, conv, fuse_conv_bn_eval(getattr(parent, conv), norm))
+        setattr(parent, bn, getattr(norm, 'act', nn.Identity()))  # timm's BatchNormAct2d holds the activation
+
 
 def _sum(outputs: list[torch.Tensor]) -> torch.Tensor:
     x = outputs[0]
@@ -142,17 +163,31 @@ class ChoiceBranch(MultiPathResidual):
                 dtype=bn.weight.dtype,
             )
         self.active_paths: tuple[str, ...] = tuple(self.paths)[:1]
+        self.folded = False
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[B, C_in, H, W] -> [B, C_out, H / stride, W / stride]."""
         shortcut = x
         x = self.bn1(self.conv_pw(x))
         x = _sum([self.paths[name](x) for name in self.active_paths])
-        x = self.conv_pwl(x)
-        x = self.bn3(x, len(self.active_paths)) if isinstance(self.bn3, ShadowBatchNorm2d) else self.bn3(x)
+        num_paths = len(self.active_paths)
+        if self.folded:
+            x = self.conv_pwl[num_paths - 1](x)
+        else:
+            x = self.conv_pwl(x)
+            x = self.bn3(x, num_paths) if isinstance(self.bn3, ShadowBatchNorm2d) else self.bn3(x)
         if self.has_skip:
             x = self.drop_path(x) + shortcut
         return x
+
+    def _fold_projection(self) -> None:
+        # One projection per shadow: what a shadow normalises is folded once and serves every arch
+        if not self.folded and isinstance(self.bn3, ShadowBatchNorm2d):
+            self.conv_pwl = nn.ModuleList([fuse_conv_bn_eval(self.conv_pwl, bn) for bn in self.bn3.shadows])
+            self.bn3 = nn.Identity()
+            self.folded = True
+        elif not self.folded:
+            super()._fold_projection()
 
 
 class ChoiceBlock(nn.Module):

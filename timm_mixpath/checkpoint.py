@@ -61,7 +61,7 @@ def _read(path: Path) -> dict[str, Any]:
     try:
         checkpoint = _torch_load(str(path), map_location='cpu', weights_only=True)
     except Exception as e:  # torch raises half a dozen types for a file that is no checkpoint
-        raise RunError(f'{str(path)!r} is not a readable checkpoint: {str(e).splitlines()[0]}') from None
+        raise RunError(f'{str(path)!r} is not a readable checkpoint: {concise(e)}') from None
     if not isinstance(checkpoint, dict) or not ({'state_dict', 'args'} <= checkpoint.keys()):
         raise UsageError(
             f"{str(path)!r} is not a training checkpoint, it has no 'state_dict' and 'args'; "
@@ -88,7 +88,7 @@ def load_model(path: str | os.PathLike, *, use_ema: bool = True) -> LoadedModel:
         try:
             model = timm.create_model(f'local-dir:{path}', pretrained=True)
         except (RuntimeError, OSError, KeyError) as e:
-            raise RunError(f'model folder {str(path)!r} can not be loaded: {str(e).splitlines()[0]}') from None
+            raise RunError(f'model folder {str(path)!r} can not be loaded: {concise(e)}') from None
         return LoadedModel(model.eval(), Namespace(), resolve_data_config({}, model=model))
     if not path.exists():
         raise UsageError(f'checkpoint {str(path)!r} does not exist')
@@ -130,11 +130,20 @@ def create_model(args: Namespace, **overrides: Any) -> nn.Module:
         bn_eps=args.bn_eps,
         **args.model_kwargs,
     )
-    name = args.model
+    check_model_name(args.model)
+    try:
+        return timm.create_model(args.model, **{**kwargs, **overrides})
+    except (ValueError, TypeError, RuntimeError, FileNotFoundError) as e:
+        raise UsageError(f'model {args.model!r} can not be created: {concise(e)}') from None
+
+
+def check_model_name(name: str) -> None:
+    """Raise UsageError for a name that timm does not know."""
     if not timm.is_model(timm.models.split_model_name_tag(name)[0]) and ':' not in name:
         known = ', '.join(timm.list_models('mixpath*'))
         raise UsageError(f'unknown model {name!r}; mixpath models are {known}, timm.list_models() lists all')
-    try:
-        return timm.create_model(name, **{**kwargs, **overrides})
-    except (ValueError, TypeError, RuntimeError, FileNotFoundError) as e:
-        raise UsageError(f'model {name!r} can not be created: {str(e).splitlines()[0] if str(e) else e!r}') from None
+
+
+def concise(error: Exception) -> str:
+    """Return the first line of an error's message, its type where there is none."""
+    return str(error).splitlines()[0] if str(error) else repr(error)

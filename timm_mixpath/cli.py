@@ -1,44 +1,314 @@
-"""The `timm-mixpath` command."""
+"""The `timm-mixpath` command.
+
+Exit status: 0 done, 1 a run failed, 2 the command was wrong, 130 interrupted.
+"""
 
 import argparse
 import importlib
-import logging
+import re
+import runpy
 import sys
 from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from .errors import RunError, UsageError
 
 __all__ = ['main']
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    from .errors import RunError, UsageError
+    """Run a command line and return its exit status.
 
-    parser = argparse.ArgumentParser(prog='timm-mixpath')
-    sub = parser.add_subparsers(dest='command', required=True)
-    from .options import add_train_options, apply_config
-
-    p = sub.add_parser('train')
-    add_train_options(p)
+    Args:
+        argv: Words behind `timm-mixpath`, those of this process if None.
+    """
     argv = list(sys.argv[1:] if argv is None else argv)
-    args = parser.parse_args(argv)
     try:
-        if args.config:
-            apply_config(p, args.config)
+        parser, commands = _build_parser()
+        args = parser.parse_args(argv)
+        for module in getattr(args, 'device_modules', None) or []:
+            _import(module)
+        if getattr(args, 'config', None):
+            from .options import apply_config
+            from .recipes import find_recipe
+
+            apply_config(commands['train'], find_recipe(args.config))
             args = parser.parse_args(argv)
-        from timm.utils import setup_default_logging
-
-        setup_default_logging()
-        for m in args.device_modules or []:
-            importlib.import_module(m)
-        from .train import train
-
-        train(args)
+        args.run(args)
     except UsageError as e:
-        print(f'timm-mixpath: error: {e}', file=sys.stderr)
-        return 2
-    except RunError as e:
-        print(f'timm-mixpath: error: {e}', file=sys.stderr)
-        return 1
+        return _fail(e, 2)
+    except (RunError, ImportError) as e:  # extras that are not installed say how to install them
+        return _fail(e, 1)
+    except KeyboardInterrupt:
+        print('timm-mixpath: interrupted; the same command goes on where it can', file=sys.stderr)
+        return 130
     return 0
+
+
+def _fail(error: Exception, status: int) -> int:
+    print(f'timm-mixpath: error: {error}', file=sys.stderr)
+    return status
+
+
+def _import(module: str) -> None:
+    sys.path.insert(0, '')
+    try:
+        importlib.import_module(module)
+    except ImportError as e:
+        raise UsageError(f'--device-modules {module}: {e}') from None
+    finally:
+        sys.path.remove('')
+
+
+def _count(text: str) -> int:
+    """Parse a number such as 5M, 1.2G, 350000."""
+    match = re.fullmatch(r'(\d+(?:\.\d+)?)([kKMG]?)', text)
+    if match is None:
+        raise argparse.ArgumentTypeError(f'{text!r} is not a number such as 5M, 1.2G or 350000')
+    scale = {'': 1, 'k': 10**3, 'K': 10**3, 'M': 10**6, 'G': 10**9}[match[2]]
+    return round(float(match[1]) * scale)
+
+
+def _objective(text: str) -> tuple[str, float]:
+    name, _, weight = text.partition('=')
+    try:
+        return name, float(weight or 1)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f'{text!r} is not of the form name or name=weight') from None
+
+
+def _build_parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParser]]:
+    from .options import add_train_options
+    from .version import __version__
+
+    parser = argparse.ArgumentParser(
+        prog='timm-mixpath', description='Train, search and export MixPath models of timm.'
+    )
+    parser.add_argument('--version', action='version', version=f'%(prog)s {__version__}')
+    sub = parser.add_subparsers(dest='command', required=True, metavar='COMMAND')
+    commands: dict[str, argparse.ArgumentParser] = {}
+
+    def command(name: str, run: Any, text: str, **kwargs: Any) -> argparse.ArgumentParser:
+        commands[name] = sub.add_parser(name, help=text, description=text, **kwargs)
+        commands[name].set_defaults(run=run)
+        return commands[name]
+
+    _add_demo(command('demo', _demo, 'the whole job on a small data set or on your own images'))
+    add_train_options(
+        command('train', _train, "train a supernet or any timm model, with the options of timm's train.py")
+    )
+    _add_search(command('search', _search, 'search a trained supernet'))
+    _add_export(command('export', _export, 'write a model folder for timm.create_model'))
+    _add_profile(command('profile', _profile, 'size and cost of a search space'))
+    _add_recipes(command('recipes', _recipes, 'list the recipes, or copy one'))
+    _add_run(command('run', _run, 'run any timm script with the mixpath models registered'))
+    return parser, commands
+
+
+def _setup_logging() -> None:
+    from timm.utils import setup_default_logging
+
+    setup_default_logging()
+
+
+def _add_demo(parser: argparse.ArgumentParser) -> None:
+    from .demo import DemoConfig
+
+    default = DemoConfig()
+    add = parser.add_argument
+    add('--output', default='mixpath-demo', metavar='DIR', help='output folder (default: mixpath-demo)')
+    add('--data-dir', metavar='DIR', help="your images (default: scikit-learn's digits)")
+    add('--dataset', default='', metavar='NAME', help='type/name as in timm')
+    add('--train-split', default=default.train_split, metavar='NAME')
+    add('--val-split', default=default.val_split, metavar='NAME')
+    add('--dataset-download', action='store_true', help='download torch/ data sets')
+    add('--img-size', type=int, default=default.img_size, metavar='N', help='pixels (default: %(default)s)')
+    add('--supernet-epochs', type=int, default=default.supernet_epochs, metavar='N')
+    add('--train-epochs', type=int, default=default.train_epochs, metavar='N')
+    add('-b', '--batch-size', type=int, default=default.batch_size, metavar='N')
+    add('--generations', type=int, default=default.generations, metavar='N', help='generations of the search')
+    add('--max-macs', type=_count, metavar='N', help='limit of the search, for example 5M')
+    add('--seed', type=int, default=default.seed)
+    add('-j', '--workers', type=int, default=default.workers, metavar='N')
+    add('--device', metavar='NAME')
+
+
+def _demo(args: argparse.Namespace) -> None:
+    from .demo import DemoConfig, run_demo
+
+    _setup_logging()
+    names = DemoConfig.__dataclass_fields__.keys() - {'download'}
+    config = DemoConfig(download=args.dataset_download, **{name: getattr(args, name) for name in names})
+    run_demo(config, args.output)
+
+
+def _train(args: argparse.Namespace) -> None:
+    from .train import train
+
+    _setup_logging()
+    del args.run, args.command, args.config
+    train(args)
+
+
+def _add_search(parser: argparse.ArgumentParser) -> None:
+    from .search import ALGORITHMS, OBJECTIVES, SearchConfig
+
+    default = SearchConfig()
+    add = parser.add_argument
+    add('--checkpoint', required=True, metavar='PATH', help='last.pth.tar of a supernet, or a model folder')
+    add('--output', required=True, metavar='DIR', help='folder for archive, front and plot')
+    add('--device-modules', nargs='+', metavar='MODULE', help='Python modules to import first, for a space of your own')
+
+    add = parser.add_argument_group('images (default: as in the training of the supernet)').add_argument
+    add('--data-dir', metavar='DIR')
+    add('--dataset', metavar='NAME', help='type/name as in timm')
+    add('--dataset-download', action='store_true')
+    add('--train-split', metavar='NAME')
+    add('--class-map', metavar='FILE')
+    add('--search-holdout', type=float, metavar='SHARE', help='share of the training images that was held out')
+    add('--search-split', metavar='NAME', help='use this split whole instead')
+    add('--num-images', type=int, metavar='N', help='score with this many images')
+
+    add = parser.add_argument_group('search').add_argument
+    add('--algorithm', default=default.algorithm, choices=ALGORITHMS)
+    add('--objectives', nargs='+', type=_objective, default=default.objectives, metavar='NAME[=WEIGHT]',
+        help=f'what to minimise, of {", ".join(OBJECTIVES)}; a weight counts in the crowding distance')  # fmt: skip
+    add('--max-macs', type=_count, metavar='N', help='for example 5M')
+    add('--min-macs', type=_count, metavar='N')
+    add('--max-params', type=_count, metavar='N')
+    add('--min-params', type=_count, metavar='N')
+    add('--population', type=int, default=default.population, metavar='N')
+    add('--offspring', type=int, default=default.offspring, metavar='N', help='evaluations per generation')
+    add('--generations', type=int, default=default.generations, metavar='N')
+    add('--seed', type=int, default=default.seed)
+    add('--recalibration-images', type=int, default=0, metavar='N',
+        help='recalibrate the batch norms of every candidate with N training images (default: 0, none)')  # fmt: skip
+    add('--latency', action='store_true', help='measure the latency of the archs on the front')
+
+    add = parser.add_argument_group('device').add_argument
+    add('-b', '--batch-size', type=int, default=100, metavar='N')
+    add('--device', metavar='NAME', help='default: cuda if there is a GPU, else cpu')
+    add('-j', '--workers', type=int, default=2, metavar='N')
+
+
+def _search(args: argparse.Namespace) -> None:
+    from timm.utils.distributed import is_distributed_env, world_info_from_env
+
+    from .pipeline import SearchData, print_result, search_checkpoint
+    from .search import SearchConfig
+
+    _setup_logging()
+    names = SearchConfig.__dataclass_fields__.keys()
+    config = SearchConfig(**{name: getattr(args, name) for name in names})
+    data_names = SearchData.__dataclass_fields__.keys() - {'download'}
+    data = SearchData(download=args.dataset_download, **{name: getattr(args, name) for name in data_names})
+    result = search_checkpoint(
+        args.checkpoint,
+        args.output,
+        config,
+        data,
+        recalibration_images=args.recalibration_images,
+        batch_size=args.batch_size,
+        device=args.device,
+        workers=args.workers,
+        latency=args.latency,
+    )
+    if not is_distributed_env() or world_info_from_env()[1] == 0:
+        print_result(result, args.output)
+
+
+def _add_export(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add('--checkpoint', required=True, metavar='PATH', help='*.pth.tar of a run, or a model folder')
+    add('--arch', metavar='TEXT', help='sub-network of a supernet, with the weights it inherits')
+    add('--output', required=True, metavar='DIR', help='model folder to make')
+    add('--device-modules', nargs='+', metavar='MODULE', help='Python modules to import first')
+
+
+def _export(args: argparse.Namespace) -> None:
+    from .export import export
+
+    export(args.checkpoint, args.output, args.arch)
+    print(f"timm.create_model('local-dir:{args.output}', pretrained=True)  # after `import timm, timm_mixpath`")
+
+
+def _add_profile(parser: argparse.ArgumentParser) -> None:
+    from timm.utils import ParseKwargs
+
+    add = parser.add_argument
+    add('--model', required=True, metavar='NAME', help='a supernet, for example mixpath_s1_supernet')
+    add('--model-kwargs', nargs='*', default={}, action=ParseKwargs, metavar='KEY=VALUE', help='for example m=2')
+    add('--num-classes', type=int, metavar='N')
+    add('--input-size', nargs=3, type=int, metavar='N', help='channels, height, width')
+    add('--num-samples', type=int, default=10_001, metavar='N', help='sampled archs behind the median')
+    add('--device-modules', nargs='+', metavar='MODULE', help='Python modules to import first')
+
+
+def _profile(args: argparse.Namespace) -> None:
+    import timm
+
+    from .checkpoint import check_model_name, concise
+    from .cost import CostTable, profile_space
+    from .supernet import MixPathSupernet
+
+    check_model_name(args.model)
+    in_chans = args.input_size[0] if args.input_size else None
+    try:
+        model = timm.create_model(
+            args.model, num_classes=args.num_classes, in_chans=in_chans, device='meta', **args.model_kwargs
+        )
+    except (ValueError, TypeError) as e:
+        raise UsageError(f'model {args.model!r} can not be created: {concise(e)}') from None
+    if not isinstance(model, MixPathSupernet):
+        raise UsageError(f'{args.model!r} is no supernet; try {", ".join(timm.list_models("mixpath*_supernet"))}')
+    try:
+        table = CostTable.from_supernet(model, tuple(args.input_size) if args.input_size else None)
+        profile = profile_space(table, num_samples=args.num_samples)
+    except ValueError as e:
+        raise UsageError(str(e)) from None
+    size = 'x'.join(str(v) for v in table.input_size)
+    print(f'{args.model}: {profile.size:,} archs, m = {model.space.max_paths}, input {size}')
+    print(f'{"":12}{"min":>12}{"median":>12}{"max":>12}')
+    for name, unit, digits in (('macs', 'MACs (M)', 2), ('params', 'params (M)', 3)):
+        row = getattr(profile, name)
+        print(f'{unit:12}' + ''.join(f'{v / 1e6:12.{digits}f}' for v in (row.min, row.median, row.max)))
+    print(f'median of {profile.num_samples:,} archs sampled as in training; min and max are exact')
+
+
+def _add_recipes(parser: argparse.ArgumentParser) -> None:
+    actions = parser.add_subparsers(dest='action', metavar='ACTION')
+    copy = actions.add_parser('cp', help='copy a recipe into a folder')
+    copy.add_argument('name', metavar='NAME')
+    copy.add_argument('folder', metavar='DIR')
+
+
+def _recipes(args: argparse.Namespace) -> None:
+    from .recipes import copy_recipe, list_recipes
+
+    if args.action == 'cp':
+        print(copy_recipe(args.name, args.folder))
+        return
+    recipes = list_recipes()
+    width = max(map(len, recipes), default=0)
+    for name, text in recipes.items():
+        print(f'{name:{width}}  {text}')
+
+
+def _add_run(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument('script', metavar='SCRIPT', help='for example validate.py of timm')
+    parser.add_argument('arguments', nargs=argparse.REMAINDER, metavar='ARGS', help='options of the script')
+
+
+def _run(args: argparse.Namespace) -> None:
+    script = Path(args.script)
+    if not script.is_file():
+        raise UsageError(f'script {args.script!r} does not exist')
+    import timm_mixpath  # noqa: F401  registers the models
+
+    sys.argv = [args.script, *args.arguments]
+    sys.path.insert(0, str(script.resolve().parent))  # as `python SCRIPT` does
+    runpy.run_path(args.script, run_name='__main__')
 
 
 if __name__ == '__main__':

@@ -7,14 +7,13 @@ by torch itself, so there is no formula here that could drift from the layers.
 
 import copy
 import statistics
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from operator import getitem
 from typing import Any, ClassVar
 
 import torch
 import torch.nn as nn
-from torch.utils.benchmark import Timer
 from torch.utils.flop_counter import FlopCounterMode
 
 from .arch import Arch, BlockChoice
@@ -60,9 +59,7 @@ class CostTable:
     ) -> None:
         if 'width_mult' in model_kwargs:
             # The space of a supernet is scaled already, a second scaling would go unnoticed
-            raise ValueError(
-                'width_mult belongs to the space: pass space.scaled(width_mult), or supernet.space as it is'
-            )
+            raise ValueError('width_mult belongs to the space: pass space.scaled(width_mult) or supernet.space')
         self.space = space
         self.num_classes = space.num_classes if num_classes is None else num_classes
         self.input_size = _check_input_size(space.input_size if input_size is None else input_size)
@@ -75,10 +72,11 @@ class CostTable:
             # Neither place nor precision of a supernet matters here
             kwargs = dict(model_kwargs, device='meta', dtype=None)
             model = MixPath(space, arch, num_classes=self.num_classes, in_chans=self.input_size[0], **kwargs)
-            self._add(model, arch)
+            # timm's norm layers make the parameters of an activation on the CPU in any case
+            self._add(model.to('meta'), arch)
 
         # Cost of the choices seen so far, {metric: one dict per block}. They are keyed by text because an arch is its
-        # own canonical text, and hashing that costs a tenth of hashing a `BlockChoice`.
+        # own canonical text: splitting it is all that a known arch needs.
         self._seen: dict[str, list[dict[str, int]]] = {metric: [{} for _ in space.blocks] for metric in self.metrics}
 
     @classmethod
@@ -100,8 +98,9 @@ class CostTable:
             cfg = getattr(supernet, 'pretrained_cfg', None) or {}
             # A cfg keeps its channels when a model is created with others
             input_size = (supernet.in_chans, *(cfg.get('input_size') or supernet.space.input_size)[1:])
-        elif input_size[0] != supernet.in_chans:
-            raise ValueError(f'input_size {tuple(input_size)} does not fit a supernet of {supernet.in_chans} channels')
+        input_size = _check_input_size(input_size)
+        if input_size[0] != supernet.in_chans:
+            raise ValueError(f'input_size {input_size} does not fit a supernet of {supernet.in_chans} input channels')
         kwargs = {k: v for k, v in supernet._subnet_kwargs.items() if k not in ('in_chans', 'width_mult')}
         kwargs['global_pool'] = supernet.global_pool.pool_type  # reset_classifier may have changed it
         return cls(supernet.space, num_classes=supernet.num_classes, input_size=input_size, **kwargs)
@@ -194,7 +193,7 @@ class CostTable:
         """
         return self._extreme(metric, max)
 
-    def _extreme(self, metric: str, pick: Any) -> Arch:
+    def _extreme(self, metric: str, pick: Callable[..., BlockChoice]) -> Arch:
         self._check_metric(metric)
         # Costs add up over blocks, so the extreme of the sum is the sum of the extremes
         return Arch.from_blocks(
@@ -226,7 +225,6 @@ def _count_macs(model: nn.Module, input_size: tuple[int, int, int]) -> dict[str,
     """MACs per module for one image, without those of the modules inside it; '' is the model itself."""
     model.eval()
     counter = FlopCounterMode(display=False)
-    # Not inference_mode: it would hand whole linear layers to the counter, which older torch versions do not count
     with torch.no_grad(), counter:
         model(torch.empty(1, *input_size, device='meta'))
     # The counter calls the model by its class, and gives every module what the ones inside it have, too
@@ -313,8 +311,8 @@ def measure_latency(
 ) -> float:
     """Measure how long a model takes for one batch, in eval mode without autograd, where and in what dtype it is.
 
-    The model is left as it was. A supernet runs its `active_arch`; its latency is not that of a sub-network on every
-    device, so measure what `extract` gives.
+    The model is left as it was. A supernet runs its `active_arch`; for the latency of a sub-network measure what
+    `extract` gives.
 
     Args:
         model: Any model of images.
@@ -330,6 +328,8 @@ def measure_latency(
     Raises:
         ValueError: `batch_size` or `input_size` is malformed, or the input size is not known.
     """
+    from torch.utils.benchmark import Timer  # its import is slow, and warns where CUDA is installed without a GPU
+
     if batch_size < 1:
         raise ValueError(f'batch_size={batch_size!r} must be positive')
     if input_size is None:
@@ -343,17 +343,20 @@ def measure_latency(
     if channels_last:
         model = copy.deepcopy(model).to(memory_format=memory_format)
 
+    num_threads = torch.get_num_threads() if num_threads is None else num_threads
     reference = next(model.parameters())
-    x = torch.rand(batch_size, *input_size, device='cpu').to(reference).to(memory_format=memory_format)
+    device, dtype = reference.device, reference.dtype
+    # A generator of its own: measuring must not change what a training run draws next
+    generator = torch.Generator(device).manual_seed(0)
+    x = torch.randn(batch_size, *input_size, device=device, dtype=dtype, generator=generator)  # (B, C, H, W)
+    x = x.to(memory_format=memory_format)
     # Per module, because some may be frozen in eval mode
     modes = [(module, module.training) for module in model.modules()]
     try:
         model.eval()
         with torch.inference_mode():
-            # The timer waits for the device and would take a single thread by default
-            timer = Timer(
-                'model(x)', globals=dict(model=model, x=x), num_threads=num_threads or torch.get_num_threads()
-            )
+            # The timer waits for the device; without num_threads it would take a single thread
+            timer = Timer('model(x)', globals=dict(model=model, x=x), num_threads=num_threads)
             measurement = timer.blocked_autorange(min_run_time=min_run_time_s)
     finally:
         for module, training in modes:

@@ -12,7 +12,7 @@ from timm.utils import ParseKwargs
 
 from .errors import UsageError
 
-__all__ = ['add_data_options', 'add_train_options', 'apply_config']
+__all__ = ['add_data_options', 'add_train_options', 'apply_config', 'default_args']
 
 
 def add_data_options(parser: argparse.ArgumentParser) -> None:
@@ -189,3 +189,22 @@ def apply_config(parser: argparse.ArgumentParser, path: str | Path) -> dict[str,
             ) from None
     parser.set_defaults(**config)
     return config
+
+
+def default_args(**overrides: Any) -> argparse.Namespace:
+    """Return the options of `timm-mixpath train` at their defaults, for `train` without a command line.
+
+    Args:
+        **overrides: Options that differ, by their names with underscores.
+
+    Raises:
+        UsageError: There is no such option.
+    """
+    parser = argparse.ArgumentParser()
+    add_train_options(parser)
+    args = parser.parse_args([])
+    for name, value in overrides.items():
+        if not hasattr(args, name):
+            raise UsageError(f'{name!r} is not an option of timm_mixpath.train')
+        setattr(args, name, value)
+    return args

@@ -5,11 +5,14 @@ each rank's global generators differently, and a resumed run goes on with the se
 """
 
 import random
+from functools import lru_cache
 
 from .arch import Arch, BlockChoice
 from .space import SearchSpace
 
 __all__ = ['sample']
+
+_choice = lru_cache(maxsize=None)(BlockChoice)  # a space has few, and checking and formatting one is what takes time
 
 
 def sample(space: SearchSpace, *, seed: int, step: int) -> Arch:
@@ -36,5 +39,5 @@ def sample(space: SearchSpace, *, seed: int, step: int) -> Arch:
         num_paths = 1 + int(draw() * space.max_paths)
         kernel_sizes = list(spec.kernel_sizes)
         paths = [kernel_sizes.pop(int(draw() * len(kernel_sizes))) for _ in range(num_paths)]
-        blocks.append(BlockChoice((tuple(paths),), expand_ratio))
+        blocks.append(_choice((tuple(sorted(paths)),), expand_ratio))
     return Arch.from_blocks(blocks)

@@ -58,6 +58,7 @@ _MUTATIONS_PER_CHILD = 1.0
 # How hard to look for an arch that is inside the limits and new, before the next and slower way is tried
 _NUM_SAMPLES = 200
 _NUM_REPAIRS = 50
+_NUM_MATINGS = 20
 _MAX_ENUMERATED = 20_000
 
 
@@ -379,10 +380,12 @@ def crowding_distance(values: np.ndarray, weights: Sequence[float]) -> np.ndarra
 
 def _require_pymoo() -> None:
     try:
-        import pymoo.core.algorithm  # noqa: F401
         from pymoo.config import Config
+
+        # pymoo 0.6.1.6 is the first whose operators draw from a random state of the run, not from numpy's global one
+        from pymoo.util import default_random_state  # noqa: F401
     except ImportError as e:
-        raise ImportError(f"the search needs pymoo ({e}): pip install 'timm-mixpath[search]'") from e
+        raise ImportError(f"the search needs pymoo 0.6.1.6 or newer ({e}): pip install 'timm-mixpath[search]'") from e
     # pymoo prints a hint to stdout where its compiled modules are missing; nothing used here is among them
     Config.warnings['not_compiled'] = False
 
@@ -618,6 +621,7 @@ def _propose_nsga2(pool: _Pool, config: SearchConfig) -> _Proposals:
         eliminate_duplicates=NeverTwice(),
         seed=config.seed,
     )
+    algorithm.mating.n_max_iterations = _NUM_MATINGS
     problem = Problem(n_var=len(sizes), n_obj=len(config.objectives), xl=0, xu=sizes - 1, vtype=int)
     algorithm.setup(problem, termination=NoTermination())
     for _ in range(config.generations):

@@ -25,6 +25,7 @@ class MixPathSupernet(MixPath):
 
     Args:
         space: Search space.
+        arch: The arch that eval mode runs at first, the space's `default_arch` if None.
         m: Largest number of active paths per block, the space's own if None.
         sbn: Shadow Batch Normalization behind the sum; one batch norm for all numbers of paths if False.
         seed: Seed of the sampled sequence.
@@ -38,12 +39,13 @@ class MixPathSupernet(MixPath):
         sample_step: Number of archs sampled so far, int64 scalar tensor.
 
     Raises:
-        ValueError: m is out of range.
+        ValueError: m is out of range, or the space does not hold the arch.
     """
 
     def __init__(
         self,
         space: SearchSpace,
+        arch: Arch | str | None = None,
         m: int | None = None,
         sbn: bool = True,
         seed: int = 0,
@@ -55,6 +57,7 @@ class MixPathSupernet(MixPath):
         self._num_shadows = space.with_max_paths(m).max_paths if sbn else None
         super().__init__(
             space.with_max_paths(m),
+            arch,
             num_classes=num_classes,
             in_chans=in_chans,
             width_mult=width_mult,
@@ -73,7 +76,7 @@ class MixPathSupernet(MixPath):
 
     def _set_space(self, space: SearchSpace, arch: Arch | str | None) -> None:
         self.space = space
-        self._active_arch = space.default_arch
+        self._active_arch = space.arch(arch) if arch is not None else space.default_arch
 
     def _make_block(self, index: int, in_chs: int, spec: BlockSpec, **kwargs: Any) -> nn.Module:
         return ChoiceBlock(in_chs, spec, num_shadows=self._num_shadows, **kwargs)

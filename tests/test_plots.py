@@ -1,0 +1,102 @@
+"""Figures are checked by their files and by what matplotlib was asked to draw; how they look was looked at."""
+
+import sys
+
+import numpy as np
+import pytest
+
+from timm_mixpath import get_space
+from timm_mixpath.plots import plot_pareto
+from timm_mixpath.search import Candidate, SearchConfig, SearchResult
+
+
+def make_result(num: int = 60, objectives: tuple = (('error', 1), ('macs', 1), ('params', 1))) -> SearchResult:
+    from timm_mixpath.sampling import sample
+    from timm_mixpath.search import _front
+
+    space = get_space('nano')
+    config = SearchConfig(objectives=objectives)
+    rng = np.random.default_rng(0)
+    evaluations = [
+        Candidate(
+            arch=sample(space, seed=0, step=i),
+            top1=float(50 + 20 * rng.random()),
+            loss=1.0,
+            macs=int(1e7 * (1 + rng.random())),
+            params=int(3e5 * (1 + rng.random())),
+            index=i,
+        )
+        for i in range(num)
+    ]
+    front = _front(evaluations, config.objective_names)
+    return SearchResult(space, config, {}, evaluations, front, {'error': (0, 100), 'macs': (0, 1), 'params': (0, 1)})
+
+
+@pytest.mark.parametrize('num', [1, 2, 60])
+@pytest.mark.parametrize('objectives', [(('error', 1),), (('error', 1), ('macs', 1)), (('error', 1), ('params', 1))])
+def test_plot_pareto(tmp_path, num, objectives):
+    plot_pareto(make_result(num, objectives), tmp_path / 'front.png')
+    assert (tmp_path / 'front.png').read_bytes().startswith(b'\x89PNG')
+    assert [p.name for p in tmp_path.iterdir()] == ['front.png']
+
+
+@pytest.fixture
+def figure(tmp_path, monkeypatch):
+    """What `plot_pareto` drew for a result with three objectives, and that result."""
+    from matplotlib.figure import Figure
+
+    figures = []
+    save = Figure.savefig
+    monkeypatch.setattr(
+        Figure, 'savefig', lambda self, *args, **kwargs: (figures.append(self), save(self, *args, **kwargs))
+    )
+    result = make_result()
+    plot_pareto(result, tmp_path / 'front.png')
+    return figures[0], result
+
+
+def test_what_is_drawn(figure):
+    figure, result = figure
+    ax, colorbar = figure.axes
+    assert 'MACs (M)' in ax.get_xlabel() and '(%)' in ax.get_ylabel() and 'parameters (M)' in colorbar.get_ylabel()
+    assert 'nano' in ax.get_title() and '60' in ax.get_title()
+    assert len(ax.get_legend().get_texts()) == 4
+
+    evaluated, front, chosen = ax.collections
+    assert evaluated.get_offsets().tolist() == [[c.macs / 1e6, c.error] for c in result.evaluations]
+    assert front.get_offsets().tolist() == [[c.macs / 1e6, c.error] for c in result.front]
+    assert front.get_array().tolist() == [c.params / 1e6 for c in result.front]
+    assert chosen.get_offsets().tolist() == [[result.chosen.macs / 1e6, result.chosen.error]]
+    assert f'{result.chosen.top1:.2f} % top-1' in ax.texts[0].get_text()
+
+    x, y = ax.lines[0].get_data()
+    assert (np.diff(x) > 0).all() and (np.diff(y) < 0).all()
+    assert (x[-1], y[-1]) == (result.chosen.macs / 1e6, result.chosen.error)
+
+
+def test_no_global_state(tmp_path):
+    sys.modules.pop('matplotlib.pyplot', None)
+    plot_pareto(make_result(), tmp_path / 'front.png')
+    assert 'matplotlib.pyplot' not in sys.modules
+
+
+def test_whole_or_not_at_all(tmp_path, monkeypatch):
+    from matplotlib.figure import Figure
+
+    def fail(self, path, **kwargs):
+        path.write_bytes(b'half')
+        raise OSError('disk full')
+
+    monkeypatch.setattr(Figure, 'savefig', fail)
+    (tmp_path / 'front.png').write_text('old')
+    with pytest.raises(OSError, match='disk full'):
+        plot_pareto(make_result(), tmp_path / 'front.png')
+    assert [(p.name, p.read_text()) for p in tmp_path.iterdir()] == [('front.png', 'old')]
+
+
+def test_without_matplotlib(tmp_path, monkeypatch):
+    for name in [name for name in sys.modules if name.partition('.')[0] == 'matplotlib']:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, 'matplotlib', None)
+    with pytest.raises(ImportError, match=r"pip install 'timm-mixpath\[plots\]'"):
+        plot_pareto(make_result(), tmp_path / 'front.png')

@@ -1,0 +1,58 @@
+"""Model folders that `timm.create_model('local-dir:...', pretrained=True)` reads."""
+
+import os
+from pathlib import Path
+
+from timm.models import save_for_hf
+from torch import nn
+
+from .arch import Arch
+from .checkpoint import load_model
+from .errors import UsageError
+from .files import write_dir_atomic
+from .supernet import MixPathSupernet
+
+__all__ = ['export', 'save_model']
+
+
+def export(checkpoint: str | os.PathLike, output: str | os.PathLike, arch: Arch | str | None = None) -> nn.Module:
+    """Write the model of a checkpoint as a model folder.
+
+    Args:
+        checkpoint: Training checkpoint or model folder.
+        output: Folder to make: `config.json` and `model.safetensors`.
+        arch: Sub-network of a supernet to export, with the weights it inherits; None exports the model as it is.
+
+    Returns:
+        The exported model, in eval mode.
+
+    Raises:
+        UsageError: The arch is not in the supernet's space, the checkpoint is no supernet, or the output exists.
+        RunError: The checkpoint can't be read or the output not be written.
+    """
+    loaded = load_model(checkpoint)
+    model = loaded.model
+    if arch is not None:
+        if not isinstance(model, MixPathSupernet):
+            raise UsageError(
+                f'--arch needs the checkpoint of a supernet, {str(checkpoint)!r} holds {type(model).__name__}'
+            )
+        try:
+            model = model.extract(arch)
+        except ValueError as e:
+            raise UsageError(str(e)) from None
+    save_model(model, output, loaded.data_config)
+    return model
+
+
+def save_model(model: nn.Module, output: str | os.PathLike, data_config: dict | None = None) -> Path:
+    """Write a model folder, whole or not at all, weights as safetensors.
+
+    Args:
+        model: Model made by `timm.create_model`.
+        output: Folder to make.
+        data_config: Input size, mean, std and resizing it was trained with.
+    """
+    with write_dir_atomic(output) as folder:
+        save_for_hf(model, str(folder), safe_serialization=True, data_config=data_config)
+    return Path(output)

@@ -1,0 +1,247 @@
+"""The search of a trained supernet from its checkpoint: data, evaluator, search, outputs."""
+
+import hashlib
+import logging
+import os
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from timm.utils.distributed import init_distributed_device_so
+
+from .checkpoint import LoadedModel, load_model
+from .cost import CostTable, measure_latency
+from .data import Subset, hold_out, open_dataset
+from .errors import UsageError
+from .evaluate import SupernetEvaluator, load_batches
+from .files import make_output_dir
+from .plots import plot_pareto
+from .search import Candidate, SearchConfig, SearchResult, format_front, search, write_front_csv, write_front_json
+from .supernet import MixPathSupernet
+
+__all__ = ['SearchData', 'search_checkpoint']
+
+_logger = logging.getLogger(__name__)
+
+# Batches with which a candidate's batch norms are recalibrated: fewer images give noisy variances
+_RECALIBRATION_BATCH_SIZE = 128
+
+
+@dataclass
+class SearchData:
+    """Where the search split comes from. None takes the value that the supernet was trained with.
+
+    Attributes:
+        data_dir: Root folder.
+        dataset: Type and name as in timm.
+        train_split: Training split, of which a share is held out for the search.
+        search_holdout: The share. It must be the one that the training left out, or the supernet has seen the images.
+        search_split: A split that is used whole instead of held-out training images.
+        class_map: File that maps class names to indices.
+        download: Download the data set where timm can.
+        num_images: Number of images to score archs with, all of the split if None.
+    """
+
+    data_dir: str | None = None
+    dataset: str | None = None
+    train_split: str | None = None
+    search_holdout: float | None = None
+    search_split: str | None = None
+    class_map: str | None = None
+    download: bool = False
+    num_images: int | None = None
+
+
+def search_checkpoint(
+    checkpoint: str | os.PathLike,
+    output: str | os.PathLike,
+    config: SearchConfig,
+    data: SearchData | None = None,
+    *,
+    recalibration_images: int = 0,
+    batch_size: int = 100,
+    device: str | None = None,
+    workers: int = 2,
+    latency: bool = False,
+    progress: bool = True,
+) -> SearchResult:
+    """Search a trained supernet.
+
+    Under torchrun the evaluations are shared among the ranks.
+
+    Args:
+        checkpoint: Training checkpoint or model folder of a supernet.
+        output: Folder for `archive.jsonl`, `front.csv`, `front.json`, `pareto.png`. A search that was cut off goes on
+            where it stopped when it is called with the same arguments.
+        config: What to search for.
+        data: Where the search split comes from.
+        recalibration_images: Training images to recalibrate the batch norms of every candidate with, 0 for none.
+        batch_size: Images per forward pass.
+        device: Device, the GPU if there is one and None is given.
+        workers: Processes that decode the images, once.
+        latency: Measure the latency of the archs on the front too, on this machine.
+        progress: Show a progress bar on a terminal, lines elsewhere.
+
+    Returns:
+        The result.
+
+    Raises:
+        UsageError: See `search`, `load_model` and `open_dataset`; or the checkpoint is not of a supernet.
+        RunError: The data, checkpoint or archive can't be read, or the output not be written.
+    """
+    if recalibration_images < 0 or batch_size < 1:
+        raise UsageError('the number of recalibration images must not be negative and the batch size be positive')
+    loaded = load_model(checkpoint)
+    if not isinstance(loaded.model, MixPathSupernet):
+        raise UsageError(f'{str(checkpoint)!r} holds {type(loaded.model).__name__}, a search needs a supernet')
+    place = init_distributed_device_so(device or ('cuda' if torch.cuda.is_available() else 'cpu'))
+    rank, world_size = place['global_rank'], place['world_size']
+    try:
+        output = make_output_dir(output)
+        supernet = loaded.model.to(device=place['device'], memory_format=torch.channels_last)
+        cost = CostTable.from_supernet(supernet, loaded.data_config['input_size'])
+        search_set, train_set, source = _open_search_split(loaded, data or SearchData())
+        images = dict(device=place['device'], batch_size=batch_size, workers=workers)
+        num_images = (data or SearchData()).num_images
+        batches = load_batches(search_set, loaded.data_config, max_images=num_images, **images)
+        recalibration = None
+        if recalibration_images:
+            recalibration = _recalibration_batches(train_set, loaded, recalibration_images, place['device'], workers)
+        fingerprint = dict(
+            checkpoint_sha256=_weights_sha256(supernet),
+            space=supernet.space.name,
+            max_paths=supernet.space.max_paths,
+            input_size=list(loaded.data_config['input_size']),
+            num_images=sum(len(y) for _, y in batches),
+            recalibration_images=recalibration_images,
+            **source,
+        )
+        if rank == 0:
+            _logger.info(
+                f'Searching space {supernet.space.name} (m = {supernet.space.max_paths}, {supernet.space.size:.3g} '
+                f'archs): {config.num_evaluations} evaluations on {fingerprint["num_images"]} images of {source}'
+            )
+        show, close = _progress(progress and rank == 0, config.num_evaluations)
+        result = search(
+            supernet.space,
+            cost,
+            SupernetEvaluator(supernet, batches, recalibration),
+            config,
+            archive_path=output / 'archive.jsonl',
+            fingerprint=fingerprint,
+            progress=show,
+            rank=rank,
+            world_size=world_size,
+        )
+        close()
+        if rank == 0:
+            if latency:
+                _measure_front(result, supernet)
+            write_front_csv(result, output / 'front.csv')
+            write_front_json(result, output / 'front.json')
+            try:
+                plot_pareto(result, output / 'pareto.png')
+            except ImportError as e:
+                _logger.warning(f'no pareto.png: {e}')
+        return result
+    finally:
+        if place['distributed']:
+            dist.destroy_process_group()
+
+
+def _open_search_split(loaded: LoadedModel, data: SearchData) -> tuple[Any, Any, dict[str, Any]]:
+    """Return the search split, the training images and a description of where the split comes from."""
+
+    def pick(value: Any, name: str, default: Any = None) -> Any:
+        return value if value is not None else getattr(loaded.args, name, default)
+
+    dataset = pick(data.dataset, 'dataset', '')
+    root = pick(data.data_dir, 'data_dir')
+    train_split = pick(data.train_split, 'train_split', 'train')
+    options = dict(
+        num_classes=loaded.model.num_classes,
+        class_map=pick(data.class_map, 'class_map', ''),
+        download=data.download,
+        input_img_mode='RGB' if loaded.data_config['input_size'][0] == 3 else 'L',
+    )
+    if data.search_split:
+        search_set = open_dataset(dataset, root, data.search_split, **options)
+        train_set = open_dataset(dataset, root, train_split, **options)
+        return search_set, train_set, dict(dataset=dataset, split=data.search_split)
+    trained_holdout = getattr(loaded.args, 'search_holdout', None)
+    holdout = next(v for v in (data.search_holdout, trained_holdout or None, 0.1) if v is not None)
+    if not trained_holdout:
+        _logger.warning(
+            'the supernet was trained on all training images, also on those that score archs now: errors will look '
+            'too low. Train with `timm-mixpath train`, which holds a search split out, or name an unseen --search-split'
+        )
+    elif holdout != trained_holdout:
+        _logger.warning(
+            f'the training held out {trained_holdout} of the images, the search takes {holdout}: '
+            'some of them may have been trained on'
+        )
+    train_set, search_set = hold_out(open_dataset(dataset, root, train_split, **options), holdout)
+    return search_set, train_set, dict(dataset=dataset, split=train_split, holdout=holdout)
+
+
+def _recalibration_batches(train_set: Any, loaded: LoadedModel, count: int, device: str, workers: int) -> list:
+    # Drawn at random: batch statistics of images that are sorted by class would be those of one class
+    count = min(count, len(train_set))
+    order = torch.randperm(len(train_set), generator=torch.Generator().manual_seed(0))[:count].tolist()
+    batch_size = min(_RECALIBRATION_BATCH_SIZE, count)
+    return load_batches(
+        Subset(train_set, order), loaded.data_config, device=device, batch_size=batch_size, workers=workers
+    )
+
+
+def _weights_sha256(model: torch.nn.Module) -> str:
+    digest = hashlib.sha256()
+    for key, value in sorted(model.state_dict().items()):
+        digest.update(key.encode())
+        digest.update(value.detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _progress(enabled: bool, total: int) -> tuple[Callable[[Candidate, int], None] | None, Callable[[], None]]:
+    if not enabled:
+        return None, lambda: None
+    if sys.stderr.isatty():
+        from tqdm import tqdm
+
+        bar = tqdm(total=total, desc='Search', dynamic_ncols=True)
+        best = [100.0]
+
+        def show(candidate: Candidate, _: int) -> None:
+            best[0] = min(best[0], candidate.error)
+            bar.update(candidate.index + 1 - bar.n)
+            bar.set_postfix_str(f'lowest error {best[0]:.2f} %')
+
+        return show, bar.close
+
+    def log(candidate: Candidate, total: int) -> None:
+        if (candidate.index + 1) % max(1, total // 10) == 0 or candidate.index + 1 == total:
+            _logger.info(f'Search: {candidate.index + 1}/{total}  error {candidate.error:.2f} %  {candidate.arch}')
+
+    return log, lambda: None
+
+
+def _measure_front(result: SearchResult, supernet: MixPathSupernet) -> None:
+    for candidate in result.front:
+        model = supernet.extract(candidate.arch)
+        candidate.extra['latency_ms'] = round(measure_latency(model, channels_last=True), 4)
+        _logger.info(f'{candidate.extra["latency_ms"]:.2f} ms per image  {candidate.arch}')
+
+
+def print_result(result: SearchResult, output: str | os.PathLike) -> None:
+    """Print the front and where it was written."""
+    print(format_front(result))
+    chosen = result.chosen
+    print(
+        f'\nchosen (*): error {chosen.error:.2f} % on the search split, {chosen.macs / 1e6:.2f} M MACs, '
+        f'{chosen.params / 1e6:.3f} M params\n{chosen.arch}\n'
+        f'{len(result.evaluations)} evaluations and the front are in {Path(output)}'
+    )
