@@ -231,3 +231,9 @@ def test_json_is_plain():
             {'kernel_sizes': [[5]], 'expand_ratio': 3},
         ]
     }
+
+
+@pytest.mark.parametrize('kernel_sizes, expand_ratio', [([[3.0]], 6), ([[3]], 6.5), ([[True]], 6), ([['3']], 6)])
+def test_json_of_anything_but_integers_is_refused(kernel_sizes, expand_ratio):
+    with pytest.raises(ValueError, match='is not a'):
+        Arch.from_dict({'blocks': [{'kernel_sizes': kernel_sizes, 'expand_ratio': expand_ratio}]})

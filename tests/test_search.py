@@ -441,6 +441,14 @@ def test_stopped_by_the_user(nano, tmp_path):
     assert path.read_bytes() == (tmp_path / 'whole').read_bytes()
 
 
+def test_every_evaluation_is_synced_before_the_next(tiny, tmp_path, monkeypatch):
+    synced, sync = [], os.fsync
+    monkeypatch.setattr(os, 'fsync', lambda fd: (sync(fd), synced.append(len(read_archs(tmp_path / 'a')))))
+    (tmp_path / 'a').touch()  # the header is synced in a temporary file
+    run(tiny, tmp_path / 'a')
+    assert synced == [0, *range(1, 19)]
+
+
 @pytest.mark.skipif(not hasattr(os, 'fork'), reason='needs fork')
 @pytest.mark.filterwarnings('ignore:.*fork.*:DeprecationWarning')
 def test_killed(tiny, tmp_path):

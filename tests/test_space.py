@@ -221,8 +221,34 @@ def test_register_conflict():
     assert len(get_space('s1').blocks) == 12
 
 
-@pytest.mark.parametrize('name', ['', 'my space', 'my-space', '1st', 'a.b'])
+@pytest.mark.parametrize('name', ['', 'my space', 'my-space', '1st', 'a.b', 'MixPath', 's1_supernet'])
 def test_register_bad_name(name):
-    with pytest.raises(ValueError, match='identifier'):
+    with pytest.raises(ValueError, match='lower case letters'):
         register_space(replace(OWN, name=name))
     assert name not in list_spaces()
+
+
+def test_register_refuses_the_name_of_another_model():
+    register_model_name = 's2_of_somebody_else'
+
+    @timm.models.register_model
+    def mixpath_s2_of_somebody_else(pretrained=False, **kwargs):
+        raise AssertionError
+
+    with pytest.raises(ValueError, match='there is a model'):
+        register_space(replace(OWN, name=register_model_name))
+    assert register_model_name not in list_spaces()
+
+
+@pytest.mark.parametrize(
+    'spec, text',
+    [
+        (BlockSpec(8, kernel_sizes=(3, 3)), 'kernel 3 is given twice'),
+        (BlockSpec(8, kernel_sizes=(4,)), 'kernel 4 is not an odd'),
+        (BlockSpec(8, expand_ratios=(0,)), 'expansion 0'),
+        (BlockSpec(8, kernel_sizes=()), 'at least one'),
+    ],
+)
+def test_space_with_impossible_blocks(spec, text):
+    with pytest.raises(ValueError, match=text):
+        SearchSpace('bad', (spec,), max_paths=1)

@@ -1,5 +1,6 @@
 import copy
 import io
+from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 
@@ -386,3 +387,28 @@ def test_folded_batch_norms_serve_every_arch(sbn):
     for arch in (ONE_PATH, TWO_PATHS, THREE_PATHS):
         supernet.active_arch = folded.active_arch = arch
         torch.testing.assert_close(folded(make_input()), supernet(make_input()), rtol=1e-4, atol=1e-4)
+
+
+def test_arch_argument_is_the_first_active_arch():
+    supernet = make_supernet(m=3, arch=Arch(THREE_PATHS)).eval()
+    assert supernet.active_arch == THREE_PATHS
+    model = supernet.extract()
+    assert model.arch == THREE_PATHS
+    torch.testing.assert_close(model(make_input()), supernet(make_input()), rtol=1e-5, atol=1e-5)
+    assert supernet.extract(ONE_PATH).arch == ONE_PATH
+    with pytest.raises(ValueError, match='at most m=2'):
+        timm.create_model('mixpath_nano_supernet', arch=THREE_PATHS)
+
+
+def test_extract_says_what_is_missing():
+    unregistered = MixPathSupernet(replace(get_space('nano'), name='unregistered'))
+    with pytest.raises(ValueError, match='register_space'):
+        unregistered.extract()
+    folded = reparameterize_model(timm.create_model('mixpath_nano_supernet').eval())
+    with pytest.raises(ValueError, match='folded'):
+        folded.extract()
+
+
+def test_norm_layer_by_name_with_bn_options():
+    model = timm.create_model('mixpath_nano_supernet', norm_layer='batchnorm2d', bn_eps=1e-3)
+    assert model.extract().bn1.eps == 1e-3

@@ -41,12 +41,12 @@ class BlockChoice:
             raise ValueError('every channel group needs at least one kernel')
         for group in self.groups:
             for kernel_size in group:
-                if kernel_size < 1 or kernel_size % 2 == 0:
-                    raise ValueError(f'kernel {kernel_size} is not an odd positive integer')
+                if type(kernel_size) is not int or kernel_size < 1 or kernel_size % 2 == 0:
+                    raise ValueError(f'kernel {kernel_size!r} is not an odd positive integer')
                 if group.count(kernel_size) > 1:
                     raise ValueError(f'kernel {kernel_size} is given twice, a path can be active once')
-        if self.expand_ratio < 1:
-            raise ValueError(f'expansion {self.expand_ratio} is not a positive integer')
+        if type(self.expand_ratio) is not int or self.expand_ratio < 1:
+            raise ValueError(f'expansion {self.expand_ratio!r} is not a positive integer')
         # The sum does not depend on the order of its paths, so neither do equality and hash.
         object.__setattr__(self, 'groups', tuple(tuple(sorted(group)) for group in self.groups))
 
@@ -82,7 +82,7 @@ class BlockChoice:
 def _parse_int(token: str, what: str) -> int:
     # int() would also take '+3', ' 3', '1_0' and digits of other scripts, which do not round-trip
     if not re.fullmatch('[0-9]{1,4}', token):
-        raise ValueError(f'{what} {token!r} is not a number')
+        raise ValueError(f'{what} {token!r} is not a number of 1 to 4 digits')
     return int(token)
 
 
@@ -90,7 +90,7 @@ class Arch(str):
     """An architecture: one `BlockChoice` per block.
 
     An `Arch` is its own canonical text. That makes it hashable, comparable with text, and lets it travel wherever
-    timm lets a string travel: `create_model(..., arch=arch)`, `config.json`, a checkpoint's `args`.
+    timm lets a string travel: `create_model(..., arch=arch)`, `config.json`, a command line.
 
     Args:
         text: Text form, blocks joined by `,`.
@@ -115,7 +115,7 @@ class Arch(str):
         if isinstance(text, Arch):
             return text
         if not isinstance(text, str):
-            raise ValueError(f'an arch is text such as {_EXAMPLE.split("or")[0]!r}, not {type(text).__name__}')
+            raise ValueError(f'an arch is text, {_EXAMPLE}, not {type(text).__name__}')
         choices: list[BlockChoice] = []
         for index, block in enumerate(text.split(',')):
             try:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import timm
+from safetensors import SafetensorError
 from timm.data import resolve_data_config
 from timm.models import clean_state_dict
 from timm.models._helpers import _torch_load
@@ -87,7 +88,7 @@ def load_model(path: str | os.PathLike, *, use_ema: bool = True) -> LoadedModel:
             raise UsageError(f'{str(path)!r} is not a model folder, it has no config.json')
         try:
             model = timm.create_model(f'local-dir:{path}', pretrained=True)
-        except (RuntimeError, OSError, KeyError) as e:
+        except (RuntimeError, OSError, KeyError, ValueError, TypeError, SafetensorError) as e:
             raise RunError(f'model folder {str(path)!r} can not be loaded: {concise(e)}') from None
         return LoadedModel(model.eval(), Namespace(), resolve_data_config({}, model=model))
     if not path.exists():

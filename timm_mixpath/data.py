@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from tarfile import TarError
 from typing import Any
 
 import torch
@@ -73,7 +74,7 @@ def open_dataset(
     try:
         dataset = create_dataset(name, root=root, split=split, **kwargs)
         empty = not isinstance(dataset, IterableDataset) and len(dataset) == 0
-    except (OSError, RuntimeError, AssertionError, ImportError) as e:
+    except (OSError, RuntimeError, AssertionError, ImportError, TarError) as e:
         raise RunError(f'data set {name or root!r}, split {split!r}, can not be read: {e}') from None
     if empty:
         raise RunError(f'data set {name or root!r}, split {split!r}, holds no images')

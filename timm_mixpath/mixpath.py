@@ -6,20 +6,21 @@ Paper: https://arxiv.org/abs/2001.05887
 every arch of the space. Space S1 follows the published description; `nano` is this package's own.
 """
 
+import re
 import sys
 from functools import partial
 from typing import Any
 
 import torch.nn as nn
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.layers import LayerType, create_classifier, create_conv2d, get_act_layer, get_norm_act_layer
-from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from timm.layers import LayerType, create_classifier, create_conv2d, get_act_layer, get_norm_act_layer, get_norm_layer
+from timm.models import build_model_with_cfg, generate_default_cfgs, is_model, register_model
 from timm.models._efficientnet_builder import _init_weight_goog, efficientnet_init_weights, resolve_bn_args
 from timm.models.efficientnet import EfficientNet
 
 from .arch import Arch
 from .blocks import MultiPathResidual
-from .space import BlockSpec, SearchSpace, add_space, get_space
+from .space import BlockSpec, SearchSpace, add_space, get_space, list_spaces
 
 __all__ = ['MixPath', 'register_space']
 
@@ -158,7 +159,7 @@ def create_mixpath(
     """
     bn_args = resolve_bn_args(kwargs)
     if bn_args:
-        kwargs['norm_layer'] = partial(kwargs.get('norm_layer') or nn.BatchNorm2d, **bn_args)
+        kwargs['norm_layer'] = partial(get_norm_layer(kwargs.get('norm_layer') or nn.BatchNorm2d), **bn_args)
     strides = [stage[0].stride for stage in space.stages]
     num_features = (strides[0] > 1) + sum(s > 1 for s in strides[1:]) + 1
     return build_model_with_cfg(
@@ -237,16 +238,22 @@ def register_space(space: SearchSpace) -> None:
         space: The space. Registering an equal one again does nothing.
 
     Raises:
-        ValueError: A different space of that name exists, or the name is not an identifier.
+        ValueError: A different space or a model of that name exists, or the name can't be part of a model name.
     """
-    if not space.name.isidentifier():
-        raise ValueError(f'space name {space.name!r} must be an identifier, the model is called mixpath_<name>')
+    if not re.fullmatch('[a-z][a-z0-9_]*', space.name) or space.name.endswith('_supernet'):
+        raise ValueError(
+            f'space name {space.name!r} must be made of lower case letters, digits and _, and not end in _supernet: '
+            'the models are called mixpath_<name> and mixpath_<name>_supernet'
+        )
+    is_known = space.name in list_spaces()
+    if not is_known and is_model(f'mixpath_{space.name}'):
+        raise ValueError(f'there is a model mixpath_{space.name} already, choose another name for the space')
     add_space(space)
+    if is_known:
+        return
     module = sys.modules[__name__]
     for suffix, supernet in (('', False), ('_supernet', True)):
         name = f'mixpath_{space.name}{suffix}'
-        if hasattr(module, name):
-            continue
 
         def entrypoint(
             pretrained: bool = False, _name: str = name, _supernet: bool = supernet, **kwargs: Any

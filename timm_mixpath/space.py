@@ -6,7 +6,9 @@ A space knows which archs it holds, how many, and how they map to integer vector
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from itertools import combinations
+from numbers import Integral
 
 from .arch import Arch, BlockChoice
 
@@ -69,6 +71,11 @@ class SearchSpace:
         for block in self.blocks:
             if not block.expand_ratios or not block.kernel_sizes:
                 raise ValueError(f'space {self.name!r}: every block needs at least one expansion and one kernel')
+            try:  # what is wrong with all kernels at once, or with an expansion, is wrong with a block made of them
+                for expand_ratio in block.expand_ratios:
+                    BlockChoice((block.kernel_sizes,), expand_ratio)
+            except ValueError as e:
+                raise ValueError(f'space {self.name!r}: {e}') from None
         limit = self.max_paths_limit
         if isinstance(self.max_paths, bool) or not isinstance(self.max_paths, int) or not 1 <= self.max_paths <= limit:
             raise ValueError(f'm={self.max_paths!r} is out of range for space {self.name!r}, allowed are 1 to {limit}')
@@ -111,10 +118,9 @@ class SearchSpace:
                 stages.append([block])
         return stages
 
-    def subsets(self, index: int) -> list[tuple[int, ...]]:
+    def subsets(self, index: int) -> tuple[tuple[int, ...], ...]:
         """Kernel subsets that block `index` may activate, by size and then by kernel."""
-        kernel_sizes = sorted(self.blocks[index].kernel_sizes)
-        return [s for k in range(1, self.max_paths + 1) for s in combinations(kernel_sizes, k)]
+        return _subsets(self.blocks[index].kernel_sizes, self.max_paths)
 
     def choices(self, index: int) -> list[BlockChoice]:
         """All choices of block `index`."""
@@ -197,8 +203,8 @@ class SearchSpace:
         if len(vector) != len(sizes):
             raise ValueError(f'vector has {len(vector)} entries, space {self.name!r} needs {len(sizes)}')
         for position, (value, size) in enumerate(zip(vector, sizes)):
-            if not 0 <= value < size:
-                raise ValueError(f'entry {position} of the vector is {value}, allowed are 0 to {size - 1}')
+            if not isinstance(value, Integral) or not 0 <= value < size:
+                raise ValueError(f'entry {position} of the vector is {value!r}, allowed are 0 to {size - 1}')
         return Arch.from_blocks(
             BlockChoice(
                 (self.subsets(index)[vector[2 * index + 1]],),
@@ -206,6 +212,11 @@ class SearchSpace:
             )
             for index, block in enumerate(self.blocks)
         )
+
+
+@cache  # a search decodes every vector that it considers
+def _subsets(kernel_sizes: tuple[int, ...], max_paths: int) -> tuple[tuple[int, ...], ...]:
+    return tuple(s for k in range(1, max_paths + 1) for s in combinations(sorted(kernel_sizes), k))
 
 
 def _join(values: Sequence[int]) -> str:

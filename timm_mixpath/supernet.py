@@ -23,6 +23,8 @@ class MixPathSupernet(MixPath):
     same sequence. Parameters that were not sampled take no part in the graph, their gradient stays None, so neither
     weight decay nor momentum moves them. In eval mode `active_arch` runs.
 
+    With gradient checkpointing, a backward pass has to follow its forward pass before the next one samples.
+
     Args:
         space: Search space.
         arch: The arch that eval mode runs at first, the space's `default_arch` if None.
@@ -135,15 +137,21 @@ class MixPathSupernet(MixPath):
             A `mixpath_<space>` model in the mode, on the device and in the dtype of the supernet.
 
         Raises:
-            ValueError: The space does not hold the arch.
+            ValueError: The space does not hold the arch, it is not registered, or the batch norms are folded.
         """
         arch = self.space.arch(arch) if arch is not None else self.active_arch
-        kwargs = dict(
-            self._subnet_kwargs,
-            num_classes=self.num_classes,
-            global_pool=self.global_pool.pool_type,
-        )
         name = f'mixpath_{self.space.name}'
+        if not timm.is_model(name):
+            raise ValueError(
+                f'space {self.space.name!r} is not registered; call timm_mixpath.register_space(space) first'
+            )
+        if any(getattr(module, 'folded', False) for module in self.modules()):
+            raise ValueError('the batch norms of this supernet are folded; extract from the supernet it was made of')
+        # timm keeps what the supernet was created with in a form that config.json can hold
+        kwargs = dict(getattr(self, '_model_args', self._subnet_kwargs))
+        kwargs.update(num_classes=self.num_classes, global_pool=self.global_pool.pool_type)
+        for key in ('arch', 'm', 'sbn', 'seed'):
+            kwargs.pop(key, None)
         model = timm.create_model(name, arch=str(arch), **kwargs)
         model.load_state_dict(self._subnet_state_dict(arch))
         reference = self.conv_stem.weight

@@ -498,7 +498,10 @@ def _train_one_epoch(
 def _not_finite(epoch: int, step: int, loss: float, output_dir: Path | None) -> str:
     last = output_dir / 'last.pth.tar' if output_dir else None
     kept = f'the last good checkpoint is {last}' if last and last.exists() else 'there is no checkpoint yet'
-    return f'the loss is {loss} in epoch {epoch}, step {step}: training stops, {kept}; lower --lr or set --clip-grad'
+    return (
+        f'the loss is {loss} in epoch {epoch}, step {step}: training stops, {kept}; start again with a lower --lr or '
+        'with --clip-grad (a --resume keeps the old learning rate unless --no-resume-opt is given)'
+    )
 
 
 def _mean_over_ranks(args: Namespace, value: torch.Tensor) -> float:

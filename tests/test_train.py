@@ -1,0 +1,218 @@
+import csv
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import small_args
+from timm.models._helpers import _torch_load
+
+from timm_mixpath import get_space, sample
+from timm_mixpath.data import hold_out, open_dataset, targets
+from timm_mixpath.errors import RunError, UsageError
+from timm_mixpath.options import default_args
+from timm_mixpath.train import train
+
+TESTS = Path(__file__).parent
+
+
+def assert_equal(a: Any, b: Any, path: str = '') -> None:
+    """Compare nested checkpoints bit for bit."""
+    assert type(a) is type(b), path
+    if isinstance(a, torch.Tensor):
+        assert torch.equal(a, b), path
+    elif isinstance(a, dict):
+        assert a.keys() == b.keys(), path
+        for key in a:
+            assert_equal(a[key], b[key], f'{path}.{key}')
+    elif isinstance(a, list | tuple):
+        assert len(a) == len(b), path
+        for i, (x, y) in enumerate(zip(a, b)):
+            assert_equal(x, y, f'{path}[{i}]')
+    else:
+        assert a == b, path
+
+
+def command(args: Any, *more: str) -> list[str]:
+    """Command line words of options that differ from the defaults."""
+    words, default = list(more), vars(default_args())
+    for name, value in vars(args).items():
+        if value == default[name]:
+            continue
+        words.append('--' + name.replace('_', '-'))
+        if isinstance(value, dict):
+            words += [f'{k}={v}' for k, v in value.items()]
+        elif isinstance(value, list):
+            words += [str(v) for v in value]
+        elif value is not True:
+            words.append(str(value))
+    return words
+
+
+def environment(**more: str) -> dict[str, str]:
+    path = os.pathsep.join([str(TESTS), str(TESTS.parent)])
+    return dict(os.environ, PYTHONPATH=path, OMP_NUM_THREADS='1', **more)
+
+
+def test_run_leaves_checkpoint_summary_and_args(supernet_run: Path) -> None:
+    rows = list(csv.DictReader((supernet_run / 'summary.csv').read_text().splitlines()))
+    assert [row['epoch'] for row in rows] == ['0', '1']
+    assert 0 <= float(rows[-1]['eval_top1']) <= 100
+    checkpoint = _torch_load(str(supernet_run / 'last.pth.tar'), weights_only=True)
+    assert checkpoint['epoch'] == 1
+    assert checkpoint['args'].search_holdout == 0.1
+    # 180 of 200 images are left for training, 5 steps of 32 in each of 2 epochs
+    assert checkpoint['state_dict']['sample_step'] == 10
+    assert (supernet_run / 'args.yaml').exists() and (supernet_run / 'model_best.pth.tar').exists()
+
+
+def test_training_learns(digits: Path, tmp_path: Path) -> None:
+    args = small_args(
+        digits, tmp_path, model='mixpath_nano', epochs=12, batch_size=20, reprob=0.0, lr=0.1, val_interval=12
+    )
+    result = train(args)
+    assert result.metrics['eval_top1'] > 60  # chance is 10
+
+
+def test_second_run_does_not_overwrite(digits: Path, supernet_run: Path) -> None:
+    before = (supernet_run / 'last.pth.tar').read_bytes()
+    with pytest.raises(UsageError, match='--resume'):
+        train(small_args(digits, supernet_run.parent))
+    assert (supernet_run / 'last.pth.tar').read_bytes() == before
+
+
+def test_killed_run_resumes_bit_exactly(digits: Path, tmp_path: Path) -> None:
+    """SIGKILL in the middle of an epoch, then --resume: equal to a run that was never cut off."""
+    options = dict(epochs=3, model_ema=True, model_ema_decay=0.9, clip_grad=1.0, log_interval=1, drop_path=0.1)
+    whole = train(small_args(digits, tmp_path / 'whole', **options)).output_dir
+
+    args = small_args(digits, tmp_path / 'killed', **options)
+    run = Path(args.output) / 'run'
+    words = [sys.executable, '-m', 'timm_mixpath.cli', *command(args, 'train')]
+    process = subprocess.Popen(words, stderr=subprocess.PIPE, text=True, env=environment())
+    for line in process.stderr:
+        if 'Train: 1 [   2/5]' in line:
+            process.send_signal(signal.SIGKILL)
+            break
+    process.wait()
+    assert _torch_load(str(run / 'last.pth.tar'), weights_only=True)['epoch'] == 0
+    args.resume = str(run / 'last.pth.tar')
+    train(args)
+
+    a, b = (_torch_load(str(path / 'last.pth.tar'), weights_only=True) for path in (whole, run))
+    for key in ('state_dict', 'state_dict_ema', 'optimizer', 'epoch', 'metric'):
+        assert_equal(a[key], b[key], key)
+    assert (whole / 'summary.csv').read_text() == (run / 'summary.csv').read_text()
+
+
+def test_checkpoint_survives_kill_at_any_moment(digits: Path, tmp_path: Path) -> None:
+    """At every SIGKILL there is either no checkpoint yet or a whole one."""
+    args = small_args(digits, tmp_path, epochs=50, val_split='', workers=0, img_size=8)
+    last = tmp_path / 'run' / 'last.pth.tar'
+    process = subprocess.Popen([sys.executable, '-m', 'timm_mixpath.cli', *command(args, 'train')], env=environment())
+    deadline = time.monotonic() + 120
+    while not last.exists() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    copies = 0
+    while process.poll() is None and copies < 40 and time.monotonic() < deadline:
+        snapshot = tmp_path / 'snapshot.pth.tar'
+        shutil.copyfile(last, snapshot)  # what a kill at this moment would leave; raises if there is none
+        copies += 1
+        time.sleep(0.02)
+    process.kill()
+    process.wait()
+    assert copies > 5
+    _torch_load(str(last), weights_only=True)
+
+
+def test_not_finite_loss_stops_and_keeps_checkpoint(digits: Path, tmp_path: Path) -> None:
+    run = train(small_args(digits, tmp_path, epochs=1)).output_dir
+    before = (run / 'last.pth.tar').read_bytes()
+    args = small_args(digits, tmp_path, epochs=2, resume=str(run / 'last.pth.tar'), no_resume_opt=True, lr=1e30)
+    with pytest.raises(RunError, match=r'the loss is (nan|inf) in epoch 1.*last\.pth\.tar'):
+        train(args)
+    assert (run / 'last.pth.tar').read_bytes() == before
+
+
+def test_holdout_is_stratified_disjoint_and_stable(digits: Path) -> None:
+    dataset = open_dataset('', str(digits), 'train')
+    labels = targets(dataset)
+    kept, held = hold_out(dataset, 0.25)
+    assert len(kept) == 150 and len(held) == 50
+    assert not set(kept.indices) & set(held.indices)
+    assert all([labels[i] for i in held.indices].count(c) == 5 for c in range(10))
+    assert hold_out(open_dataset('', str(digits), 'train'), 0.25)[1].indices == held.indices
+
+
+def test_ordinary_model_trains_on_all_images(digits: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level('INFO')
+    train(small_args(digits, tmp_path, model='mixpath_nano', epochs=1, val_split='', mixup=0.2, smoothing=0.1))
+    assert 'Data: 200 training images, no validation' in caplog.text
+
+
+@pytest.mark.parametrize(
+    'overrides, error, text',
+    [
+        (dict(data_dir='/nowhere'), UsageError, "'/nowhere' does not exist"),
+        (dict(data_dir=None), UsageError, 'pass --data-dir'),
+        (dict(train_split='trian'), UsageError, "'trian' is not in"),
+        (dict(num_classes=7), UsageError, '--num-classes 10'),
+        (dict(batch_size=1000), UsageError, 'lower --batch-size'),
+        (dict(batch_size=0), UsageError, '--batch-size 0'),
+        (dict(model='mixpath_mega'), UsageError, "'mixpath_mega'"),
+        (dict(model_kwargs={'m': 9}), UsageError, 'm=9 is out of range'),
+        (dict(opt='sdg'), UsageError, "'sdg'"),
+        (dict(device='cuda:77'), UsageError, "'cuda:77'"),
+        (dict(output='/dev/null/out'), RunError, '/dev/null'),
+        (dict(resume='/nowhere.pth.tar'), UsageError, '/nowhere.pth.tar'),
+        (dict(search_holdout=1.5), UsageError, '1.5'),
+    ],
+)
+def test_bad_input_is_one_sentence(
+    digits: Path, tmp_path: Path, overrides: dict[str, Any], error: type[Exception], text: str
+) -> None:
+    with pytest.raises(error) as info:
+        train(small_args(digits, tmp_path, **overrides))
+    assert text in str(info.value) and '\n' not in str(info.value)
+
+
+def test_empty_and_unreadable_data(tmp_path: Path) -> None:
+    (tmp_path / 'train' / 'a').mkdir(parents=True)
+    with pytest.raises(RunError, match=r'can not be read|holds no images'):
+        train(small_args(tmp_path, tmp_path / 'out'))
+    (tmp_path / 'train.tar').write_text('not a tar')
+    with pytest.raises(RunError, match='can not be read'):
+        train(small_args(tmp_path, tmp_path / 'out', train_split='train.tar'))
+
+
+def test_damaged_checkpoint_is_refused(digits: Path, supernet_run: Path, tmp_path: Path) -> None:
+    damaged = tmp_path / 'last.pth.tar'
+    damaged.write_bytes((supernet_run / 'last.pth.tar').read_bytes()[:5000])
+    with pytest.raises(RunError, match=r'does not fit|not a readable'):
+        train(small_args(digits, tmp_path / 'out', resume=str(damaged)))
+    with pytest.raises(RunError, match='does not fit'):
+        train(small_args(digits, tmp_path / 'out', model='mixpath_nano', resume=str(supernet_run / 'last.pth.tar')))
+
+
+def test_two_processes_agree(digits: Path, tmp_path: Path) -> None:
+    """torchrun with 2 gloo processes: same archs in the same step, equal weights at the end."""
+    args = small_args(digits, tmp_path, epochs=1, batch_size=16)
+    words = ['-m', 'torch.distributed.run', '--nproc_per_node=2', '--master_port=0', '--rdzv-backend=c10d']
+    words += ['--rdzv-endpoint=127.0.0.1:0', '-m', 'timm_mixpath.cli', *command(args, 'train')]
+    words += ['--device-modules', 'recorder']
+    result = subprocess.run(
+        [sys.executable, *words], env=environment(RECORDER_DIR=str(tmp_path)), capture_output=True, text=True
+    )
+    assert result.returncode == 0, result.stderr[-3000:]
+    archs = [(tmp_path / f'archs-{rank}.txt').read_text().splitlines() for rank in (0, 1)]
+    space = get_space('nano')
+    assert archs[0] == archs[1] == [str(sample(space, seed=0, step=i)) for i in range(len(archs[0]))]
+    assert len(archs[0]) == 5
+    weights = [torch.load(tmp_path / f'weights-{rank}.pt') for rank in (0, 1)]
+    assert_equal(*weights)
