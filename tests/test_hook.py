@@ -5,6 +5,7 @@ pytorch-image-models to run the tests that need it.
 """
 
 import os
+import shutil
 import subprocess
 import sys
 import warnings
@@ -74,7 +75,9 @@ def run_train_script(digits: Path, output: Path, processes: int, *more: str, **o
         launch += ['--rdzv-endpoint=127.0.0.1:0']
     output.mkdir(parents=True, exist_ok=True)
     env = environment(RECORDER_DIR=str(output))
-    result = subprocess.run([*launch, TRAIN_SCRIPT, *words], env=env, capture_output=True, text=True)
+    # A copy, since a script in a clone would import the clone's timm instead of the installed one
+    script = shutil.copy(TRAIN_SCRIPT, output / 'train.py')
+    result = subprocess.run([*launch, script, *words], env=env, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr[-3000:]
     return output / 'run' / 'last.pth.tar'
 

@@ -159,6 +159,7 @@ def test_ordinary_model_trains_on_all_images(digits: Path, tmp_path: Path, caplo
 @pytest.mark.parametrize(
     'overrides, error, text',
     [
+        (dict(model=''), UsageError, 'pass --model'),
         (dict(data_dir='/nowhere'), UsageError, "'/nowhere' does not exist"),
         (dict(data_dir=None), UsageError, 'pass --data-dir'),
         (dict(train_split='trian'), UsageError, "'trian' is not in"),

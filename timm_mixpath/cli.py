@@ -107,9 +107,12 @@ def _build_parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.Argumen
 
 
 def _setup_logging() -> None:
+    import logging
+
     from timm.utils import setup_default_logging
 
-    setup_default_logging()
+    if not logging.root.handlers:  # a second command in the same process would print every line twice
+        setup_default_logging()
 
 
 def _add_demo(parser: argparse.ArgumentParser) -> None:

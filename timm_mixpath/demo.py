@@ -53,8 +53,8 @@ class DemoConfig:
     val_split: str = 'validation'
     download: bool = False
     img_size: int = 32
-    supernet_epochs: int = 20
-    train_epochs: int = 20
+    supernet_epochs: int = 15
+    train_epochs: int = 10
     batch_size: int = 64
     generations: int = 8
     max_macs: int | None = None

@@ -37,7 +37,7 @@ def add_train_options(parser: argparse.ArgumentParser) -> None:
     add_data_options(parser)
 
     add = parser.add_argument_group('model').add_argument
-    add('--model', default='mixpath_nano_supernet', metavar='NAME', help='any timm model')
+    add('--model', default='', metavar='NAME', help='any timm model')
     add('--model-kwargs', nargs='*', default={}, action=ParseKwargs, metavar='KEY=VALUE', help='for example arch=...')
     add('--pretrained', action='store_true', help='start from pretrained weights')
     add('--initial-checkpoint', default='', metavar='PATH', help='load this checkpoint into the model')

@@ -247,6 +247,8 @@ def _train(args: Namespace, device: torch.device) -> TrainResult:
 
 
 def _check_values(args: Namespace) -> None:
+    if not args.model:
+        raise UsageError('no model: pass --model NAME, or a recipe with -c (`timm-mixpath recipes` lists them)')
     for name in ('batch_size', 'grad_accum_steps', 'checkpoint_hist', 'epochs', 'val_interval', 'log_interval'):
         if getattr(args, name) < 1:
             raise UsageError(f'--{name.replace("_", "-")} {getattr(args, name)} must be at least 1')

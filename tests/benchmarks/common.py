@@ -48,7 +48,7 @@ def setup(args: argparse.Namespace, title: str) -> torch.device:
             f'Python {platform.python_version()}, torch {torch.__version__}, timm {timm.__version__}, '
             f'timm-mixpath {timm_mixpath.__version__}, {platform.system()}',
         ),
-        ('options', ', '.join(f'{k}={v}' for k, v in vars(args).items() if v not in (None, False))),
+        ('options', ', '.join(f'{k}={v}' for k, v in vars(args).items() if v is not None and v is not False)),
     ]
     for name, value in rows:
         print(f'  {name:<9} {value}')

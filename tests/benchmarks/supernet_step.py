@@ -30,7 +30,6 @@ spent in oneDNN's gradients of large depthwise kernels, the same on all sides: s
 import argparse
 import json
 import re
-import resource
 import statistics
 import subprocess
 import sys
@@ -205,7 +204,6 @@ def gradients(
     side: Ours | Plain, args: argparse.Namespace, device: torch.device, step: int, dtype: torch.dtype
 ) -> tuple[float, Gradients]:
     """Return the loss and the gradients of a step by the plain side's names."""
-    side.model.to(dtype)
     x, target = make_batch(args, device, step)
     loss = side.loss(x.to(dtype), target, step)
     loss.backward()
@@ -232,21 +230,23 @@ def largest_error(actual: Gradients, expected: Gradients) -> float:
 def check_gradients(args: argparse.Namespace, device: torch.device) -> None:
     """Compare loss and gradients of the sides in every arch of the check, from the same weights."""
     args = argparse.Namespace(**{**vars(args), 'batch_size': args.check_batch_size})
-    tf32, num_threads = torch.backends.cudnn.allow_tf32, torch.get_num_threads()
+    tf32 = torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
+    num_threads = torch.get_num_threads()
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
     torch.set_num_threads(1)  # float64 depthwise convolutions get slower by threads
     losses: list[float] = []
     errors: dict[str, list[float]] = {'float64': [], 'same format': [], 'ours': [], 'plain': []}
     num_grads = num_none = 0
+    sides = {torch.float32: make_sides(args, device), torch.float64: make_sides(args, device)}
+    del sides[torch.float64][SIDES[2]]
+    for side in sides[torch.float64].values():
+        side.model.double()
     for step in range(args.check_steps):
-        results = {}
-        for dtype in (torch.float32, torch.float64):
-            for name, side in make_sides(args, device).items():
-                if dtype == torch.float64 and name == SIDES[2]:
-                    continue
-                if name == 'ours':
-                    side.model.load_state_dict({'sample_step': torch.tensor(step)}, strict=False)
-                results[name, dtype] = gradients(side, args, device, step, dtype)
+        results = {
+            (name, dtype): gradients(side, args, device, step, dtype)
+            for dtype, by_name in sides.items()
+            for name, side in by_name.items()
+        }
         without = [{name for name, grad in grads.items() if grad is None} for _, grads in results.values()]
         if any(names != without[0] for names in without):
             check(False, f'parameters without a gradient agree in step {step}')
@@ -260,8 +260,7 @@ def check_gradients(args: argparse.Namespace, device: torch.device) -> None:
         )
         for name in ('ours', 'plain'):
             errors[name].append(largest_error(results[name, torch.float32][1], exact))
-    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = device.type == 'cuda'
-    torch.backends.cudnn.allow_tf32 = tf32
+    torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32 = tf32
     torch.set_num_threads(num_threads)
 
     error64, error32 = max(errors['float64']), max(errors['same format'])
@@ -291,10 +290,8 @@ def measure_memory(args: argparse.Namespace) -> None:
     side = make_side(args.memory_of, args, device)
     for step in range(args.steps):
         train_step(side, *make_batch(args, device, step), step)
-    if device.type == 'cuda':
-        peak = torch.cuda.max_memory_allocated(device)
-    else:
-        peak = resident_bytes('VmHWM') - before
+    cuda = device.type == 'cuda'
+    peak = torch.cuda.max_memory_allocated(device) if cuda else resident_bytes('VmHWM') - before
     tensors = [*side.model.parameters(), *side.model.buffers()]
     tensors += [s['momentum_buffer'] for s in side.optimizer.state.values()]
     print(json.dumps(dict(peak=peak, state=sum(t.numel() * t.element_size() for t in tensors))))
@@ -308,6 +305,8 @@ def resident_bytes(field: str) -> int:
         match = re.search(rf'^{field}:\s+(\d+) kB', status.read_text(), re.MULTILINE)
         if match:
             return int(match[1]) * 1024
+    import resource  # not on Windows
+
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == 'darwin' else peak * 1024
 

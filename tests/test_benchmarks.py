@@ -1,0 +1,45 @@
+"""The benchmark scripts run and their own checks of equality pass. What they time is not looked at."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+FOLDER = Path(__file__).parent / 'benchmarks'
+
+
+def run_script(name: str, options: str, cache: Path) -> str:
+    env = dict(os.environ, OMP_NUM_THREADS='1', XDG_CACHE_HOME=str(cache))
+    env['PYTHONPATH'] = os.pathsep.join(filter(None, [str(FOLDER.parents[1]), env.get('PYTHONPATH')]))
+    command = [sys.executable, str(FOLDER / f'{name}.py'), '--threads', '1', *options.split()]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+@pytest.mark.slow
+def test_supernet_step(tmp_path):
+    options = '--steps 1 --warmup 0 --batch-size 2 --img-size 8 --check-steps 1 --check-batch-size 4 --profile'
+    out = run_script('supernet_step', options, tmp_path)
+    assert out.count('check passed: ') == 2
+    assert 'aten::convolution_backward' in out
+    assert 'n = 1 steps' in out
+    assert 'peak MiB' in out
+
+
+@pytest.mark.slow
+def test_search_evaluation(tmp_path):
+    options = '--archs 2 --warmup 0 --num-images 20 --batch-size 8'
+    out = run_script('search_evaluation', options, tmp_path)
+    assert out.count('check passed: 2 archs') == 2
+    assert 'n = 2 archs, 20 images' in out
+
+
+@pytest.mark.slow
+def test_bookkeeping(tmp_path):
+    options = '--rounds 1 --repetitions 3 --warmup 0 --batch-size 2 --img-size 8'
+    out = run_script('bookkeeping', options, tmp_path)
+    assert out.count('check passed: ') == 2
+    assert 'share of a step' in out
