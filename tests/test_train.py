@@ -217,3 +217,9 @@ def test_two_processes_agree(digits: Path, tmp_path: Path) -> None:
     assert len(archs[0]) == 5
     weights = [torch.load(tmp_path / f'weights-{rank}.pt') for rank in (0, 1)]
     assert_equal(*weights)
+
+
+def test_torchvision_data_set(digits: Path, tmp_path: Path) -> None:
+    """A data set that is not timm's own is split and trained on as well."""
+    run = train(small_args(digits, tmp_path, dataset='torch/image_folder', epochs=1)).output_dir
+    assert _torch_load(str(run / 'last.pth.tar'), weights_only=True)['state_dict']['sample_step'] == 5

@@ -887,7 +887,7 @@ def write_front_json(result: SearchResult, path: str | os.PathLike) -> None:
     """Write the front as JSON with all that is known of it, whole or not at all.
 
     `front` has an entry per candidate: what stands in the archive, the integer `vector` of the arch, its `error` in
-    percent, and whether it is the `chosen` one.
+    percent, and whether it is the `chosen` one. `hypervolume` is null where pymoo is not installed.
     """
     content = dict(
         space=result.space.name,
@@ -895,6 +895,7 @@ def write_front_json(result: SearchResult, path: str | os.PathLike) -> None:
         config=result.config.to_dict(),
         fingerprint=result.fingerprint,
         num_evaluations=len(result.evaluations),
+        hypervolume=_hypervolume(result),
         front=[
             dict(
                 _record(c),
@@ -906,6 +907,13 @@ def write_front_json(result: SearchResult, path: str | os.PathLike) -> None:
         ],
     )
     _write(path, json.dumps(content, indent=2, allow_nan=False) + '\n')
+
+
+def _hypervolume(result: SearchResult) -> float | None:
+    try:
+        return result.hypervolume()
+    except ImportError:
+        return None
 
 
 def format_front(result: SearchResult) -> str:

@@ -31,6 +31,7 @@ import torch.nn.functional as F
 from common import add_common_args, check, median_range, perturb_norms, print_table, setup, timed, turns
 from timm.data import create_loader, resolve_data_config
 from timm.utils import AverageMeter, accuracy
+from torch import nn
 from torch.utils.data import Dataset
 
 from timm_mixpath import Arch, MixPathSupernet, sample
@@ -74,17 +75,27 @@ def make_supernet(args: argparse.Namespace, num_classes: int) -> MixPathSupernet
     return supernet
 
 
-def settle(supernet: MixPathSupernet, train_set: Dataset, data_config: dict, steps: int = 20) -> None:
-    """Let the running statistics follow training images through sampled archs, and centre the logits."""
+def settle(supernet: MixPathSupernet, train_set: Dataset, data_config: dict, steps: int = 40) -> None:
+    """Give the batch norms the statistics of training images through sampled archs, and centre the logits."""
     order = torch.randperm(len(train_set), generator=torch.Generator().manual_seed(0))[:64].tolist()
     ((x, _),) = load_batches(Subset(train_set, order), data_config, batch_size=64, workers=1)
+    norms = [m for m in supernet.modules() if isinstance(m, nn.BatchNorm2d)]
+    momenta = [norm.momentum for norm in norms]
+    for norm in norms:
+        norm.momentum = None  # average over the steps: nothing is left of the initial values
     supernet.train()
     with torch.no_grad():
         for _ in range(steps):
             supernet(x)
+        for norm, momentum in zip(norms, momenta):
+            norm.momentum = momentum
         supernet.eval()
         # Else the bias of random features gives all images the same class, and top-1 would tell nothing
-        supernet.classifier.bias -= supernet(x).mean(0)
+        means = []
+        for step in range(8):
+            supernet.active_arch = sample(supernet.space, seed=supernet.seed, step=step)
+            means.append(supernet(x).mean(0))
+        supernet.classifier.bias -= torch.stack(means).mean(0)
 
 
 def make_sides(
