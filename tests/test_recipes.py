@@ -86,7 +86,12 @@ def test_find_and_copy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         ('- a', 'must map option names'),
         ('lr: [', 'not valid YAML'),
         ('epochs: many', "epochs is 'many', expected int"),
-        ('scale: 1', 'expected a list of float'),
+        ('scale: 1', 'expected a list'),
+        ('lr: [1]', 'expected a single value'),
+        ('epochs:', 'epochs is None, expected int'),
+        ('epochs: 3.7', 'epochs is 3.7, expected int'),
+        ('amp: 3', 'expected true or false'),
+        ('amp_dtype: foo', "allowed are 'float16', 'bfloat16'"),
         ('model_kwargs: m=3', 'must be a mapping'),
     ],
 )

@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from argparse import ArgumentParser
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,10 @@ from conftest import small_args
 from timm.models._helpers import _torch_load
 
 from timm_mixpath import get_space, sample
+from timm_mixpath.checkpoint import load_model
 from timm_mixpath.data import hold_out, open_dataset, targets
 from timm_mixpath.errors import RunError, UsageError
-from timm_mixpath.options import default_args
+from timm_mixpath.options import add_train_options, apply_config, default_args
 from timm_mixpath.train import train
 
 TESTS = Path(__file__).parent
@@ -173,6 +175,26 @@ def test_ordinary_model_trains_on_all_images(digits: Path, tmp_path: Path, caplo
         (dict(output='/dev/null/out'), RunError, '/dev/null'),
         (dict(resume='/nowhere.pth.tar'), UsageError, '/nowhere.pth.tar'),
         (dict(search_holdout=1.5), UsageError, '1.5'),
+        (dict(model_kwargs={'num_classes': 3}), UsageError, 'num_classes'),
+        (dict(model_kwargs={'act_layer': 'bogus'}), UsageError, 'bogus'),
+        (dict(model_kwargs={'colour': 3}), UsageError, 'colour'),
+        (dict(gp='bogus'), UsageError, "'mixpath_nano_supernet' can not be created"),
+        (dict(model='foo:bar'), UsageError, "'foo:bar'"),
+        (dict(input_size=[3, 0, 0]), UsageError, '(3, 0, 0)'),
+        (dict(in_chans=0), UsageError, '--in-chans 0'),
+        (dict(sched='bogus'), UsageError, "'bogus'"),
+        (dict(opt='adamw', opt_betas=[0.9]), UsageError, "'adamw'"),
+        (dict(opt_kwargs={'fused': True}), UsageError, 'fused=True'),
+        (dict(aa='bogus'), UsageError, 'augmentation'),
+        (dict(train_crop_mode='bogus'), UsageError, 'augmentation'),
+        (dict(mixup=0.2, batch_size=15), UsageError, '--batch-size 15 must be even'),
+        (dict(validation_batch_size=-1), UsageError, '--validation-batch-size -1'),
+        (dict(mean=[0.5, 0.5]), UsageError, 'mean'),
+        (dict(seed=-1), UsageError, '--seed -1'),
+        (dict(initial_checkpoint='/nowhere'), UsageError, "'/nowhere' is not a file"),
+        (dict(dataset='bogus/x'), UsageError, "'bogus/x'"),
+        (dict(clip_grad=-1.0), UsageError, '--clip-grad -1'),
+        (dict(sched='plateau', resume='x'), UsageError, 'plateau'),
     ],
 )
 def test_bad_input_is_one_sentence(
@@ -197,7 +219,7 @@ def test_damaged_checkpoint_is_refused(digits: Path, supernet_run: Path, tmp_pat
     damaged.write_bytes((supernet_run / 'last.pth.tar').read_bytes()[:5000])
     with pytest.raises(RunError, match=r'does not fit|not a readable'):
         train(small_args(digits, tmp_path / 'out', resume=str(damaged)))
-    with pytest.raises(RunError, match='does not fit'):
+    with pytest.raises(UsageError, match='a checkpoint of mixpath_nano_supernet, not of mixpath_nano'):
         train(small_args(digits, tmp_path / 'out', model='mixpath_nano', resume=str(supernet_run / 'last.pth.tar')))
 
 
@@ -213,7 +235,7 @@ def test_two_processes_agree(digits: Path, tmp_path: Path) -> None:
     assert result.returncode == 0, result.stderr[-3000:]
     archs = [(tmp_path / f'archs-{rank}.txt').read_text().splitlines() for rank in (0, 1)]
     space = get_space('nano')
-    assert archs[0] == archs[1] == [str(sample(space, seed=0, step=i)) for i in range(len(archs[0]))]
+    assert archs[0] == archs[1] == [str(sample(space, seed=args.seed, step=i)) for i in range(len(archs[0]))]
     assert len(archs[0]) == 5
     weights = [torch.load(tmp_path / f'weights-{rank}.pt') for rank in (0, 1)]
     assert_equal(*weights)
@@ -223,3 +245,82 @@ def test_torchvision_data_set(digits: Path, tmp_path: Path) -> None:
     """A data set that is not timm's own is split and trained on as well."""
     run = train(small_args(digits, tmp_path, dataset='torch/image_folder', epochs=1)).output_dir
     assert _torch_load(str(run / 'last.pth.tar'), weights_only=True)['state_dict']['sample_step'] == 5
+
+
+def test_resume_keeps_what_the_run_had(digits: Path, supernet_run: Path, tmp_path: Path) -> None:
+    """Holding out images that were trained on, or sampling another sequence, must not happen unseen."""
+    last = tmp_path / 'a' / 'last.pth.tar'
+    shutil.copytree(supernet_run, last.parent)
+    for overrides, text in (
+        (dict(search_holdout=0.3), '--search-holdout 0.3 differs from the 0.1'),
+        (dict(model_kwargs={'m': 3}), 'm=3 differs'),
+        (dict(model_kwargs={'seed': 7}), r'seed=7 differs from .* \(42\)'),
+    ):
+        with pytest.raises(UsageError, match=text):
+            train(small_args(digits, tmp_path, experiment='a', resume=str(last), epochs=3, **overrides))
+
+    args = small_args(digits, tmp_path, resume=str(last), epochs=3, seed=43)
+    args.output = args.experiment = ''
+    result = train(args)
+    assert result.output_dir == last.parent.resolve()
+    checkpoint = _torch_load(str(last), weights_only=True)
+    assert checkpoint['args'].search_holdout == 0.1 and checkpoint['args'].model_kwargs == {'seed': 42}
+
+
+def test_checkpoint_of_train_script_is_known_to_have_seen_all_images(supernet_run: Path, digits: Path, tmp_path: Path):
+    checkpoint = torch.load(supernet_run / 'last.pth.tar', weights_only=False)
+    del checkpoint['args'].search_holdout, checkpoint['args'].model_kwargs['seed']
+    (tmp_path / 'stock').mkdir()
+    last = tmp_path / 'stock' / 'last.pth.tar'
+    torch.save(checkpoint, last)
+    train(small_args(digits, tmp_path, resume=str(last), epochs=3))
+    args = _torch_load(str(tmp_path / 'run' / 'last.pth.tar'), weights_only=True)['args']
+    assert args.search_holdout == 0 and args.model_kwargs == {'seed': 0}
+
+
+def test_seed_reaches_the_sampled_archs(digits: Path, tmp_path: Path) -> None:
+    for seed in (1, 2):
+        train(small_args(digits, tmp_path, experiment=str(seed), seed=seed, epochs=1, val_split=''))
+    runs = [_torch_load(str(tmp_path / s / 'last.pth.tar'), weights_only=True) for s in '12']
+    assert [r['args'].model_kwargs['seed'] for r in runs] == [1, 2]
+
+
+def test_every_epoch_leaves_a_checkpoint_and_args_are_a_recipe(digits: Path, tmp_path: Path) -> None:
+    run = train(small_args(digits, tmp_path, epochs=3, val_interval=3, checkpoint_hist=3)).output_dir
+    assert [(run / f'checkpoint-{e}.pth.tar').exists() for e in range(3)] == [True] * 3
+    parser = ArgumentParser()
+    add_train_options(parser)
+    apply_config(parser, run / 'args.yaml')
+    assert parser.parse_args([]).model == 'mixpath_nano_supernet'
+
+
+def test_grayscale(digits: Path, tmp_path: Path) -> None:
+    train(small_args(digits, tmp_path, epochs=1, in_chans=1))
+    loaded = load_model(tmp_path / 'run' / 'last.pth.tar')
+    assert loaded.data_config['input_size'] == (1, 16, 16) and loaded.args.input_img_mode == 'L'
+
+
+@pytest.mark.parametrize('opt', ['adahessian', 'lookahead_momentum'])
+def test_optimizers_that_need_more_of_the_loop(digits: Path, tmp_path: Path, opt: str) -> None:
+    train(small_args(digits, tmp_path, model='mixpath_nano', opt=opt, epochs=1, val_split='', lr=0.01))
+    state = _torch_load(str(tmp_path / 'run' / 'last.pth.tar'), weights_only=True)['state_dict']
+    assert all(torch.isfinite(v).all() for v in state.values())
+
+
+def test_broken_images_and_single_file_are_refused(digits: Path, tmp_path: Path) -> None:
+    for name in ('a', 'b'):
+        (tmp_path / 'd' / 'train' / name).mkdir(parents=True)
+        for i in range(20):
+            (tmp_path / 'd' / 'train' / name / f'{i}.png').write_text('no image')
+    options = dict(num_classes=2, batch_size=4, val_split='')
+    with pytest.raises(RunError, match='images can not be read'):
+        train(small_args(tmp_path / 'd', tmp_path, **options))
+    (tmp_path / 'one.tar').write_bytes(b'')
+    with pytest.raises(UsageError, match='is a file'):
+        train(small_args(tmp_path / 'one.tar', tmp_path, **options))
+
+
+def test_parts_of_a_split_have_transforms_of_their_own(digits: Path) -> None:
+    kept, held = hold_out(open_dataset('', str(digits), 'train'), 0.1)
+    kept.transform, held.transform = 'train', 'search'
+    assert (kept.transform, held.transform) == ('train', 'search')

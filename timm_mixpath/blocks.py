@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from .arch import BlockChoice
-from .layers import ShadowBatchNorm2d
+from .layers import LeanReLU6, ShadowBatchNorm2d
 from .space import BlockSpec
 
 __all__ = ['ChoiceBlock', 'MultiPathResidual']
@@ -91,6 +91,7 @@ class MultiPathResidual(nn.Module):
         self.conv_pwl = create_conv2d(mid_chs, out_chs, 1, **dd)
         self.bn3 = norm_act_layer(out_chs, apply_act=False, **dd)
         self.drop_path = DropPath(drop_path_rate) if drop_path_rate else nn.Identity()
+        self.folded = False
 
     def feature_info(self, location: str) -> dict[str, Any]:
         """Feature tap of the block, see timm's `InvertedResidual`."""
@@ -118,10 +119,13 @@ class MultiPathResidual(nn.Module):
 
         `timm.utils.reparameterize_model` calls it.
         """
+        if self.folded:
+            return
         _fold(self, 'conv_pw', 'bn1')
         for path in self.paths.values():
             _fold(path, 'conv', 'bn')
         self._fold_projection()
+        self.folded = True
 
     def _fold_projection(self) -> None:
         _fold(self, 'conv_pwl', 'bn3')
@@ -163,15 +167,16 @@ class ChoiceBranch(MultiPathResidual):
                 dtype=bn.weight.dtype,
             )
         self.active_paths: tuple[str, ...] = tuple(self.paths)[:1]
-        self.folded = False
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[B, C_in, H, W] -> [B, C_out, H / stride, W / stride]."""
+        if self.folded and self.training:
+            raise RuntimeError('the batch norms of this supernet are folded, it can be evaluated but not trained')
         shortcut = x
         x = self.bn1(self.conv_pw(x))
         x = _sum([self.paths[name](x) for name in self.active_paths])
         num_paths = len(self.active_paths)
-        if self.folded:
+        if isinstance(self.conv_pwl, nn.ModuleList):
             x = self.conv_pwl[num_paths - 1](x)
         else:
             x = self.conv_pwl(x)
@@ -182,11 +187,10 @@ class ChoiceBranch(MultiPathResidual):
 
     def _fold_projection(self) -> None:
         # One projection per shadow: what a shadow normalises is folded once and serves every arch
-        if not self.folded and isinstance(self.bn3, ShadowBatchNorm2d):
+        if isinstance(self.bn3, ShadowBatchNorm2d):
             self.conv_pwl = nn.ModuleList([fuse_conv_bn_eval(self.conv_pwl, bn) for bn in self.bn3.shadows])
             self.bn3 = nn.Identity()
-            self.folded = True
-        elif not self.folded:
+        else:
             super()._fold_projection()
 
 
@@ -202,6 +206,8 @@ class ChoiceBlock(nn.Module):
 
     def __init__(self, in_chs: int, spec: BlockSpec, num_shadows: int | None = None, **kwargs: Any) -> None:
         super().__init__()
+        if kwargs.get('act_layer') is nn.ReLU6:
+            kwargs['act_layer'] = LeanReLU6
         self.out_chs = spec.out_chs
         for expand_ratio in spec.expand_ratios:
             branch = ChoiceBranch(

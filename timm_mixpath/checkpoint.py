@@ -15,9 +15,17 @@ from timm.models._helpers import _torch_load
 from timm.utils import CheckpointSaver
 from torch import nn
 
-from .errors import RunError, UsageError
+from .errors import RunError, UsageError, as_usage_error, concise
 
-__all__ = ['AtomicCheckpointSaver', 'LoadedModel', 'load_model']
+__all__ = [
+    'AtomicCheckpointSaver',
+    'LoadedModel',
+    'check_model_name',
+    'create_model',
+    'load_model',
+    'read_checkpoint',
+    'resolve_data',
+]
 
 
 class AtomicCheckpointSaver(CheckpointSaver):
@@ -58,7 +66,20 @@ class LoadedModel:
     epoch: int | None = None
 
 
-def _read(path: Path) -> dict[str, Any]:
+def read_checkpoint(path: str | os.PathLike) -> dict[str, Any]:
+    """Read a training checkpoint, ours or of timm's train.py.
+
+    Raises:
+        UsageError: It does not exist, or is not a training checkpoint.
+        RunError: It is damaged, or would have to run code to be read.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise UsageError(
+            f'checkpoint {str(path)!r} does not exist'
+            if not path.exists()
+            else f'{str(path)!r} is not a file; pass the last.pth.tar in it'
+        )
     try:
         checkpoint = _torch_load(str(path), map_location='cpu', weights_only=True)
     except Exception as e:  # torch raises half a dozen types for a file that is no checkpoint
@@ -91,10 +112,8 @@ def load_model(path: str | os.PathLike, *, use_ema: bool = True) -> LoadedModel:
         except (RuntimeError, OSError, KeyError, ValueError, TypeError, SafetensorError) as e:
             raise RunError(f'model folder {str(path)!r} can not be loaded: {concise(e)}') from None
         return LoadedModel(model.eval(), Namespace(), resolve_data_config({}, model=model))
-    if not path.exists():
-        raise UsageError(f'checkpoint {str(path)!r} does not exist')
 
-    checkpoint = _read(path)
+    checkpoint = read_checkpoint(path)
     args = checkpoint['args']
     model = create_model(args)
     key = 'state_dict_ema' if use_ema and checkpoint.get('state_dict_ema') is not None else 'state_dict'
@@ -103,7 +122,7 @@ def load_model(path: str | os.PathLike, *, use_ema: bool = True) -> LoadedModel:
     except RuntimeError as e:
         details = ' '.join(line.strip() for line in str(e).splitlines()[1:3])
         raise RunError(f'weights of {str(path)!r} do not fit {args.model}: {details[:300]}') from None
-    data_config = resolve_data_config(vars(args), model=model)
+    data_config = resolve_data(args, model)
     return LoadedModel(model.eval(), args, data_config, checkpoint.get('epoch'))
 
 
@@ -121,30 +140,51 @@ def create_model(args: Namespace, **overrides: Any) -> nn.Module:
     if in_chans is None:
         input_size = getattr(args, 'input_size', None)
         in_chans = input_size[0] if input_size else 3
-    kwargs = dict(
-        in_chans=in_chans,
-        num_classes=args.num_classes,
-        drop_rate=args.drop,
-        drop_path_rate=args.drop_path,
-        global_pool=args.gp,
-        bn_momentum=args.bn_momentum,
-        bn_eps=args.bn_eps,
-        **args.model_kwargs,
-    )
     check_model_name(args.model)
-    try:
+    with as_usage_error(f'model {args.model!r} can not be created'):
+        kwargs = dict(
+            in_chans=in_chans,
+            num_classes=args.num_classes,
+            drop_rate=args.drop,
+            drop_path_rate=args.drop_path,
+            global_pool=args.gp,
+            bn_momentum=args.bn_momentum,
+            bn_eps=args.bn_eps,
+            **args.model_kwargs,
+        )
         return timm.create_model(args.model, **{**kwargs, **overrides})
-    except (ValueError, TypeError, RuntimeError, FileNotFoundError) as e:
-        raise UsageError(f'model {args.model!r} can not be created: {concise(e)}') from None
+
+
+def resolve_data(args: Namespace, model: nn.Module) -> dict[str, Any]:
+    """Return input size, mean, std and resizing, see `timm.data.resolve_data_config`.
+
+    Unlike there, `in_chans` alone changes the channels of the input.
+
+    Raises:
+        UsageError: A value is out of range.
+    """
+    values = dict(vars(args))
+    in_chans = values.get('in_chans')
+    if in_chans is not None and values.get('input_size') is None:
+        height, width = model.pretrained_cfg['input_size'][1:]
+        size = values.get('img_size')
+        values['input_size'] = (in_chans, size or height, size or width)
+    with as_usage_error('input size, mean, std or crop is out of range'):
+        data_config = resolve_data_config(values, model=model)
+    channels = data_config['input_size'][0]
+    if min(data_config['input_size']) < 1:
+        raise UsageError(f'input size {data_config["input_size"]} must be three positive numbers')
+    for name in ('mean', 'std'):
+        if len(data_config[name]) != channels:
+            if values.get(name) is not None:
+                raise UsageError(f'--{name} has {len(data_config[name])} values, the input {channels} channels')
+            # a default for RGB, of which other inputs take the average
+            data_config[name] = (sum(data_config[name]) / len(data_config[name]),) * channels
+    return data_config
 
 
 def check_model_name(name: str) -> None:
     """Raise UsageError for a name that timm does not know."""
-    if not timm.is_model(timm.models.split_model_name_tag(name)[0]) and ':' not in name:
+    if ':' not in name and not timm.is_model(timm.models.split_model_name_tag(name)[0]):
         known = ', '.join(timm.list_models('mixpath*'))
         raise UsageError(f'unknown model {name!r}; mixpath models are {known}, timm.list_models() lists all')
-
-
-def concise(error: Exception) -> str:
-    """Return the first line of an error's message, its type where there is none."""
-    return str(error).splitlines()[0] if str(error) else repr(error)

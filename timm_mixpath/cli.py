@@ -4,6 +4,7 @@ Exit status: 0 done, 1 a run failed, 2 the command was wrong, 130 interrupted.
 """
 
 import argparse
+import dataclasses
 import importlib
 import re
 import runpy
@@ -12,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from .errors import RunError, UsageError
+from .errors import RunError, UsageError, as_usage_error
 
 __all__ = ['main']
 
@@ -27,23 +28,24 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         parser, commands = _build_parser()
         args = parser.parse_args(argv)
-        for module in getattr(args, 'device_modules', None) or []:
-            _import(module)
         if getattr(args, 'config', None):
             from .options import apply_config
             from .recipes import find_recipe
 
             apply_config(commands['train'], find_recipe(args.config))
             args = parser.parse_args(argv)
-        args.run(args)
+        for module in getattr(args, 'device_modules', None) or []:
+            _import(module)
+        if args.command != 'run':  # what goes wrong in a user's script is the user's to see
+            args.run(args)
     except UsageError as e:
         return _fail(e, 2)
-    except (RunError, ImportError) as e:  # extras that are not installed say how to install them
+    except (RunError, ImportError, OSError) as e:  # extras that are not installed say how to install them
         return _fail(e, 1)
     except KeyboardInterrupt:
         print('timm-mixpath: interrupted; the same command goes on where it can', file=sys.stderr)
         return 130
-    return 0
+    return _run(args) if args.command == 'run' else 0
 
 
 def _fail(error: Exception, status: int) -> int:
@@ -102,7 +104,7 @@ def _build_parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.Argumen
     _add_export(command('export', _export, 'write a model folder for timm.create_model'))
     _add_profile(command('profile', _profile, 'size and cost of a search space'))
     _add_recipes(command('recipes', _recipes, 'list the recipes, or copy one'))
-    _add_run(command('run', _run, 'run any timm script with the mixpath models registered'))
+    _add_run(command('run', None, 'run any timm script with the mixpath models registered'))
     return parser, commands
 
 
@@ -113,6 +115,11 @@ def _setup_logging() -> None:
 
     if not logging.root.handlers:  # a second command in the same process would print every line twice
         setup_default_logging()
+
+
+def _from_args(cls: type, args: argparse.Namespace) -> Any:
+    """Make a dataclass of the options of its fields' names."""
+    return cls(**{field.name: getattr(args, field.name) for field in dataclasses.fields(cls)})
 
 
 def _add_demo(parser: argparse.ArgumentParser) -> None:
@@ -141,17 +148,14 @@ def _demo(args: argparse.Namespace) -> None:
     from .demo import DemoConfig, run_demo
 
     _setup_logging()
-    names = DemoConfig.__dataclass_fields__.keys() - {'download'}
-    config = DemoConfig(download=args.dataset_download, **{name: getattr(args, name) for name in names})
-    run_demo(config, args.output)
+    run_demo(_from_args(DemoConfig, args), args.output)
 
 
 def _train(args: argparse.Namespace) -> None:
     from .train import train
 
     _setup_logging()
-    del args.run, args.command, args.config
-    train(args)
+    train(argparse.Namespace(**{k: v for k, v in vars(args).items() if k not in ('run', 'command', 'config')}))
 
 
 def _add_search(parser: argparse.ArgumentParser) -> None:
@@ -202,15 +206,11 @@ def _search(args: argparse.Namespace) -> None:
     from .search import SearchConfig
 
     _setup_logging()
-    names = SearchConfig.__dataclass_fields__.keys()
-    config = SearchConfig(**{name: getattr(args, name) for name in names})
-    data_names = SearchData.__dataclass_fields__.keys() - {'download'}
-    data = SearchData(download=args.dataset_download, **{name: getattr(args, name) for name in data_names})
     result = search_checkpoint(
         args.checkpoint,
         args.output,
-        config,
-        data,
+        _from_args(SearchConfig, args),
+        _from_args(SearchData, args),
         recalibration_images=args.recalibration_images,
         batch_size=args.batch_size,
         device=args.device,
@@ -237,11 +237,11 @@ def _export(args: argparse.Namespace) -> None:
 
 
 def _add_profile(parser: argparse.ArgumentParser) -> None:
-    from timm.utils import ParseKwargs
+    from .options import KeyValue
 
     add = parser.add_argument
     add('--model', required=True, metavar='NAME', help='a supernet, for example mixpath_s1_supernet')
-    add('--model-kwargs', nargs='*', default={}, action=ParseKwargs, metavar='KEY=VALUE', help='for example m=2')
+    add('--model-kwargs', nargs='*', default={}, action=KeyValue, metavar='KEY=VALUE', help='for example m=2')
     add('--num-classes', type=int, metavar='N')
     add('--input-size', nargs=3, type=int, metavar='N', help='channels, height, width')
     add('--num-samples', type=int, default=10_001, metavar='N', help='sampled archs behind the median')
@@ -251,25 +251,21 @@ def _add_profile(parser: argparse.ArgumentParser) -> None:
 def _profile(args: argparse.Namespace) -> None:
     import timm
 
-    from .checkpoint import check_model_name, concise
+    from .checkpoint import check_model_name
     from .cost import CostTable, profile_space
     from .supernet import MixPathSupernet
 
     check_model_name(args.model)
     in_chans = args.input_size[0] if args.input_size else None
-    try:
+    with as_usage_error(f'model {args.model!r} can not be created'):
         model = timm.create_model(
             args.model, num_classes=args.num_classes, in_chans=in_chans, device='meta', **args.model_kwargs
         )
-    except (ValueError, TypeError) as e:
-        raise UsageError(f'model {args.model!r} can not be created: {concise(e)}') from None
     if not isinstance(model, MixPathSupernet):
         raise UsageError(f'{args.model!r} is no supernet; try {", ".join(timm.list_models("mixpath*_supernet"))}')
-    try:
+    with as_usage_error('the space can not be profiled'):
         table = CostTable.from_supernet(model, tuple(args.input_size) if args.input_size else None)
         profile = profile_space(table, num_samples=args.num_samples)
-    except ValueError as e:
-        raise UsageError(str(e)) from None
     size = 'x'.join(str(v) for v in table.input_size)
     print(f'{args.model}: {profile.size:,} archs, m = {model.space.max_paths}, input {size}')
     print(f'{"":12}{"min":>12}{"median":>12}{"max":>12}')
@@ -299,19 +295,22 @@ def _recipes(args: argparse.Namespace) -> None:
 
 
 def _add_run(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument('script', metavar='SCRIPT', help='for example validate.py of timm')
-    parser.add_argument('arguments', nargs=argparse.REMAINDER, metavar='ARGS', help='options of the script')
+    add = parser.add_argument
+    add('--device-modules', nargs=1, metavar='MODULE', help='Python module to import first, for a space of your own')
+    add('script', metavar='SCRIPT', help='for example validate.py of timm')
+    add('arguments', nargs=argparse.REMAINDER, metavar='ARGS', help='options of the script')
 
 
-def _run(args: argparse.Namespace) -> None:
+def _run(args: argparse.Namespace) -> int:
     script = Path(args.script)
     if not script.is_file():
-        raise UsageError(f'script {args.script!r} does not exist')
+        return _fail(UsageError(f'script {args.script!r} does not exist'), 2)
     import timm_mixpath  # noqa: F401  registers the models
 
     sys.argv = [args.script, *args.arguments]
     sys.path.insert(0, str(script.resolve().parent))  # as `python SCRIPT` does
     runpy.run_path(args.script, run_name='__main__')
+    return 0
 
 
 if __name__ == '__main__':

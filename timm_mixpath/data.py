@@ -1,6 +1,7 @@
 """Data sets as timm reads them, and the search split that is held out from the training images."""
 
-from collections.abc import Sequence
+import copy
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from tarfile import TarError
 from typing import Any
@@ -10,13 +11,16 @@ from timm.data import create_dataset
 from timm.data.dataset_factory import _search_split
 from torch.utils.data import Dataset, IterableDataset
 
-from .errors import RunError, UsageError
+from .errors import RunError, UsageError, concise
 
-__all__ = ['Subset', 'class_names', 'hold_out', 'open_dataset', 'targets']
+__all__ = ['Subset', 'class_names', 'hold_out', 'open_dataset', 'read', 'targets']
+
+# The kinds of data sets that timm knows; it takes a folder for any other name
+_KINDS = ('torch', 'hfds', 'hfids', 'tfds', 'wds')
 
 
-class Subset(Dataset):
-    """A part of a data set, with a transform that timm's `create_loader` can set.
+class Subset(torch.utils.data.Subset):
+    """A part of a data set, with a transform of its own that timm's `create_loader` can set.
 
     Args:
         dataset: Map-style data set.
@@ -24,8 +28,7 @@ class Subset(Dataset):
     """
 
     def __init__(self, dataset: Dataset, indices: Sequence[int]) -> None:
-        self.dataset = dataset
-        self.indices = list(indices)
+        super().__init__(copy.copy(dataset), list(indices))
 
     @property
     def transform(self) -> Any:
@@ -34,12 +37,6 @@ class Subset(Dataset):
     @transform.setter
     def transform(self, transform: Any) -> None:
         self.dataset.transform = transform
-
-    def __getitem__(self, index: int) -> Any:
-        return self.dataset[self.indices[index]]
-
-    def __len__(self) -> int:
-        return len(self.indices)
 
 
 def open_dataset(
@@ -63,10 +60,20 @@ def open_dataset(
         UsageError: The folder or the split does not exist, or the number of classes differs.
         RunError: There is no image in it, or it can't be read.
     """
+    if name and name.split('/')[0].lower() not in _KINDS:
+        raise UsageError(
+            f'unknown kind of data set {name!r}; it is empty for a folder or tar of class folders, or starts with one '
+            f'of {", ".join(_KINDS)} and a slash, for example torch/cifar10'
+        )
     if not root and not name.startswith(('hfds/', 'hfids/', 'tfds/', 'wds/')):
         raise UsageError("no data: pass --data-dir DIR, a folder with one sub-folder per split, for example 'train'")
     if root and not Path(root).exists() and not kwargs.get('download'):
         raise UsageError(f'data folder {root!r} does not exist')
+    if not name and split and Path(root).is_file():
+        raise UsageError(
+            f'{root!r} is a file, which would be used whole for every split; pass the folder that it is in as '
+            f'--data-dir and its name as --train-split'
+        )
     if not name and split and Path(root).is_dir() and _search_split(root, split) == root:
         # timm would silently take the whole folder, training images included, for the split
         found = ', '.join(sorted(p.name for p in Path(root).iterdir())[:10]) or 'nothing'
@@ -75,7 +82,7 @@ def open_dataset(
         dataset = create_dataset(name, root=root, split=split, **kwargs)
         empty = not isinstance(dataset, IterableDataset) and len(dataset) == 0
     except (OSError, RuntimeError, AssertionError, ImportError, TarError) as e:
-        raise RunError(f'data set {name or root!r}, split {split!r}, can not be read: {e}') from None
+        raise RunError(f'data set {name or root!r}, split {split!r}, can not be read: {concise(e)}') from e
     if empty:
         raise RunError(f'data set {name or root!r}, split {split!r}, holds no images')
     names = class_names(dataset)
@@ -85,6 +92,23 @@ def open_dataset(
             f'pass --num-classes {len(names)} if that is right'
         )
     return dataset
+
+
+def read(loader: Iterable) -> Iterator[Any]:
+    """Iterate over a loader.
+
+    Raises:
+        RunError: Images can't be read.
+    """
+    iterator = iter(loader)
+    while True:
+        try:
+            batch = next(iterator)
+        except StopIteration:
+            return
+        except (OSError, RuntimeError, ValueError) as e:  # a worker's error comes with its traceback as text
+            raise RunError(f'images can not be read: {str(e).strip().splitlines()[-1]}') from e
+        yield batch
 
 
 def class_names(dataset: Dataset) -> list[str] | None:

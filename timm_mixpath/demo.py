@@ -11,13 +11,15 @@ from pathlib import Path
 import numpy as np
 
 from .checkpoint import load_model
+from .cost import CostTable
 from .data import class_names, open_dataset
-from .errors import UsageError
+from .errors import UsageError, as_usage_error
 from .export import save_model
 from .files import make_output_dir, write_atomic, write_dir_atomic
 from .options import default_args
 from .pipeline import SearchData, print_result, search_checkpoint
-from .search import SearchConfig
+from .search import SearchConfig, check_limits, require_pymoo
+from .space import get_space
 from .train import train
 
 __all__ = ['DemoConfig', 'digits_folder', 'run_demo']
@@ -35,7 +37,7 @@ class DemoConfig:
         dataset: Type and name as in timm.
         train_split: Training split.
         val_split: Validation split, for the final accuracy only.
-        download: Download the data set where timm can.
+        dataset_download: Download the data set where timm can.
         img_size: Size that the images are brought to, in pixels.
         supernet_epochs: Epochs of the supernet.
         train_epochs: Epochs of the winner.
@@ -51,7 +53,7 @@ class DemoConfig:
     dataset: str = ''
     train_split: str = 'train'
     val_split: str = 'validation'
-    download: bool = False
+    dataset_download: bool = False
     img_size: int = 32
     supernet_epochs: int = 15
     train_epochs: int = 10
@@ -110,22 +112,29 @@ def run_demo(config: DemoConfig, output: str | os.PathLike) -> Path:
         UsageError: The output belongs to another configuration, or the data does not exist.
         RunError: Training failed, or files can't be read or written.
     """
+    search_config = SearchConfig(
+        population=24, offspring=12, generations=config.generations, max_macs=config.max_macs, seed=config.seed
+    )
+    require_pymoo()  # not after minutes of training
     output = make_output_dir(output)
     _check_same_run(config, output / 'demo.json')
     data_dir = config.data_dir
     if data_dir is None and not config.dataset:
         data_dir = str(digits_folder())
-    train_set = open_dataset(config.dataset, data_dir, config.train_split, download=config.download)
+    train_set = open_dataset(config.dataset, data_dir, config.train_split, download=config.dataset_download)
     names = class_names(train_set)
     if names is None:
         raise UsageError(f'the classes of data set {config.dataset!r} are not known, use `timm-mixpath train`')
+
+    with as_usage_error(f'image size {config.img_size} is out of range'):
+        check_limits(search_config, CostTable(get_space('nano'), input_size=(3, config.img_size, config.img_size)))
 
     common = dict(
         data_dir=data_dir,
         dataset=config.dataset,
         train_split=config.train_split,
         val_split=config.val_split,
-        dataset_download=config.download,
+        dataset_download=config.dataset_download,
         num_classes=len(names),
         img_size=config.img_size,
         batch_size=config.batch_size,
@@ -156,9 +165,6 @@ def run_demo(config: DemoConfig, output: str | os.PathLike) -> Path:
     supernet = output / 'supernet' / 'last.pth.tar'
 
     _logger.info('2/3 Searching')
-    search_config = SearchConfig(
-        population=24, offspring=12, generations=config.generations, max_macs=config.max_macs, seed=config.seed
-    )
     result = search_checkpoint(
         supernet, output / 'search', search_config, SearchData(), workers=config.workers, device=config.device
     )
@@ -207,8 +213,12 @@ def _read_summary(path: Path) -> list[dict[str, str]]:
 def _check_same_run(config: DemoConfig, path: Path) -> None:
     content = asdict(config)
     if path.exists():
-        other = json.loads(path.read_text())
-        changed = [k for k in content if content[k] != other.get(k)]
+        try:
+            other = json.loads(path.read_text())
+        except ValueError:
+            raise UsageError(f'{str(path)!r} is damaged; choose another --output') from None
+        # where and with how many processes it runs does not change what it is
+        changed = [k for k in content if content[k] != other.get(k) and k not in ('workers', 'device')]
         if changed:
             raise UsageError(
                 f'{str(path.parent)!r} holds a run with another {changed[0]} ({other.get(changed[0])!r}, now '

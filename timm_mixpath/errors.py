@@ -1,6 +1,9 @@
 """Errors whose message is all that a user needs to see."""
 
-__all__ = ['RunError', 'UsageError']
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+__all__ = ['RunError', 'UsageError', 'as_usage_error', 'concise']
 
 
 class UsageError(ValueError):
@@ -9,3 +12,30 @@ class UsageError(ValueError):
 
 class RunError(RuntimeError):
     """A run that was set up well failed: exit status 1 on the command line."""
+
+
+def concise(error: BaseException) -> str:
+    """Return the first line of an error's message, with its type where that says more."""
+    lines = str(error).strip().splitlines()
+    if lines and isinstance(error, (AssertionError, OSError, RuntimeError, ValueError)):
+        return lines[0]
+    return f'{type(error).__name__}: {lines[0]}' if lines else type(error).__name__
+
+
+@contextmanager
+def as_usage_error(what: str) -> Iterator[None]:
+    """Turn what a library raises for a value that it does not take into one sentence.
+
+    Args:
+        what: What was tried with which value, for example "optimizer 'sdg' can not be created".
+
+    Raises:
+        UsageError: The block raised; the cause is chained.
+    """
+    try:
+        yield
+    except (UsageError, RunError):
+        raise
+    except (ArithmeticError, AssertionError, AttributeError, LookupError, OSError, RuntimeError, TypeError,
+            ValueError) as e:  # fmt: skip
+        raise UsageError(f'{what}: {concise(e)}') from e

@@ -12,7 +12,8 @@ from torch import nn
 from torch.utils.data import Dataset
 
 from .arch import Arch
-from .data import Subset
+from .data import Subset, read
+from .errors import UsageError
 from .supernet import MixPathSupernet
 
 __all__ = ['SupernetEvaluator', 'evaluate', 'load_batches', 'recalibrate_bn']
@@ -43,7 +44,16 @@ def load_batches(
 
     Returns:
         Batches of normalised images [B, C, H, W] and class indices [B]. An image takes 4 * C * H * W bytes.
+
+    Raises:
+        UsageError: A number is out of range.
+        RunError: Images can't be read.
     """
+    if batch_size < 1 or workers < 0 or (max_images is not None and max_images < 1):
+        raise UsageError(
+            f'batch size {batch_size} and number of images {max_images} must be at least 1, '
+            f'workers {workers} at least 0'
+        )
     device = torch.device(device)
     if max_images is not None and max_images < len(dataset):
         # samples are sorted by class, so an even stride keeps the classes' shares
@@ -62,7 +72,7 @@ def load_batches(
         device=device,
     )
     memory_format = torch.channels_last if channels_last else torch.contiguous_format
-    return [(x.contiguous(memory_format=memory_format), y) for x, y in loader]
+    return [(x.contiguous(memory_format=memory_format), y) for x, y in read(loader)]
 
 
 def evaluate(model: nn.Module, batches: Batches) -> dict[str, float]:

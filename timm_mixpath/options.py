@@ -12,7 +12,18 @@ from timm.utils import ParseKwargs
 
 from .errors import UsageError
 
-__all__ = ['add_data_options', 'add_train_options', 'apply_config', 'default_args']
+
+class KeyValue(ParseKwargs):
+    """timm's `ParseKwargs`, with a message for what is not of the form key=value."""
+
+    def __call__(self, parser: argparse.ArgumentParser, namespace: Any, values: Any, option_string: Any = None) -> None:
+        for value in values:
+            if value and '=' not in value:
+                parser.error(f'argument {option_string}: {value!r} is not of the form key=value')
+        super().__call__(parser, namespace, values, option_string)
+
+
+__all__ = ['KeyValue', 'add_data_options', 'add_train_options', 'apply_config', 'default_args']
 
 
 def add_data_options(parser: argparse.ArgumentParser) -> None:
@@ -38,7 +49,7 @@ def add_train_options(parser: argparse.ArgumentParser) -> None:
 
     add = parser.add_argument_group('model').add_argument
     add('--model', default='', metavar='NAME', help='any timm model')
-    add('--model-kwargs', nargs='*', default={}, action=ParseKwargs, metavar='KEY=VALUE', help='for example arch=...')
+    add('--model-kwargs', nargs='*', default={}, action=KeyValue, metavar='KEY=VALUE', help='for example arch=...')
     add('--pretrained', action='store_true', help='start from pretrained weights')
     add('--initial-checkpoint', default='', metavar='PATH', help='load this checkpoint into the model')
     add('--resume', default='', metavar='PATH', help='go on with a run: its last.pth.tar')
@@ -75,7 +86,7 @@ def add_train_options(parser: argparse.ArgumentParser) -> None:
     add('--clip-grad', type=float, default=None, metavar='NORM', help='gradient clipping')
     add('--clip-mode', default='norm', choices=('norm', 'value', 'agc'))
     add('--layer-decay', type=float, default=None)
-    add('--opt-kwargs', nargs='*', default={}, action=ParseKwargs, metavar='KEY=VALUE')
+    add('--opt-kwargs', nargs='*', default={}, action=KeyValue, metavar='KEY=VALUE')
 
     add = parser.add_argument_group('learning rate schedule').add_argument
     add('--sched', default='cosine', metavar='NAME', help='timm scheduler')
@@ -139,7 +150,7 @@ def add_train_options(parser: argparse.ArgumentParser) -> None:
     add('--model-ema-warmup', action='store_true')
 
     add = parser.add_argument_group('run').add_argument
-    add('--seed', type=int, default=42, help='seed of weights, data order and augmentation')
+    add('--seed', type=int, default=42, help='seed of weights, data order, augmentation, and of the sampled archs')
     add('--worker-seeding', default='all')
     add('--log-interval', type=int, default=50, metavar='N', help='steps between log lines')
     add('--val-interval', type=int, default=1, metavar='N', help='epochs between validations and checkpoints')
@@ -177,18 +188,35 @@ def apply_config(parser: argparse.ArgumentParser, path: str | Path) -> dict[str,
             )
         if isinstance(actions[key], ParseKwargs) and not isinstance(value, dict):
             raise UsageError(f'recipe {str(path)!r}: {key} must be a mapping, not {value!r}')
-        convert, is_list = actions[key].type, actions[key].nargs in ('+', '*', 3)
-        if convert is None or value is None or isinstance(value, dict):
-            continue
-        try:  # YAML reads 1e-5 as text, which argparse would turn into a number only for text defaults
-            config[key] = [convert(v) for v in value] if is_list else convert(value)
-        except (TypeError, ValueError):
-            raise UsageError(
-                f'recipe {str(path)!r}: {key} is {value!r}, expected {"a list of " if is_list else ""}'
-                f'{convert.__name__}'
-            ) from None
+        config[key] = _convert(value, actions[key], f'recipe {str(path)!r}: {key}')
     parser.set_defaults(**config)
     return config
+
+
+def _convert(value: Any, action: argparse.Action, what: str) -> Any:
+    """Check a value of a recipe as argparse would check a word of the command line."""
+    if isinstance(value, dict) or (value is None and action.default is None):
+        return value
+    is_list = action.nargs in ('+', '*', 3)
+    if is_list != isinstance(value, list):
+        raise UsageError(f'{what} is {value!r}, expected a {"list" if is_list else "single value"}')
+    if action.nargs == 0:  # a switch
+        if not isinstance(value, bool):
+            raise UsageError(f'{what} is {value!r}, expected true or false')
+        return value
+    kind = action.type or str
+    values = value if is_list else [value]
+    try:  # YAML reads 1e-5 as text
+        converted = [kind(v) for v in values]
+        if kind is int and any(isinstance(v, bool) or float(v) != c for v, c in zip(values, converted)):
+            raise ValueError
+        if any(v is None for v in values):
+            raise ValueError
+    except (TypeError, ValueError):
+        raise UsageError(f'{what} is {value!r}, expected {"a list of " if is_list else ""}{kind.__name__}') from None
+    if action.choices and not set(converted) <= set(action.choices):
+        raise UsageError(f'{what} is {value!r}, allowed are {", ".join(map(repr, action.choices))}')
+    return converted if is_list else converted[0]
 
 
 def default_args(**overrides: Any) -> argparse.Namespace:

@@ -2,8 +2,10 @@
 
 import hashlib
 import logging
+import math
 import os
 import sys
+from argparse import Namespace
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,19 +13,29 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from timm.utils.distributed import init_distributed_device_so
 
 from .checkpoint import LoadedModel, load_model
 from .cost import CostTable, measure_latency
 from .data import Subset, hold_out, open_dataset
+from .device import init_device
 from .errors import UsageError
 from .evaluate import SupernetEvaluator, load_batches
 from .files import make_output_dir
 from .plots import plot_pareto
-from .search import Candidate, SearchConfig, SearchResult, format_front, search, write_front_csv, write_front_json
+from .search import (
+    Candidate,
+    SearchConfig,
+    SearchResult,
+    check_limits,
+    format_front,
+    require_pymoo,
+    search,
+    write_front_csv,
+    write_front_json,
+)
 from .supernet import MixPathSupernet
 
-__all__ = ['SearchData', 'search_checkpoint']
+__all__ = ['SearchData', 'open_search_split', 'print_result', 'recalibration_batches', 'search_checkpoint']
 
 _logger = logging.getLogger(__name__)
 
@@ -42,7 +54,7 @@ class SearchData:
         search_holdout: The share. It must be the one that the training left out, or the supernet has seen the images.
         search_split: A split that is used whole instead of held-out training images.
         class_map: File that maps class names to indices.
-        download: Download the data set where timm can.
+        dataset_download: Download the data set where timm can.
         num_images: Number of images to score archs with, all of the split if None.
     """
 
@@ -52,7 +64,7 @@ class SearchData:
     search_holdout: float | None = None
     search_split: str | None = None
     class_map: str | None = None
-    download: bool = False
+    dataset_download: bool = False
     num_images: int | None = None
 
 
@@ -93,26 +105,38 @@ def search_checkpoint(
         UsageError: See `search`, `load_model` and `open_dataset`; or the checkpoint is not of a supernet.
         RunError: The data, checkpoint or archive can't be read, or the output not be written.
     """
-    if recalibration_images < 0 or batch_size < 1:
-        raise UsageError('the number of recalibration images must not be negative and the batch size be positive')
+    if recalibration_images < 0:
+        raise UsageError(f'number of recalibration images {recalibration_images} must not be negative')
+    data = data or SearchData()
+    if config.algorithm == 'nsga2':
+        require_pymoo()
     loaded = load_model(checkpoint)
     if not isinstance(loaded.model, MixPathSupernet):
         raise UsageError(f'{str(checkpoint)!r} holds {type(loaded.model).__name__}, a search needs a supernet')
-    place = init_distributed_device_so(device or ('cuda' if torch.cuda.is_available() else 'cpu'))
-    rank, world_size = place['global_rank'], place['world_size']
+    process = Namespace(device=device)
+    init_device(process)
+    rank = process.rank
     try:
         output = make_output_dir(output)
-        supernet = loaded.model.to(device=place['device'], memory_format=torch.channels_last)
+        supernet = loaded.model.to(device=process.device, memory_format=torch.channels_last)
         cost = CostTable.from_supernet(supernet, loaded.data_config['input_size'])
-        search_set, train_set, source = _open_search_split(loaded, data or SearchData())
-        images = dict(device=place['device'], batch_size=batch_size, workers=workers)
-        num_images = (data or SearchData()).num_images
-        batches = load_batches(search_set, loaded.data_config, max_images=num_images, **images)
+        check_limits(config, cost)
+        search_set, train_set, source = open_search_split(loaded, data)
+        batches = load_batches(
+            search_set,
+            loaded.data_config,
+            device=process.device,
+            batch_size=batch_size,
+            max_images=data.num_images,
+            workers=workers,
+        )
         recalibration = None
         if recalibration_images:
-            recalibration = _recalibration_batches(train_set, loaded, recalibration_images, place['device'], workers)
+            recalibration = recalibration_batches(train_set, loaded, recalibration_images, process.device, workers)
         fingerprint = dict(
-            checkpoint_sha256=_weights_sha256(supernet),
+            checkpoint_sha256=_sha256(supernet.state_dict()),
+            images_sha256=_sha256({f'{i} {j}': t for i, batch in enumerate(batches) for j, t in enumerate(batch)}),
+            recalibration_sha256=_sha256({str(i): x for i, (x, _) in enumerate(recalibration or [])}),
             space=supernet.space.name,
             max_paths=supernet.space.max_paths,
             input_size=list(loaded.data_config['input_size']),
@@ -123,7 +147,8 @@ def search_checkpoint(
         if rank == 0:
             _logger.info(
                 f'Searching space {supernet.space.name} (m = {supernet.space.max_paths}, {supernet.space.size:.3g} '
-                f'archs): {config.num_evaluations} evaluations on {fingerprint["num_images"]} images of {source}'
+                f'archs): {config.num_evaluations} evaluations on {fingerprint["num_images"]} images of split '
+                f'{source["split"]!r}'
             )
         show, close = _progress(progress and rank == 0, config.num_evaluations)
         result = search(
@@ -135,7 +160,7 @@ def search_checkpoint(
             fingerprint=fingerprint,
             progress=show,
             rank=rank,
-            world_size=world_size,
+            world_size=process.world_size,
         )
         close()
         if rank == 0:
@@ -149,11 +174,11 @@ def search_checkpoint(
                 _logger.warning(f'no pareto.png: {e}')
         return result
     finally:
-        if place['distributed']:
+        if process.distributed:
             dist.destroy_process_group()
 
 
-def _open_search_split(loaded: LoadedModel, data: SearchData) -> tuple[Any, Any, dict[str, Any]]:
+def open_search_split(loaded: LoadedModel, data: SearchData) -> tuple[Any, Any, dict[str, Any]]:
     """Return the search split, the training images and a description of where the split comes from."""
 
     def pick(value: Any, name: str, default: Any = None) -> Any:
@@ -165,8 +190,8 @@ def _open_search_split(loaded: LoadedModel, data: SearchData) -> tuple[Any, Any,
     options = dict(
         num_classes=loaded.model.num_classes,
         class_map=pick(data.class_map, 'class_map', ''),
-        download=data.download,
-        input_img_mode='RGB' if loaded.data_config['input_size'][0] == 3 else 'L',
+        download=data.dataset_download,
+        input_img_mode=pick(None, 'input_img_mode') or ('RGB' if loaded.data_config['input_size'][0] == 3 else 'L'),
     )
     if data.search_split:
         search_set = open_dataset(dataset, root, data.search_split, **options)
@@ -174,10 +199,16 @@ def _open_search_split(loaded: LoadedModel, data: SearchData) -> tuple[Any, Any,
         return search_set, train_set, dict(dataset=dataset, split=data.search_split)
     trained_holdout = getattr(loaded.args, 'search_holdout', None)
     holdout = next(v for v in (data.search_holdout, trained_holdout or None, 0.1) if v is not None)
-    if not trained_holdout:
+    if not vars(loaded.args):
         _logger.warning(
-            'the supernet was trained on all training images, also on those that score archs now: errors will look '
-            'too low. Train with `timm-mixpath train`, which holds a search split out, or name an unseen --search-split'
+            'a model folder does not tell which images its supernet was trained on; if they include those that score '
+            'archs now, errors will look too low. A training checkpoint tells, or name an unseen --search-split'
+        )
+    elif not trained_holdout or loaded.args.initial_checkpoint or loaded.args.pretrained:
+        _logger.warning(
+            'the supernet was trained on all training images, or started from weights that may have been, also on '
+            'those that score archs now: errors will look too low. Train with `timm-mixpath train`, which holds a '
+            'search split out, or name an unseen --search-split'
         )
     elif holdout != trained_holdout:
         _logger.warning(
@@ -188,21 +219,33 @@ def _open_search_split(loaded: LoadedModel, data: SearchData) -> tuple[Any, Any,
     return search_set, train_set, dict(dataset=dataset, split=train_split, holdout=holdout)
 
 
-def _recalibration_batches(train_set: Any, loaded: LoadedModel, count: int, device: str, workers: int) -> list:
+def recalibration_batches(
+    train_set: Any, loaded: LoadedModel, count: int, device: str = 'cpu', workers: int = 2
+) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Draw training images to recalibrate batch norms with, in batches of about equal size.
+
+    Args:
+        train_set: Training images.
+        loaded: Model that they are for.
+        count: Number of images, all if there are fewer.
+        device: Where the images are kept.
+        workers: Processes that decode.
+    """
     # Drawn at random: batch statistics of images that are sorted by class would be those of one class
     count = min(count, len(train_set))
     order = torch.randperm(len(train_set), generator=torch.Generator().manual_seed(0))[:count].tolist()
-    batch_size = min(_RECALIBRATION_BATCH_SIZE, count)
+    # every batch counts the same in the average, so a small last one must not be
+    batch_size = math.ceil(count / math.ceil(count / _RECALIBRATION_BATCH_SIZE))
     return load_batches(
         Subset(train_set, order), loaded.data_config, device=device, batch_size=batch_size, workers=workers
     )
 
 
-def _weights_sha256(model: torch.nn.Module) -> str:
+def _sha256(tensors: dict[str, torch.Tensor]) -> str:
     digest = hashlib.sha256()
-    for key, value in sorted(model.state_dict().items()):
-        digest.update(key.encode())
-        digest.update(value.detach().cpu().contiguous().numpy().tobytes())
+    for key, value in sorted(tensors.items()):
+        digest.update(f'{key} {value.dtype} {tuple(value.shape)}'.encode())
+        digest.update(value.detach().cpu().contiguous().numpy())
     return digest.hexdigest()
 
 

@@ -224,7 +224,7 @@ class SearchResult:
         ref = [1.0] * len(names) if ref is None else [float(v) for v in ref]
         if len(ref) != len(names):
             raise ValueError(f'the reference point has {len(ref)} entries, the objectives are {", ".join(names)}')
-        _require_pymoo()
+        require_pymoo()
         from pymoo.indicators.hv import HV
 
         values = _objective_values(self.front, names)  # [num_candidates, num_objectives]
@@ -277,8 +277,8 @@ def search(
         ImportError: pymoo is not installed.
     """
     if config.algorithm == 'nsga2':
-        _require_pymoo()
-    _check_limits(config, cost)
+        require_pymoo()
+    check_limits(config, cost)
     ranks = _Ranks(rank, world_size)
     archive = _Archive(archive_path, config, fingerprint)
     pool = _Pool(space, cost, config)
@@ -378,7 +378,12 @@ def crowding_distance(values: np.ndarray, weights: Sequence[float]) -> np.ndarra
     return result
 
 
-def _require_pymoo() -> None:
+def require_pymoo() -> None:
+    """Check that a pymoo is installed that a repeatable search can be made with.
+
+    Raises:
+        ImportError: It is not.
+    """
     try:
         from pymoo.config import Config
 
@@ -403,7 +408,12 @@ def _front(evaluations: Sequence[Candidate], names: Sequence[str]) -> list[Candi
 # ---- Limits and candidates ------------------------------------------------------------------------------------------
 
 
-def _check_limits(config: SearchConfig, cost: 'CostTable') -> None:
+def check_limits(config: SearchConfig, cost: 'CostTable') -> None:
+    """Check that the space has archs inside each limit.
+
+    Raises:
+        UsageError: It has none.
+    """
     for metric in LIMITED:
         low, high = config.limits(metric)
         smallest, largest = cost.bounds(metric)
@@ -723,7 +733,8 @@ class _Archive:
     def open(self) -> list[dict[str, Any]]:
         """Make the file if there is none, make it ready to be appended to, and return the records in it."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        text = self.path.read_bytes().decode(errors='replace') if self.path.exists() else ''
+        self._open()  # and lock, before anything is read
+        text = self.path.read_bytes().decode(errors='replace')
         *lines, torn = text.split('\n')  # what is written last ends with a newline unless it was cut off
         if not lines and torn and not json.dumps(self.header).startswith(torn):
             raise UsageError(f'{str(self.path)!r} is not a search archive, choose another output')
@@ -744,8 +755,13 @@ class _Archive:
         if not lines or torn or header != self.header:
             content = ''.join(json.dumps(entry) + '\n' for entry in (self.header, *records))
             _write(self.path, content)
-        self._file = open(self.path, 'a', encoding='utf-8', newline='\n')  # noqa: SIM115, closed by `close`
+            self.close()
+            self._open()  # it is a new file
         return records
+
+    def _open(self) -> None:
+        self._file = open(self.path, 'a', encoding='utf-8', newline='\n')  # noqa: SIM115, closed by `close`
+        _lock(self._file, self.path)
 
     def _check_header(self, line: str) -> dict[str, Any]:
         header = _parse(line)
@@ -782,6 +798,20 @@ class _Archive:
     def close(self) -> None:
         if self._file is not None:
             self._file.close()
+
+
+def _lock(file: Any, path: Path) -> None:
+    """Refuse a second search on an archive; the lock ends with the process."""
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        return
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise UsageError(f'another search is writing to {str(path)!r}, wait for it or choose another output') from None
+    except OSError:  # a file system without locks
+        pass
 
 
 def _versions(config: SearchConfig) -> dict[str, str]:
@@ -872,14 +902,16 @@ def write_front_csv(result: SearchResult, path: str | os.PathLike) -> None:
     """Write the front as CSV, whole or not at all.
 
     Columns are `chosen` (1 or 0), `top1` and `error` in percent, `loss`, `macs`, `params`, `index` and `generation` of
-    the evaluation, and `arch`.
+    the evaluation, and `arch`; `latency_ms` behind `chosen` if it was measured.
     """
     text = io.StringIO()
     writer = csv.writer(text, lineterminator='\n')
     names = ('top1', 'error', 'loss', 'macs', 'params', 'index', 'generation', 'arch')
-    writer.writerow(('chosen', *names))
+    latency = ('latency_ms',) if _has_latency(result) else ()
+    writer.writerow(('chosen', *latency, *names))
     for candidate in result.front:
-        writer.writerow((int(candidate is result.chosen), *(getattr(candidate, name) for name in names)))
+        row = (candidate.extra.get(name) for name in latency)
+        writer.writerow((int(candidate is result.chosen), *row, *(getattr(candidate, name) for name in names)))
     _write(path, text.getvalue())
 
 
@@ -916,9 +948,14 @@ def _hypervolume(result: SearchResult) -> float | None:
         return None
 
 
+def _has_latency(result: SearchResult) -> bool:
+    return all('latency_ms' in c.extra for c in result.front)
+
+
 def format_front(result: SearchResult) -> str:
     """Return the front as a table for the terminal, the chosen candidate marked with `*`."""
-    header = ('', 'top-1 (%)', 'error (%)', 'loss', 'MACs (M)', 'params (M)', 'arch')
+    latency = _has_latency(result)
+    header = ('', 'top-1 (%)', 'error (%)', 'loss', 'MACs (M)', 'params (M)', *(['ms'] * latency), 'arch')
     rows = [
         (
             '*' if c is result.chosen else '',
@@ -927,6 +964,7 @@ def format_front(result: SearchResult) -> str:
             f'{c.loss:.4f}',
             f'{c.macs / 1e6:.2f}',
             f'{c.params / 1e6:.3f}',
+            *([f'{c.extra["latency_ms"]:.2f}'] if latency else []),
             str(c.arch),
         )
         for c in result.front

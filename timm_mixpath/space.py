@@ -31,6 +31,11 @@ class BlockSpec:
     expand_ratios: tuple[int, ...] = (3, 6)
     kernel_sizes: tuple[int, ...] = (3, 5, 7, 9)
 
+    def __post_init__(self) -> None:
+        # lists are welcome, but a space is hashed and compared
+        object.__setattr__(self, 'expand_ratios', tuple(self.expand_ratios))
+        object.__setattr__(self, 'kernel_sizes', tuple(self.kernel_sizes))
+
 
 @dataclass(frozen=True)
 class SearchSpace:
@@ -66,11 +71,18 @@ class SearchSpace:
     description: str = ''
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, 'blocks', tuple(self.blocks))
         if not self.blocks:
             raise ValueError(f'space {self.name!r} has no blocks')
         for block in self.blocks:
             if not block.expand_ratios or not block.kernel_sizes:
                 raise ValueError(f'space {self.name!r}: every block needs at least one expansion and one kernel')
+            if block.out_chs < 1 or block.stride not in (1, 2):
+                raise ValueError(
+                    f'space {self.name!r}: out_chs={block.out_chs} must be positive, stride={block.stride} be 1 or 2'
+                )
+            if len(set(block.expand_ratios)) < len(block.expand_ratios):
+                raise ValueError(f'space {self.name!r}: an expansion of {block.expand_ratios} is given twice')
             try:  # what is wrong with all kernels at once, or with an expansion, is wrong with a block made of them
                 for expand_ratio in block.expand_ratios:
                     BlockChoice((block.kernel_sizes,), expand_ratio)

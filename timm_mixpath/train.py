@@ -6,6 +6,7 @@ run that resumes bit for bit on the CPU, and a stop at the first loss that is no
 
 import logging
 import math
+import os
 import sys
 import time
 from argparse import Namespace
@@ -22,7 +23,7 @@ import torch
 import torch.distributed as dist
 import yaml
 from timm import utils
-from timm.data import FastCollateMixup, Mixup, create_loader, resolve_data_config
+from timm.data import FastCollateMixup, Mixup, create_loader
 from timm.layers import convert_sync_batchnorm
 from timm.loss import create_classification_loss
 from timm.models import safe_model_name
@@ -37,10 +38,12 @@ from timm.task import (
 from timm.utils.summary import trim_summary
 
 from .arch import Arch
-from .checkpoint import AtomicCheckpointSaver, create_model
-from .data import hold_out, open_dataset
-from .errors import RunError, UsageError
+from .checkpoint import AtomicCheckpointSaver, create_model, read_checkpoint, resolve_data
+from .data import hold_out, open_dataset, read
+from .device import init_device
+from .errors import RunError, UsageError, as_usage_error
 from .files import make_output_dir, write_atomic
+from .options import default_args
 from .supernet import MixPathSupernet
 from .task import SupernetTask
 
@@ -78,7 +81,13 @@ def train(args: Namespace) -> TrainResult:
     """
     args = Namespace(**vars(args))
     _plain(args)
-    device = _init_device(args)
+    _check_values(args)
+    if args.resume:
+        _continue(args, read_checkpoint(args.resume)['args'])
+    device = init_device(args)
+    if torch.cuda.is_available():
+        torch.backends.cuda.matmul.allow_tf32 = True
+        torch.backends.cudnn.benchmark = True
     try:
         return _train(args, device)
     finally:
@@ -91,35 +100,24 @@ def _plain(args: Namespace) -> None:
     for key, value in vars(args).items():
         if isinstance(value, Path):
             setattr(args, key, str(value))
+    if args.data_dir:
+        args.data_dir = os.path.abspath(args.data_dir)  # a later search may start from another folder
     args.model_kwargs = {k: str(v) if isinstance(v, Arch) else v for k, v in args.model_kwargs.items()}
-
-
-def _init_device(args: Namespace) -> torch.device:
-    if args.device is None:
-        args.device = 'cuda' if torch.cuda.is_available() else 'cpu'
-    try:
-        device = utils.init_distributed_device(args)
-        torch.empty(0, device=device)
-    except (AssertionError, RuntimeError) as e:
-        raise UsageError(f'device {args.device!r} can not be used: {str(e).splitlines()[0]}') from None
-    if torch.cuda.is_available():
-        torch.backends.cuda.matmul.allow_tf32 = True
-        torch.backends.cudnn.benchmark = True
-    return device
 
 
 def _train(args: Namespace, device: torch.device) -> TrainResult:
     primary = utils.is_primary(args)
-    _check_values(args)
     output_dir = _output_dir(args) if primary else None
 
     # Model, task, optimizer, in the order of timm's train.py
     utils.random_seed(args.seed, args.rank)
     model = create_model(args, pretrained=args.pretrained, checkpoint_path=args.initial_checkpoint)
     args.num_classes = model.num_classes
+    if isinstance(model, MixPathSupernet) and 'seed' not in args.model_kwargs:
+        model.seed = args.model_kwargs['seed'] = args.seed
     if args.grad_checkpointing:
         model.set_grad_checkpointing(enable=True)
-    data_config = resolve_data_config(vars(args), model=model)
+    data_config = resolve_data(args, model)
     train_set, val_set = _open_data(args, model, data_config)
     if primary:
         _logger.info(f'Model {args.model}: {sum(p.numel() for p in model.parameters()):,} parameters')
@@ -139,7 +137,8 @@ def _train(args: Namespace, device: torch.device) -> TrainResult:
     if args.amp and device.type == 'cuda' and amp_dtype == torch.float16:
         loss_scaler = utils.NativeScaler(device=device.type)
 
-    loader_train, loader_val, mixup_fn = _create_loaders(args, data_config, train_set, val_set, device)
+    with as_usage_error('an augmentation or loader option is out of range'):
+        loader_train, loader_val, mixup_fn = _create_loaders(args, data_config, train_set, val_set, device)
     if len(loader_train) == 0:
         raise UsageError(
             f'{len(train_set)} training images do not fill one batch of {args.batch_size} on {args.world_size} '
@@ -148,16 +147,15 @@ def _train(args: Namespace, device: torch.device) -> TrainResult:
     _resolve_lr(args)
 
     task_cls = SupernetTask if isinstance(model, MixPathSupernet) else ClassificationTask
-    task = task_cls(
-        model,
-        create_classification_loss(smoothing=args.smoothing, soft_targets=_mixup_active(args)),
-        device=device,
-        verbose=primary,
-    )
-    try:
+    with as_usage_error(f'the loss can not be created with --smoothing {args.smoothing}'):
+        criterion = create_classification_loss(smoothing=args.smoothing, soft_targets=_mixup_active(args))
+    task = task_cls(model, criterion, device=device, verbose=primary)
+    if isinstance(model, MixPathSupernet) and args.opt_kwargs.get('fused'):
+        raise UsageError(
+            '--opt-kwargs fused=True does not work for a supernet: fused optimizers want a gradient of every parameter'
+        )
+    with as_usage_error(f'optimizer {args.opt!r} can not be created'):
         optimizer = create_optimizer_v2(model, **optimizer_kwargs(args), **args.opt_kwargs)
-    except (AssertionError, ValueError, TypeError) as e:
-        raise UsageError(f'optimizer {args.opt!r} can not be created: {e}') from None
 
     resume_epoch = None
     if args.resume:
@@ -173,12 +171,10 @@ def _train(args: Namespace, device: torch.device) -> TrainResult:
     updates_per_epoch = math.ceil(len(loader_train) / args.grad_accum_steps)
     eval_metric = args.eval_metric if loader_val is not None else 'loss'
     decreasing = eval_metric == 'loss'
-    try:
+    with as_usage_error(f'schedule {args.sched!r} can not be created'):
         scheduler, num_epochs = create_scheduler_v2(
             optimizer, **scheduler_kwargs(args, decreasing_metric=decreasing), updates_per_epoch=updates_per_epoch
         )
-    except AssertionError as e:
-        raise UsageError(f'schedule {args.sched!r} can not be created: {e}') from None
     start_epoch = next((e for e in (args.start_epoch, resume_epoch) if e is not None), 0)
     if scheduler is not None and start_epoch > 0:
         if args.sched_on_updates:
@@ -202,7 +198,10 @@ def _train(args: Namespace, device: torch.device) -> TrainResult:
         if args.resume and Path(args.resume).resolve().parent == output_dir.resolve():
             saver.load_state_dict_from_checkpoint(args.resume)
         with write_atomic(output_dir / 'args.yaml') as path:
-            path.write_text(yaml.safe_dump(vars(args), default_flow_style=False))
+            options = {k: v for k, v in vars(args).items() if k in vars(default_args()) and k != 'config'}
+            path.write_text(
+                yaml.safe_dump(options, default_flow_style=False)
+            )  # a recipe: `-c args.yaml` repeats the run
         trim_summary(output_dir / 'summary.csv', start_epoch)
         _logger.info(f'Training epochs {start_epoch} to {num_epochs - 1} on {args.device}, output in {output_dir}')
 
@@ -217,6 +216,8 @@ def _train(args: Namespace, device: torch.device) -> TrainResult:
         if args.distributed and args.dist_bn:
             utils.distribute_bn(task.get_trainable_module(), args.world_size, args.dist_bn == 'reduce')
         if (epoch + 1) % args.val_interval != 0 and epoch + 1 != num_epochs:
+            if saver is not None:
+                saver.save_checkpoint(epoch)
             if scheduler is not None:
                 scheduler.step(epoch + 1, metric=None)
             continue
@@ -254,6 +255,47 @@ def _check_values(args: Namespace) -> None:
             raise UsageError(f'--{name.replace("_", "-")} {getattr(args, name)} must be at least 1')
     if args.workers < 0:
         raise UsageError(f'--workers {args.workers} must not be negative')
+    if _mixup_active(args) and args.batch_size % 2:
+        raise UsageError(f'--batch-size {args.batch_size} must be even with --mixup or --cutmix, which mix pairs')
+    if not 0 <= args.seed < 2**31:
+        raise UsageError(f'--seed {args.seed} is out of range, allowed are 0 to {2**31 - 1}')
+    if args.clip_grad is not None and args.clip_grad <= 0:
+        raise UsageError(f'--clip-grad {args.clip_grad} must be positive')
+    if args.validation_batch_size is not None and args.validation_batch_size < 1:
+        raise UsageError(f'--validation-batch-size {args.validation_batch_size} must be at least 1')
+    if args.in_chans is not None and args.in_chans < 1:
+        raise UsageError(f'--in-chans {args.in_chans} must be at least 1')
+    if args.initial_checkpoint and not Path(args.initial_checkpoint).is_file():
+        raise UsageError(f'--initial-checkpoint {args.initial_checkpoint!r} is not a file')
+    if args.resume and args.sched == 'plateau':
+        raise UsageError('--sched plateau can not be resumed: what it has seen is not in the checkpoint')
+
+
+def _continue(args: Namespace, before: Namespace) -> None:
+    """Check that a resumed run goes on with the model and the images it had, and take the rest from the checkpoint."""
+    if args.model != before.model:
+        raise UsageError(f'--resume {args.resume!r} is a checkpoint of {before.model}, not of {args.model}')
+    # train.py knows neither a hold-out nor a seed of the sampling
+    holdout = getattr(before, 'search_holdout', None) or 0.0
+    if args.search_holdout is None:
+        args.search_holdout = holdout
+    if args.search_holdout != holdout:
+        raise UsageError(
+            f'--search-holdout {args.search_holdout} differs from the {holdout} that {args.resume!r} was trained with: '
+            'the model has seen images that would be held out, or the reverse'
+        )
+    kwargs = dict(before.model_kwargs)
+    if args.model.endswith('_supernet'):
+        kwargs.setdefault('seed', 0)
+    for key, value in args.model_kwargs.items():
+        if kwargs.get(key) != value:
+            raise UsageError(
+                f'--model-kwargs {key}={value} differs from what {args.resume!r} was trained with ({kwargs.get(key)})'
+            )
+    args.model_kwargs = kwargs
+    if not args.output and not args.experiment:
+        folder = Path(args.resume).resolve().parent
+        args.output, args.experiment = str(folder.parent), folder.name
 
 
 def _output_dir(args: Namespace) -> Path:
@@ -269,14 +311,19 @@ def _output_dir(args: Namespace) -> Path:
 
 
 def _open_data(args: Namespace, model: torch.nn.Module, data_config: dict[str, Any]) -> tuple[Any, Any]:
-    mode = args.input_img_mode or ('RGB' if data_config['input_size'][0] == 3 else 'L')
+    args.input_img_mode = args.input_img_mode or ('RGB' if data_config['input_size'][0] == 3 else 'L')
     common = dict(
         num_classes=model.num_classes,
         class_map=args.class_map,
         download=args.dataset_download,
         batch_size=args.batch_size,
-        input_img_mode=mode,
+        input_img_mode=args.input_img_mode,
     )
+    if args.distributed and args.dataset_download:
+        # one process downloads, the others find the files
+        if utils.is_primary(args):
+            open_dataset(args.dataset, args.data_dir, args.train_split, **common)
+        dist.barrier()
     train_set = open_dataset(args.dataset, args.data_dir, args.train_split, is_training=True, seed=args.seed, **common)
     if args.search_holdout is None:
         args.search_holdout = 0.1 if isinstance(model, MixPathSupernet) else 0.0
@@ -385,8 +432,6 @@ def _resume(args: Namespace, task: ClassificationTask, optimizer: Any, loss_scal
             loss_scaler=loss_scaler if restore else None,
             log_info=utils.is_primary(args),
         )
-    except FileNotFoundError:
-        raise UsageError(f'--resume {args.resume!r} does not exist') from None
     except (RuntimeError, ValueError, EOFError, OSError) as e:
         raise RunError(
             f'--resume {args.resume!r} does not fit {args.model}: {" ".join(str(e).split())[:300]}'
@@ -426,6 +471,7 @@ def _train_one_epoch(
 
     num_batches = len(loader)
     accum_steps = args.grad_accum_steps
+    second_order = getattr(optimizer, 'is_second_order', False)
     last_accum_steps = num_batches % accum_steps or accum_steps
     updates_per_epoch = math.ceil(num_batches / accum_steps)
     num_updates = epoch * updates_per_epoch
@@ -433,7 +479,7 @@ def _train_one_epoch(
     num_samples = 0
     start = time.monotonic()
     progress = _progress_bar(primary, updates_per_epoch, f'Epoch {epoch}')
-    for batch_index, (input, target) in enumerate(loader):
+    for batch_index, (input, target) in enumerate(read(loader)):
         if args.no_prefetcher:
             input, target = input.to(task.device), target.to(task.device)
             if mixup_fn is not None:
@@ -459,10 +505,11 @@ def _train_one_epoch(
                     clip_grad=args.clip_grad,
                     clip_mode=args.clip_mode,
                     parameters=clip_parameters,
+                    create_graph=second_order,
                     need_update=need_update,
                 )
             else:
-                scaled_loss.backward()
+                scaled_loss.backward(create_graph=second_order)
                 if need_update:
                     if args.clip_grad is not None:
                         utils.dispatch_clip_grad(clip_parameters, value=args.clip_grad, mode=args.clip_mode)
@@ -494,6 +541,8 @@ def _train_one_epoch(
             scheduler.step_update(num_updates=num_updates, metric=None)
     if progress is not None:
         progress.close()
+    if hasattr(optimizer, 'sync_lookahead'):
+        optimizer.sync_lookahead()
     return OrderedDict(loss=loss_avg)
 
 
@@ -525,7 +574,7 @@ def _validate(
     model.eval()
     evaluator = task.create_evaluator(max_samples=evaluation_sample_limit(loader))
     with torch.inference_mode():
-        for input, target in loader:
+        for input, target in read(loader):
             if args.no_prefetcher:
                 input, target = input.to(task.device), target.to(task.device)
             if args.channels_last:

@@ -22,9 +22,9 @@ In float32 another memory format rounds otherwise, and where that crosses a kink
 "for information" shows how far that takes either format from float64.
 
 How to read it: ratios are side / ours, above 1 ours is faster or smaller. "per step" is the median of the ratios of
-single steps with their range; archs differ in cost, which cancels there. Memory is the peak of a process per side,
-less what it had before the model was made: weights, gradients, momentum, activations. Most of a step on a CPU is
-spent in oneDNN's gradients of large depthwise kernels, the same on all sides: see `--profile`.
+single steps with their range; archs differ in cost, which cancels there. Memory is the peak of a process per side
+over the first 10 archs, less what it had before the model was made: weights, gradients, momentum, activations.
+Most of a step on a CPU is spent in oneDNN's gradients of large depthwise kernels, the same on all sides: `--profile`.
 """
 
 import argparse
@@ -51,6 +51,7 @@ STRIDES = (1, 1, 2, 1, 1, 2, 1, 1, 1, 1, 1, 1)
 EXPANSIONS = (3, 6)
 KERNELS = (3, 5, 7, 9)
 NUM_CLASSES = 10
+MEMORY_STEPS = 10
 TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-8}  # of a gradient, relative to the largest one of its tensor
 
 
@@ -288,7 +289,7 @@ def measure_memory(args: argparse.Namespace) -> None:
         torch.set_num_threads(args.threads)
     before = resident_bytes('VmRSS')
     side = make_side(args.memory_of, args, device)
-    for step in range(args.steps):
+    for step in range(min(args.steps, MEMORY_STEPS)):
         train_step(side, *make_batch(args, device, step), step)
     cuda = device.type == 'cuda'
     peak = torch.cuda.max_memory_allocated(device) if cuda else resident_bytes('VmHWM') - before
