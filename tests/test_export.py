@@ -10,7 +10,10 @@ from safetensors import safe_open
 from timm_mixpath import sample
 from timm_mixpath.checkpoint import load_model
 from timm_mixpath.errors import RunError, UsageError
+from timm_mixpath.evaluate import evaluate, load_batches
 from timm_mixpath.export import export
+from timm_mixpath.pipeline import SearchData, open_search_split, search_checkpoint
+from timm_mixpath.search import SearchConfig
 
 
 def test_exported_subnet_is_rebuilt_bit_equal(supernet_run: Path, tmp_path: Path) -> None:
@@ -46,6 +49,19 @@ def test_subnet_of_supernet_with_bn_eps_can_be_saved(tmp_path: Path) -> None:
     timm.models.save_for_hf(model, str(tmp_path / 'm'), safe_serialization=True)
     again = timm.create_model(f'local-dir:{tmp_path / "m"}', pretrained=True)
     assert again.bn1.eps == 1e-3
+
+
+def test_recalibrated_export_is_what_the_search_scored(supernet_run: Path, tmp_path: Path) -> None:
+    last = supernet_run / 'last.pth.tar'
+    config = SearchConfig(population=2, offspring=1, generations=0)
+    chosen = search_checkpoint(last, tmp_path / 's', config, recalibration_images=100, workers=0).chosen
+    export(last, tmp_path / 'a', chosen.arch, recalibration_images=100)
+    export(last, tmp_path / 'b', chosen.arch)
+    loaded = load_model(last)
+    search_set, _, _ = open_search_split(loaded, SearchData())
+    batches = load_batches(search_set, loaded.data_config, workers=0)
+    recalibrated, plain = (evaluate(load_model(tmp_path / n).model, batches)['loss'] for n in 'ab')
+    assert recalibrated == pytest.approx(chosen.loss, rel=1e-4) and plain != pytest.approx(chosen.loss, rel=1e-4)
 
 
 def test_existing_output_is_not_overwritten(supernet_run: Path, tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import torch
 import torch.nn as nn
 
 from timm_mixpath import ShadowBatchNorm2d
+from timm_mixpath.layers import LeanReLU6
 
 
 def make_sbn(m: int = 3, chs: int = 4, **kwargs) -> ShadowBatchNorm2d:
@@ -155,3 +156,26 @@ def test_bf16_autocast():
 
 def test_repr_names_shadows():
     assert '4, num_shadows=3' in repr(make_sbn())
+
+
+def test_lean_relu6_has_the_values_and_gradients_of_relu6():
+    x = (torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0)) * 6).requires_grad_()
+    weight = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(1))
+    results = []
+    for act in (nn.ReLU6(inplace=True), LeanReLU6(inplace=True), LeanReLU6()):
+        x.grad = None
+        y = act(x * 1)  # in place on a tensor that is no leaf
+        (y * weight).sum().backward()
+        results.append((y.detach().clone(), x.grad.clone()))
+    for y, grad in results[1:]:
+        assert torch.equal(y, results[0][0]) and torch.equal(grad, results[0][1])
+    assert (results[0][0] == 6).sum() > 0 and (results[0][0] == 0).sum() > 0
+
+
+def test_lean_relu6_works_in_place_without_a_copy_and_in_eval():
+    act = LeanReLU6(inplace=True)
+    x = torch.tensor([-1.0, 3.0, 9.0], requires_grad=True) * 1
+    assert act(x).data_ptr() == x.data_ptr()
+    with torch.no_grad():
+        assert act(torch.tensor([-1.0, 3.0, 9.0])).tolist() == [0.0, 3.0, 6.0]
+    assert act.eval()(torch.tensor([-1.0, 3.0, 9.0])).tolist() == [0.0, 3.0, 6.0]

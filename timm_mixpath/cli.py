@@ -115,6 +115,7 @@ def _setup_logging() -> None:
 
     if not logging.root.handlers:  # a second command in the same process would print every line twice
         setup_default_logging()
+    logging.getLogger('timm.utils.checkpoint_saver').setLevel(logging.WARNING)  # a list of files in every epoch
 
 
 def _from_args(cls: type, args: argparse.Namespace) -> Any:
@@ -226,13 +227,22 @@ def _add_export(parser: argparse.ArgumentParser) -> None:
     add('--checkpoint', required=True, metavar='PATH', help='*.pth.tar of a run, or a model folder')
     add('--arch', metavar='TEXT', help='sub-network of a supernet, with the weights it inherits')
     add('--output', required=True, metavar='DIR', help='model folder to make')
+    add('--recalibration-images', type=int, default=0, metavar='N', help='recalibrate the batch norms of --arch')
+    add('--data-dir', metavar='DIR', help='where the images are (default: as in the training of the supernet)')
     add('--device-modules', nargs='+', metavar='MODULE', help='Python modules to import first')
 
 
 def _export(args: argparse.Namespace) -> None:
     from .export import export
+    from .pipeline import SearchData
 
-    export(args.checkpoint, args.output, args.arch)
+    export(
+        args.checkpoint,
+        args.output,
+        args.arch,
+        recalibration_images=args.recalibration_images,
+        data=SearchData(data_dir=args.data_dir),
+    )
     print(f"timm.create_model('local-dir:{args.output}', pretrained=True)  # after `import timm, timm_mixpath`")
 
 

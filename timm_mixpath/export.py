@@ -1,6 +1,7 @@
 """Model folders that `timm.create_model('local-dir:...', pretrained=True)` reads."""
 
 import os
+from contextlib import nullcontext
 from pathlib import Path
 
 from timm.models import save_for_hf
@@ -9,19 +10,31 @@ from torch import nn
 from .arch import Arch
 from .checkpoint import load_model
 from .errors import UsageError
+from .evaluate import recalibrate_bn
 from .files import write_dir_atomic
+from .pipeline import SearchData, open_search_split, recalibration_batches
 from .supernet import MixPathSupernet
 
 __all__ = ['export', 'save_model']
 
 
-def export(checkpoint: str | os.PathLike, output: str | os.PathLike, arch: Arch | str | None = None) -> nn.Module:
+def export(
+    checkpoint: str | os.PathLike,
+    output: str | os.PathLike,
+    arch: Arch | str | None = None,
+    *,
+    recalibration_images: int = 0,
+    data: SearchData | None = None,
+) -> nn.Module:
     """Write the model of a checkpoint as a model folder.
 
     Args:
         checkpoint: Training checkpoint or model folder.
         output: Folder to make: `config.json` and `model.safetensors`.
         arch: Sub-network of a supernet to export, with the weights it inherits; None exports the model as it is.
+        recalibration_images: Training images to recalibrate the sub-network's batch norms with, as a search with the
+            same number does; 0 for none.
+        data: Where they come from, the images that the supernet was trained with if None.
 
     Returns:
         The exported model, in eval mode.
@@ -38,9 +51,17 @@ def export(checkpoint: str | os.PathLike, output: str | os.PathLike, arch: Arch 
                 f'--arch needs the checkpoint of a supernet, {str(checkpoint)!r} holds {type(model).__name__}'
             )
         try:
-            model = model.extract(arch)
+            arch = model.space.arch(arch)
         except ValueError as e:
             raise UsageError(str(e)) from None
+        recalibrated = nullcontext()
+        if recalibration_images:
+            _, train_set, _ = open_search_split(loaded, data or SearchData())
+            recalibrated = recalibrate_bn(model, arch, recalibration_batches(train_set, loaded, recalibration_images))
+        with recalibrated:
+            model = model.extract(arch)
+    elif recalibration_images:
+        raise UsageError('recalibration needs --arch: it is for a sub-network with inherited weights')
     save_model(model, output, loaded.data_config)
     return model
 

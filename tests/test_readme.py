@@ -1,0 +1,43 @@
+"""What the README shows is run as it is written."""
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+import timm
+
+from timm_mixpath import cli, list_spaces
+from timm_mixpath.recipes import list_recipes
+
+README = Path(__file__).parents[1] / 'README.md'
+BLOCKS = re.findall(r'```(\w+)\n(.*?)```', README.read_text(), re.DOTALL)
+
+
+@pytest.mark.parametrize('mark', ["timm.list_models('mixpath*')", 'class TwoPaths', '# my_space.py'])
+def test_python_block(mark: str) -> None:
+    (block,) = [text for language, text in BLOCKS if language == 'python' and mark in text]
+    scope: dict = {}
+    exec(block, scope)
+    if 'list_models' in mark:
+        assert scope['subnet'].arch == scope['supernet'].active_arch
+        shown = re.findall(r"'(mixpath_\w+)'", block.split('# [')[1].split(']')[0])
+        known = [
+            m for m in timm.list_models('mixpath*') if re.sub('_supernet$', '', m) in ('mixpath_nano', 'mixpath_s1')
+        ]
+        assert shown == known
+    if 'my_space' in mark:
+        assert 'mine' in list_spaces() and timm.is_model('mixpath_mine_supernet')
+
+
+def test_commands_parse() -> None:
+    """Every timm-mixpath line of the README is accepted by the parser, up to running it."""
+    lines = '\n'.join(text for language, text in BLOCKS if language == 'bash').replace('\\\n', ' ').splitlines()
+    commands = [line.split('#')[0].split('timm-mixpath ')[-1] for line in lines if 'timm-mixpath ' in line]
+    assert len(commands) >= 7
+    parser, _ = cli._build_parser()
+    for command in commands:
+        words = [w for w in shlex.split(command.replace('$algorithm', 'random').replace('$seed', '0')) if w != 'DATA']
+        args = parser.parse_args(words)
+        if getattr(args, 'config', None):
+            assert args.config in list_recipes()
