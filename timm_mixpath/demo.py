@@ -55,7 +55,7 @@ class DemoConfig:
     val_split: str = 'validation'
     dataset_download: bool = False
     img_size: int = 32
-    supernet_epochs: int = 15
+    supernet_epochs: int = 20
     train_epochs: int = 10
     batch_size: int = 64
     generations: int = 8
