@@ -698,3 +698,15 @@ def test_without_pymoo(tiny, tmp_path, monkeypatch):
     assert len(result.evaluations) == 18
     with pytest.raises(ImportError, match=r"pip install 'timm-mixpath\[search\]'"):
         result.hypervolume()
+
+
+def test_second_search_on_an_archive_is_refused(tiny, tmp_path):
+    fcntl = pytest.importorskip('fcntl')
+    path = tmp_path / 'a'
+    run(tiny, path)
+    content = path.read_bytes()
+    with open(path, 'a') as other:
+        fcntl.flock(other, fcntl.LOCK_EX)
+        with pytest.raises(ValueError, match='another search is writing'):
+            run(tiny, path, generations=20)
+    assert path.read_bytes() == content

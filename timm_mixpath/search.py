@@ -296,10 +296,10 @@ def search(
             if progress is not None:
                 progress(candidate, config.num_evaluations)
 
-    records = ranks.from_first(archive.open)
     evaluations: list[Candidate] = []
     candidates = None
     try:
+        records = ranks.from_first(archive.open)
         for generation in itertools.count():
             archs = ranks.from_first(lambda c=candidates: next_generation(c))
             if not archs:
