@@ -7,23 +7,14 @@ timm's own task, untouched.
 
 import sys
 import warnings
-from typing import Any
 
 from timm.task import ClassificationTask
-from torch import nn
 
 import timm_mixpath  # noqa: F401  registers the models
 
-from .supernet import MixPathSupernet
-from .task import SupernetTask
+from .task import create_task
 
 __all__ = ['create_task']
-
-
-def create_task(model: nn.Module, *args: Any, **kwargs: Any) -> ClassificationTask:
-    """Stand in for `timm.task.ClassificationTask`: a `SupernetTask` for a supernet, timm's own for the rest."""
-    task_cls = SupernetTask if isinstance(model, MixPathSupernet) else ClassificationTask
-    return task_cls(model, *args, **kwargs)
 
 
 def _install() -> None:

@@ -8,7 +8,7 @@ from timm.task import ClassificationTask
 
 from .supernet import MixPathSupernet
 
-__all__ = ['SupernetTask']
+__all__ = ['SupernetTask', 'create_task']
 
 _logger = logging.getLogger(__name__)
 
@@ -50,3 +50,9 @@ class SupernetTask(ClassificationTask):
         """Leave the supernet in eager mode: its graph changes in every step, compiling would only recompile."""
         _logger.warning('a supernet runs another graph in every step and is not compiled; --torchcompile is ignored')
         return self.get_trainable_module()
+
+
+def create_task(model: nn.Module, *args: Any, **kwargs: Any) -> ClassificationTask:
+    """Stand in for `timm.task.ClassificationTask`: a `SupernetTask` for a supernet, timm's own for the rest."""
+    task_cls = SupernetTask if isinstance(model, MixPathSupernet) else ClassificationTask
+    return task_cls(model, *args, **kwargs)

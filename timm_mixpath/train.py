@@ -45,7 +45,7 @@ from .errors import RunError, UsageError, as_usage_error
 from .files import make_output_dir, write_atomic
 from .options import default_args
 from .supernet import MixPathSupernet
-from .task import SupernetTask
+from .task import create_task
 
 __all__ = ['TrainResult', 'train']
 
@@ -146,10 +146,9 @@ def _train(args: Namespace, device: torch.device) -> TrainResult:
         )
     _resolve_lr(args)
 
-    task_cls = SupernetTask if isinstance(model, MixPathSupernet) else ClassificationTask
     with as_usage_error(f'the loss can not be created with --smoothing {args.smoothing}'):
         criterion = create_classification_loss(smoothing=args.smoothing, soft_targets=_mixup_active(args))
-    task = task_cls(model, criterion, device=device, verbose=primary)
+    task = create_task(model, criterion, device=device, verbose=primary)
     if isinstance(model, MixPathSupernet) and args.opt_kwargs.get('fused'):
         raise UsageError(
             '--opt-kwargs fused=True does not work for a supernet: fused optimizers want a gradient of every parameter'
@@ -198,10 +197,10 @@ def _train(args: Namespace, device: torch.device) -> TrainResult:
         if args.resume and Path(args.resume).resolve().parent == output_dir.resolve():
             saver.load_state_dict_from_checkpoint(args.resume)
         with write_atomic(output_dir / 'args.yaml') as path:
-            options = {k: v for k, v in vars(args).items() if k in vars(default_args()) and k != 'config'}
-            path.write_text(
-                yaml.safe_dump(options, default_flow_style=False)
-            )  # a recipe: `-c args.yaml` repeats the run
+            # options alone, without what was found out on the way, so that `-c args.yaml` repeats the run
+            known = vars(default_args()).keys() - {'config'}
+            options = {k: v for k, v in vars(args).items() if k in known}
+            path.write_text(yaml.safe_dump(options, default_flow_style=False))
         trim_summary(output_dir / 'summary.csv', start_epoch)
         _logger.info(f'Training epochs {start_epoch} to {num_epochs - 1} on {args.device}, output in {output_dir}')
 
