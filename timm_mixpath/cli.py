@@ -192,6 +192,9 @@ def _add_search(parser: argparse.ArgumentParser) -> None:
     add('--seed', type=int, default=default.seed)
     add('--recalibration-images', type=int, default=0, metavar='N',
         help='recalibrate the batch norms of every candidate with N training images (default: 0, none)')  # fmt: skip
+    add('--cost-input-size', nargs=3, type=int, metavar='N',
+        help='channels, height, width to count MACs for (default: as in the training)')  # fmt: skip
+    add('--cost-num-classes', type=int, metavar='N', help='classes to count costs for (default: as in the training)')
     add('--latency', action='store_true', help='measure the latency of the archs on the front')
 
     add = parser.add_argument_group('device').add_argument
@@ -213,6 +216,8 @@ def _search(args: argparse.Namespace) -> None:
         _from_args(SearchConfig, args),
         _from_args(SearchData, args),
         recalibration_images=args.recalibration_images,
+        cost_input_size=tuple(args.cost_input_size) if args.cost_input_size else None,
+        cost_num_classes=args.cost_num_classes,
         batch_size=args.batch_size,
         device=args.device,
         workers=args.workers,
