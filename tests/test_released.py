@@ -1,5 +1,6 @@
 """Supernets in the layout of the authors' released code, played by a plain network written from its description."""
 
+import re
 from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
@@ -23,6 +24,7 @@ from timm_mixpath.released import checkpoint_filter_fn
 
 OUT_CHS = (48, 48, 96, 96, 96, 192, 192, 192, 256, 256, 320, 320)
 EXPANSIONS, KERNELS = (3, 6), (3, 5, 7, 9)
+README = Path(__file__).parents[1] / 'README.md'
 
 
 class ReleasedBlock(nn.Module):
@@ -331,3 +333,16 @@ def test_own_checkpoints_are_left_alone(tmp_path: Path):
         assert all(torch.equal(other[key], value) for key, value in state_dict.items())
     with pytest.raises(RuntimeError, match='Missing key'):
         supernet.load_state_dict({})
+
+
+def test_readme(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    blocks = re.findall(r'```python\n(.*?)```', README.read_text(), re.DOTALL)
+    (block,) = [text for text in blocks if 'released.pth' in text]
+    save_pth(tmp_path, released(4).state_dict())
+    monkeypatch.chdir(tmp_path)
+    scope: dict = {}
+    exec(block, scope)
+    assert difference(scope['supernet'].eval(), released(4), SAMPLED) < 1e-5
+    model = load_model('s1-supernet')
+    assert difference(model.model, released(4), SAMPLED) < 1e-5
+    assert tuple(model.data_config['mean']) == scope['supernet'].pretrained_cfg['mean']
