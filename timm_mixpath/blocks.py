@@ -300,10 +300,7 @@ class ChoiceBranch(MultiPathResidual):
             raise RuntimeError('the batch norms of this supernet are folded, it can be evaluated but not trained')
         shortcut = x
         x = self.bn1(self.conv_pw(x))
-        if isinstance(self.bn2, nn.ModuleList):
-            x = self._normalised_groups(x)
-        else:
-            x = self.paths(x)
+        x = self._normalised_groups(x) if isinstance(self.bn2, nn.ModuleList) else self.paths(x)
         x = self.se(x)
         if isinstance(self.bn3, ShadowBatchNorm2d):
             x = self.bn3(self.conv_pwl(x), len(self.paths.active))

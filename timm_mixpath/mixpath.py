@@ -20,6 +20,7 @@ from timm.models.efficientnet import EfficientNet
 
 from .arch import Arch
 from .blocks import DepthwiseSeparable, MultiPathResidual, fold_bn, spec_kwargs
+from .released import checkpoint_filter_fn
 from .space import BlockSpec, SearchSpace, add_space, get_space, list_spaces
 
 __all__ = ['MixPath', 'register_space']
@@ -206,6 +207,7 @@ def create_mixpath(
         variant,
         pretrained,
         feature_cfg=dict(out_indices=tuple(range(num_features)), feature_cls='getter'),
+        pretrained_filter_fn=checkpoint_filter_fn,
         space=space,
         **kwargs,
     )

@@ -346,7 +346,7 @@ def _s3() -> SearchSpace:
         's3',
         num_groups=4,
         max_paths=1,
-        description='S3 for ImageNet, reconstructed: 18 blocks of mixnet_m, up to m kernels of 3 5 7 9 per channel group',
+        description='S3 for ImageNet, reconstructed: 18 blocks of mixnet_m, up to m kernels of 3 5 7 9 in 4 groups',
     )
 
 

@@ -9,6 +9,7 @@ import torch.nn as nn
 from .arch import Arch
 from .blocks import ChoiceBlock, subnet_state_dict
 from .mixpath import MixPath
+from .released import remap_state_dict
 from .sampling import sample
 from .space import BlockSpec, SearchSpace
 
@@ -123,8 +124,9 @@ class MixPathSupernet(MixPath):
             self._sample()
         return super().forward_intermediates(x, *args, **kwargs)
 
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        super()._load_from_state_dict(*args, **kwargs)
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
+        remap_state_dict(state_dict, prefix, self)
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
         self._step = int(self.sample_step)
 
     def extract(self, arch: Arch | str | None = None) -> MixPath:
