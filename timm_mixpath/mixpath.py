@@ -2,8 +2,10 @@
 
 Paper: https://arxiv.org/abs/2001.05887
 
+`mixpath_a`, `mixpath_b` and `mixpath_c` are reconstructions of the discovered models, see `timm_mixpath.genotypes`.
 `mixpath_<space>` is a stand-alone network of a given arch, `mixpath_<space>_supernet` the one-shot network that holds
-every arch of the space. Space S1 follows the published description; `nano` is this package's own.
+every arch of the space. Space S1 follows the published description; S2 and S3 are reconstructions on the backbone that
+the published budgets point to, timm's mixnet_m; `nano` is this package's own.
 """
 
 import re
@@ -20,6 +22,7 @@ from timm.models.efficientnet import EfficientNet
 
 from .arch import Arch
 from .blocks import DepthwiseSeparable, MultiPathResidual, fold_bn, spec_kwargs
+from .genotypes import MIXPATH_A, MIXPATH_B, MIXPATH_C
 from .released import checkpoint_filter_fn
 from .space import BlockSpec, SearchSpace, add_space, get_space, list_spaces
 
@@ -213,6 +216,12 @@ def create_mixpath(
     )
 
 
+def _create_discovered(variant: str, space_name: str, genotype: str, pretrained: bool, **kwargs: Any) -> MixPath:
+    if 'arch' in kwargs:
+        raise ValueError(f'{variant} has a fixed arch; use mixpath_{space_name} with arch={kwargs["arch"]!r}')
+    return create_mixpath(MixPath, variant, get_space(space_name), pretrained, arch=genotype, **kwargs)
+
+
 def _cfg(space: SearchSpace, **kwargs: Any) -> dict:
     return {
         'url': '',
@@ -234,6 +243,9 @@ def _cfg(space: SearchSpace, **kwargs: Any) -> dict:
 
 default_cfgs = generate_default_cfgs(
     {
+        'mixpath_a.untrained': _cfg(get_space('s3')),
+        'mixpath_b.untrained': _cfg(get_space('s2')),
+        'mixpath_c.untrained': _cfg(get_space('s1')),
         'mixpath_s1.untrained': _cfg(get_space('s1')),
         'mixpath_s1_supernet.untrained': _cfg(get_space('s1')),
         'mixpath_s2.untrained': _cfg(get_space('s2')),
@@ -250,6 +262,30 @@ def _supernet_cls() -> type[MixPath]:
     from .supernet import MixPathSupernet  # a supernet is a MixPath, so it imports this module
 
     return MixPathSupernet
+
+
+@register_model
+def mixpath_a(pretrained: bool = False, **kwargs: Any) -> MixPath:
+    """MixPath-A for ImageNet, reconstructed: found by this package's search within the published 349 M MACs and 5.0 M
+    parameters, since the paper draws its genotype only. Space S3 with m = 1: mixed kernels, no sums.
+    """
+    return _create_discovered('mixpath_a', 's3', MIXPATH_A, pretrained, **kwargs)
+
+
+@register_model
+def mixpath_b(pretrained: bool = False, **kwargs: Any) -> MixPath:
+    """MixPath-B for ImageNet, reconstructed: found by this package's search within the published 378 M MACs and 5.1 M
+    parameters, since the paper draws its genotype only. Space S2 with m = 2: up to two kernels summed.
+    """
+    return _create_discovered('mixpath_b', 's2', MIXPATH_B, pretrained, **kwargs)
+
+
+@register_model
+def mixpath_c(pretrained: bool = False, **kwargs: Any) -> MixPath:
+    """MixPath-c for CIFAR, reconstructed: found by this package's search, since the paper draws its genotype only and
+    gives no budget. Space S1.
+    """
+    return _create_discovered('mixpath_c', 's1', MIXPATH_C, pretrained, **kwargs)
 
 
 @register_model
