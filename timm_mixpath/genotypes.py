@@ -1,7 +1,7 @@
 """Archs of the discovered models.
 
-The paper draws the genotypes of MixPath-A, -B and -c in figures only. These are reconstructions: found by this package's
-own search, inside the budgets that were published. `recipes/genotypes/` tells how each was found.
+The paper draws the genotypes of MixPath-A, -B and -c in figures only. These are reconstructions: found by this
+package's own search, inside the budgets that were published. `recipes/genotypes/` tells how each was found.
 """
 
 __all__ = ['MIXPATH_A', 'MIXPATH_B', 'MIXPATH_C']
