@@ -8,6 +8,7 @@ from itertools import groupby
 from typing import Any, ClassVar
 
 import torch
+import torch.nn.functional as F
 from timm.layers import ConvNormAct, DropPath, LayerType, create_conv2d, get_norm_act_layer, make_divisible
 from timm.layers.mixed_conv2d import _split_channels
 from timm.models._efficientnet_blocks import DepthwiseSeparableConv, SqueezeExcite
@@ -65,6 +66,13 @@ class ActivePathSum(PathSum):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[B, C, H, W] -> [B, C, H / stride, W / stride]."""
         return _sum([self[name](x) for name in self.active])
+
+    @torch.no_grad()
+    def nest(self) -> None:
+        """Give every path the weights of the smallest kernel, padded with zeros: all compute the same then."""
+        weights = sorted((path.conv.weight for path in self.values()), key=lambda weight: weight.shape[-1])
+        for weight in weights[1:]:
+            weight.copy_(F.pad(weights[0], [(weight.shape[-1] - weights[0].shape[-1]) // 2] * 4))
 
 
 class GroupedPaths(nn.ModuleDict):

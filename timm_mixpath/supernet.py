@@ -7,7 +7,7 @@ import torch
 import torch.nn as nn
 
 from .arch import Arch
-from .blocks import ChoiceBlock, subnet_state_dict
+from .blocks import ActivePathSum, ChoiceBlock, subnet_state_dict
 from .mixpath import MixPath
 from .released import remap_state_dict
 from .sampling import sample
@@ -32,6 +32,8 @@ class MixPathSupernet(MixPath):
         m: Largest number of active paths per block, the space's own if None.
         sbn: Shadow Batch Normalization behind the sum; one batch norm for all numbers of paths if False.
         seed: Seed of the sampled sequence.
+        nested_init: Start all kernels of a sum from the smallest one, padded with zeros, so that all archs compute
+            the same at first. Not in the paper; supernets of many blocks then learn in a short training.
         num_classes: Number of classes.
         width_mult: Multiplier of all widths.
         **kwargs: See `MixPath`.
@@ -52,6 +54,7 @@ class MixPathSupernet(MixPath):
         m: int | None = None,
         sbn: bool = True,
         seed: int = 0,
+        nested_init: bool = False,
         num_classes: int = 1000,
         in_chans: int = 3,
         width_mult: float = 1.0,
@@ -67,6 +70,10 @@ class MixPathSupernet(MixPath):
             **kwargs,
         )
         self.seed = seed
+        if nested_init:
+            for module in self.modules():
+                if isinstance(module, ActivePathSum):
+                    module.nest()
         # What a sub-network must be built with to fit this supernet
         self._subnet_kwargs = dict(in_chans=in_chans, **kwargs)
         if self._norm_sums and any(spec.num_groups > 1 for spec in space.blocks):
@@ -155,7 +162,7 @@ class MixPathSupernet(MixPath):
         # timm keeps what the supernet was created with in a form that config.json can hold
         kwargs = dict(getattr(self, '_model_args', self._subnet_kwargs))
         kwargs.update(num_classes=self.num_classes, global_pool=self.global_pool.pool_type)
-        for key in ('arch', 'm', 'sbn', 'seed'):
+        for key in ('arch', 'm', 'sbn', 'seed', 'nested_init'):
             kwargs.pop(key, None)
         if 'norm_sums' in self._subnet_kwargs:
             kwargs['norm_sums'] = True
