@@ -282,7 +282,8 @@ def _profile(args: argparse.Namespace) -> None:
         table = CostTable.from_supernet(model, tuple(args.input_size) if args.input_size else None)
         profile = profile_space(table, num_samples=args.num_samples)
     size = 'x'.join(str(v) for v in table.input_size)
-    print(f'{args.model}: {profile.size:,} archs, m = {model.space.max_paths}, input {size}')
+    num_archs = f'{profile.size:,}' if profile.size < 10**12 else f'{profile.size:.3g}'
+    print(f'{args.model}: {num_archs} archs, m = {model.space.max_paths}, input {size}')
     print(f'{"":12}{"min":>12}{"median":>12}{"max":>12}')
     for name, unit, digits in (('macs', 'MACs (M)', 2), ('params', 'params (M)', 3)):
         row = getattr(profile, name)
