@@ -8,6 +8,7 @@ every arch of the space. Space S1 follows the published description; `nano` is t
 
 import re
 import sys
+from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
@@ -20,9 +21,12 @@ from timm.models.efficientnet import EfficientNet
 
 from .arch import Arch
 from .blocks import MultiPathResidual
+from .pretrained import add_weights, check_state_dict, locate_weights, readable
 from .space import BlockSpec, SearchSpace, add_space, get_space, list_spaces
 
 __all__ = ['MixPath', 'register_space']
+
+BUILTIN_SPACES = frozenset(list_spaces())  # those that are known before anybody registers one
 
 
 class MixPath(EfficientNet):
@@ -162,14 +166,20 @@ def create_mixpath(
         kwargs['norm_layer'] = partial(get_norm_layer(kwargs.get('norm_layer') or nn.BatchNorm2d), **bn_args)
     strides = [stage[0].stride for stage in space.stages]
     num_features = (strides[0] > 1) + sum(s > 1 for s in strides[1:]) + 1
-    return build_model_with_cfg(
-        model_cls,
-        variant,
-        pretrained,
-        feature_cfg=dict(out_indices=tuple(range(num_features)), feature_cls='getter'),
-        space=space,
-        **kwargs,
-    )
+    model_args = locate_weights(variant, kwargs) if pretrained else {}
+    with readable(variant, kwargs['pretrained_cfg']) if pretrained else nullcontext():
+        model = build_model_with_cfg(
+            model_cls,
+            variant,
+            pretrained,
+            feature_cfg=dict(out_indices=tuple(range(num_features)), feature_cls='getter'),
+            pretrained_filter_fn=check_state_dict,
+            space=space,
+            **kwargs,
+        )
+    if model_args:
+        model._model_args = model_args  # timm adds the arguments that it was given itself
+    return model
 
 
 def _cfg(space: SearchSpace, **kwargs: Any) -> dict:
@@ -192,12 +202,14 @@ def _cfg(space: SearchSpace, **kwargs: Any) -> dict:
 
 
 default_cfgs = generate_default_cfgs(
-    {
-        'mixpath_s1.untrained': _cfg(get_space('s1')),
-        'mixpath_s1_supernet.untrained': _cfg(get_space('s1')),
-        'mixpath_nano.untrained': _cfg(get_space('nano')),
-        'mixpath_nano_supernet.untrained': _cfg(get_space('nano')),
-    }
+    add_weights(
+        {
+            'mixpath_s1.untrained': _cfg(get_space('s1')),
+            'mixpath_s1_supernet.untrained': _cfg(get_space('s1')),
+            'mixpath_nano.untrained': _cfg(get_space('nano')),
+            'mixpath_nano_supernet.untrained': _cfg(get_space('nano')),
+        }
+    )
 )
 
 
