@@ -16,6 +16,7 @@ from timm.utils import CheckpointSaver
 from torch import nn
 
 from .errors import RunError, UsageError, as_usage_error, concise
+from .pretrained import fetch_model
 
 __all__ = [
     'AtomicCheckpointSaver',
@@ -58,12 +59,16 @@ class LoadedModel:
         args: Options of its training, empty for a model folder.
         data_config: Input size, mean, std and resizing, see `timm.data.resolve_data_config`.
         epoch: Last epoch it was trained for, None if unknown.
+        metric: Value of the training's `eval_metric` after that epoch, None if unknown.
+        is_ema: The weights are the averaged ones.
     """
 
     model: nn.Module
     args: Namespace
     data_config: dict[str, Any]
     epoch: int | None = None
+    metric: float | None = None
+    is_ema: bool = False
 
 
 def read_checkpoint(path: str | os.PathLike) -> dict[str, Any]:
@@ -93,24 +98,34 @@ def read_checkpoint(path: str | os.PathLike) -> dict[str, Any]:
 
 
 def load_model(path: str | os.PathLike, *, use_ema: bool = True) -> LoadedModel:
-    """Load a model of a training checkpoint (ours or of timm's train.py) or of a model folder.
+    """Load a model of a training checkpoint (ours or of timm's train.py), of a model folder or of a Hub repo.
 
     Args:
-        path: `*.pth.tar` file, or a folder with `config.json` and `model.safetensors`.
+        path: `*.pth.tar` file, a folder with `config.json` and `model.safetensors`, or `hf-hub:ORG/NAME[@REVISION]`.
         use_ema: Prefer the averaged weights where there are any.
 
     Raises:
         UsageError: No such file, or not a checkpoint of a known model.
-        RunError: The file is damaged, or its weights do not fit its model.
+        RunError: The file is damaged, its weights do not fit its model, or the Hub does not give it.
     """
-    path = Path(path)
+    name = str(path)
+    path = fetch_model(name.removeprefix('hf-hub:')) if name.startswith('hf-hub:') else Path(path)
     if path.is_dir():
         if not (path / 'config.json').exists():
             raise UsageError(f'{str(path)!r} is not a model folder, it has no config.json')
         try:
             model = timm.create_model(f'local-dir:{path}', pretrained=True)
-        except (RuntimeError, OSError, KeyError, ValueError, TypeError, SafetensorError) as e:
-            raise RunError(f'model folder {str(path)!r} can not be loaded: {concise(e)}') from None
+        except (
+            ArithmeticError,
+            AttributeError,
+            LookupError,
+            OSError,
+            RuntimeError,
+            TypeError,
+            ValueError,
+            SafetensorError,
+        ) as e:  # fmt: skip  what a config.json may hold is up to others
+            raise RunError(f'model {name!r} can not be loaded: {concise(e)}') from None
         return LoadedModel(model.eval(), Namespace(), resolve_data_config({}, model=model))
 
     checkpoint = read_checkpoint(path)
@@ -123,7 +138,9 @@ def load_model(path: str | os.PathLike, *, use_ema: bool = True) -> LoadedModel:
         details = ' '.join(line.strip() for line in str(e).splitlines()[1:3])
         raise RunError(f'weights of {str(path)!r} do not fit {args.model}: {details[:300]}') from None
     data_config = resolve_data(args, model)
-    return LoadedModel(model.eval(), args, data_config, checkpoint.get('epoch'))
+    return LoadedModel(
+        model.eval(), args, data_config, checkpoint.get('epoch'), checkpoint.get('metric'), key == 'state_dict_ema'
+    )
 
 
 def create_model(args: Namespace, **overrides: Any) -> nn.Module:
