@@ -127,8 +127,8 @@ def test_mixed_kernels_of_four_equal_mixnets():
 
 
 def test_pretrained_is_refused_where_there_are_no_weights():
-    with pytest.raises(RuntimeError, match='No pretrained weights'):
-        timm.create_model('mixpath_nano', pretrained=True)
+    with pytest.raises(ValueError, match='no weights of mixpath_s1 are published'):
+        timm.create_model('mixpath_s1', pretrained=True)
 
 
 @pytest.mark.parametrize('name', ['mixpath_s1', 'mixpath_nano'])

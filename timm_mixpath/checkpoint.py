@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import timm
-from safetensors import SafetensorError
 from timm.data import resolve_data_config
 from timm.models import clean_state_dict
 from timm.models._helpers import _torch_load
@@ -16,6 +15,7 @@ from timm.utils import CheckpointSaver
 from torch import nn
 
 from .errors import RunError, UsageError, as_usage_error, concise
+from .pretrained import fetch_model
 
 __all__ = [
     'AtomicCheckpointSaver',
@@ -58,12 +58,16 @@ class LoadedModel:
         args: Options of its training, empty for a model folder.
         data_config: Input size, mean, std and resizing, see `timm.data.resolve_data_config`.
         epoch: Last epoch it was trained for, None if unknown.
+        metric: Value of the training's `eval_metric` after that epoch, None if unknown.
+        is_ema: The weights are the averaged ones.
     """
 
     model: nn.Module
     args: Namespace
     data_config: dict[str, Any]
     epoch: int | None = None
+    metric: float | None = None
+    is_ema: bool = False
 
 
 def read_checkpoint(path: str | os.PathLike) -> dict[str, Any]:
@@ -93,24 +97,25 @@ def read_checkpoint(path: str | os.PathLike) -> dict[str, Any]:
 
 
 def load_model(path: str | os.PathLike, *, use_ema: bool = True) -> LoadedModel:
-    """Load a model of a training checkpoint (ours or of timm's train.py) or of a model folder.
+    """Load a model of a training checkpoint (ours or of timm's train.py), of a model folder or of a Hub repo.
 
     Args:
-        path: `*.pth.tar` file, or a folder with `config.json` and `model.safetensors`.
+        path: `*.pth.tar` file, a folder with `config.json` and `model.safetensors`, or `hf-hub:ORG/NAME[@REVISION]`.
         use_ema: Prefer the averaged weights where there are any.
 
     Raises:
         UsageError: No such file, or not a checkpoint of a known model.
-        RunError: The file is damaged, or its weights do not fit its model.
+        RunError: The file is damaged, its weights do not fit its model, or the Hub does not give it.
     """
-    path = Path(path)
+    name = str(path)
+    path = fetch_model(name.removeprefix('hf-hub:')) if name.startswith('hf-hub:') else Path(path)
     if path.is_dir():
         if not (path / 'config.json').exists():
             raise UsageError(f'{str(path)!r} is not a model folder, it has no config.json')
         try:
             model = timm.create_model(f'local-dir:{path}', pretrained=True)
-        except (RuntimeError, OSError, KeyError, ValueError, TypeError, SafetensorError) as e:
-            raise RunError(f'model folder {str(path)!r} can not be loaded: {concise(e)}') from None
+        except Exception as e:  # a config.json of others may hold anything, and timm raise as much
+            raise RunError(f'model {name!r} can not be loaded: {concise(e)}') from None
         return LoadedModel(model.eval(), Namespace(), resolve_data_config({}, model=model))
 
     checkpoint = read_checkpoint(path)
@@ -123,7 +128,9 @@ def load_model(path: str | os.PathLike, *, use_ema: bool = True) -> LoadedModel:
         details = ' '.join(line.strip() for line in str(e).splitlines()[1:3])
         raise RunError(f'weights of {str(path)!r} do not fit {args.model}: {details[:300]}') from None
     data_config = resolve_data(args, model)
-    return LoadedModel(model.eval(), args, data_config, checkpoint.get('epoch'))
+    return LoadedModel(
+        model.eval(), args, data_config, checkpoint.get('epoch'), checkpoint.get('metric'), key == 'state_dict_ema'
+    )
 
 
 def create_model(args: Namespace, **overrides: Any) -> nn.Module:

@@ -102,6 +102,7 @@ def _build_parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.Argumen
     )
     _add_search(command('search', _search, 'search a trained supernet'))
     _add_export(command('export', _export, 'write a model folder for timm.create_model'))
+    _add_push(command('push', _push, 'publish a model or a supernet on the Hugging Face Hub'))
     _add_profile(command('profile', _profile, 'size and cost of a search space'))
     _add_recipes(command('recipes', _recipes, 'list the recipes, or copy one'))
     _add_run(command('run', None, 'run any timm script with the mixpath models registered'))
@@ -116,6 +117,8 @@ def _setup_logging() -> None:
     if not logging.root.handlers:  # a second command in the same process would print every line twice
         setup_default_logging()
     logging.getLogger('timm.utils.checkpoint_saver').setLevel(logging.WARNING)  # a list of files in every epoch
+    for client in ('httpx', 'httpx2'):  # that of huggingface_hub, whose every request is a line
+        logging.getLogger(client).setLevel(logging.WARNING)
 
 
 def _from_args(cls: type, args: argparse.Namespace) -> Any:
@@ -164,7 +167,12 @@ def _add_search(parser: argparse.ArgumentParser) -> None:
 
     default = SearchConfig()
     add = parser.add_argument
-    add('--checkpoint', required=True, metavar='PATH', help='last.pth.tar of a supernet, or a model folder')
+    add(
+        '--checkpoint',
+        required=True,
+        metavar='PATH',
+        help='last.pth.tar of a supernet, a model folder, or hf-hub:ORG/NAME',
+    )
     add('--output', required=True, metavar='DIR', help='folder for archive, front and plot')
     add('--device-modules', nargs='+', metavar='MODULE', help='Python modules to import first, for a space of your own')
 
@@ -229,7 +237,7 @@ def _search(args: argparse.Namespace) -> None:
 
 def _add_export(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add('--checkpoint', required=True, metavar='PATH', help='*.pth.tar of a run, or a model folder')
+    add('--checkpoint', required=True, metavar='PATH', help='*.pth.tar of a run, a model folder, or hf-hub:ORG/NAME')
     add('--arch', metavar='TEXT', help='sub-network of a supernet, with the weights it inherits')
     add('--output', required=True, metavar='DIR', help='model folder to make')
     add('--recalibration-images', type=int, default=0, metavar='N', help='recalibrate the batch norms of --arch')
@@ -249,6 +257,64 @@ def _export(args: argparse.Namespace) -> None:
         data=SearchData(data_dir=args.data_dir),
     )
     print(f"timm.create_model('local-dir:{args.output}', pretrained=True)  # after `import timm, timm_mixpath`")
+
+
+def _add_push(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add('--checkpoint', required=True, metavar='PATH', help='*.pth.tar of a run, a model folder, or hf-hub:ORG/NAME')
+    add('--repo-id', required=True, metavar='ORG/NAME', help='for example me/mixpath_nano.cifar10')
+    add('--private', action='store_true', help='make a new repo private')
+    add('--revision', metavar='BRANCH', help='branch to push to, made if needed (default: main)')
+    add('--message', metavar='TEXT', help='commit message')
+    add('--dry-run', action='store_true', help='write the files into a folder and push nothing')
+    add('--output', metavar='DIR', help='folder of --dry-run (default: NAME)')
+    add('--device-modules', nargs='+', metavar='MODULE', help='Python modules to import first, for a space of your own')
+
+    add = parser.add_argument_group('model card (what is not given and not recorded is left out)').add_argument
+    add(
+        '--search', metavar='DIR', help='output folder of the search that found the arch, or that searched the supernet'
+    )
+    add('--license', metavar='NAME', help='licence of the weights, for example apache-2.0')
+    add('--dataset-id', metavar='NAME', help='data set by its name on the Hub, for example uoft-cs/cifar10')
+    add('--dataset-name', metavar='TEXT', help='its name for readers, for example CIFAR-10')
+    add('--commit', metavar='SHA', help='commit of timm-mixpath that trained the model')
+
+
+def _push(args: argparse.Namespace) -> None:
+    from .card import CardDetails
+    from .hub import check_repo_id, push, write_repo
+
+    _setup_logging()
+    details = _from_args(CardDetails, args)
+    check_repo_id(args.repo_id)
+    name = args.repo_id.partition('/')[2]
+    if args.output and not args.dry_run:
+        raise UsageError(f'--output {args.output} is the folder of --dry-run; add --dry-run, or leave it out')
+    target = args.repo_id + (f', branch {args.revision}' if args.revision else '')
+    if args.dry_run:
+        folder = Path(args.output or name)
+        files = write_repo(
+            args.checkpoint, args.repo_id, folder, details=details, search=args.search, revision=args.revision
+        )
+        print(f'would push to {target} in one commit:')
+        for file in files:
+            print(f'  {(folder / file).stat().st_size:>12,}  {folder / file}')
+        return
+    result = push(
+        args.checkpoint,
+        args.repo_id,
+        private=args.private,
+        revision=args.revision,
+        details=details,
+        search=args.search,
+        message=args.message,
+    )
+    if result.created:
+        print(f'pushed to {result.url}, commit {result.commit[:12]}: {", ".join(result.files)}')
+    else:
+        print(f'nothing to push: {result.url} holds the same content, commit {result.commit[:12]}')
+    source = f'hf-hub:{args.repo_id}' + (f'@{args.revision}' if args.revision else '')
+    print(f"timm.create_model('{source}', pretrained=True)  # after `import timm, timm_mixpath`")
 
 
 def _add_profile(parser: argparse.ArgumentParser) -> None:

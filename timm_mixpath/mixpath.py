@@ -10,6 +10,7 @@ the published budgets point to, timm's mixnet_m; `nano` is this package's own.
 
 import re
 import sys
+from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
@@ -23,10 +24,13 @@ from timm.models.efficientnet import EfficientNet
 from .arch import Arch
 from .blocks import DepthwiseSeparable, MultiPathResidual, fold_bn, spec_kwargs
 from .genotypes import MIXPATH_A, MIXPATH_B, MIXPATH_C
+from .pretrained import add_weights, check_state_dict, locate_weights, readable
 from .released import checkpoint_filter_fn
 from .space import BlockSpec, SearchSpace, add_space, get_space, list_spaces
 
 __all__ = ['MixPath', 'register_space']
+
+BUILTIN_SPACES = frozenset(list_spaces())  # those that are known before anybody registers one
 
 
 class MixPath(EfficientNet):
@@ -205,15 +209,25 @@ def create_mixpath(
         kwargs['norm_layer'] = partial(get_norm_layer(kwargs.get('norm_layer') or nn.BatchNorm2d), **bn_args)
     strides = [stage[0].stride for stage in _fixed_stages(space) + space.stages]
     num_features = (strides[0] > 1) + sum(s > 1 for s in strides[1:]) + 1
-    return build_model_with_cfg(
-        model_cls,
-        variant,
-        pretrained,
-        feature_cfg=dict(out_indices=tuple(range(num_features)), feature_cls='getter'),
-        pretrained_filter_fn=checkpoint_filter_fn,
-        space=space,
-        **kwargs,
-    )
+    model_args = locate_weights(variant, kwargs) if pretrained else {}
+    with readable(variant, kwargs['pretrained_cfg']) if pretrained else nullcontext():
+        model = build_model_with_cfg(
+            model_cls,
+            variant,
+            pretrained,
+            feature_cfg=dict(out_indices=tuple(range(num_features)), feature_cls='getter'),
+            pretrained_filter_fn=_checkpoint_filter_fn,
+            space=space,
+            **kwargs,
+        )
+    if model_args:
+        model._model_args = model_args  # timm adds the arguments that it was given itself
+    return model
+
+
+def _checkpoint_filter_fn(state_dict: dict[str, Any], model: nn.Module) -> dict[str, Any]:
+    """Bring a checkpoint into the layout of a model and check it before anything of it is used."""
+    return check_state_dict(checkpoint_filter_fn(state_dict, model), model)
 
 
 def _create_discovered(variant: str, space_name: str, genotype: str, pretrained: bool, **kwargs: Any) -> MixPath:
@@ -242,19 +256,21 @@ def _cfg(space: SearchSpace, **kwargs: Any) -> dict:
 
 
 default_cfgs = generate_default_cfgs(
-    {
-        'mixpath_a.untrained': _cfg(get_space('s3')),
-        'mixpath_b.untrained': _cfg(get_space('s2')),
-        'mixpath_c.untrained': _cfg(get_space('s1')),
-        'mixpath_s1.untrained': _cfg(get_space('s1')),
-        'mixpath_s1_supernet.untrained': _cfg(get_space('s1')),
-        'mixpath_s2.untrained': _cfg(get_space('s2')),
-        'mixpath_s2_supernet.untrained': _cfg(get_space('s2')),
-        'mixpath_s3.untrained': _cfg(get_space('s3')),
-        'mixpath_s3_supernet.untrained': _cfg(get_space('s3')),
-        'mixpath_nano.untrained': _cfg(get_space('nano')),
-        'mixpath_nano_supernet.untrained': _cfg(get_space('nano')),
-    }
+    add_weights(
+        {
+            'mixpath_a.untrained': _cfg(get_space('s3')),
+            'mixpath_b.untrained': _cfg(get_space('s2')),
+            'mixpath_c.untrained': _cfg(get_space('s1')),
+            'mixpath_s1.untrained': _cfg(get_space('s1')),
+            'mixpath_s1_supernet.untrained': _cfg(get_space('s1')),
+            'mixpath_s2.untrained': _cfg(get_space('s2')),
+            'mixpath_s2_supernet.untrained': _cfg(get_space('s2')),
+            'mixpath_s3.untrained': _cfg(get_space('s3')),
+            'mixpath_s3_supernet.untrained': _cfg(get_space('s3')),
+            'mixpath_nano.untrained': _cfg(get_space('nano')),
+            'mixpath_nano_supernet.untrained': _cfg(get_space('nano')),
+        }
+    )
 )
 
 

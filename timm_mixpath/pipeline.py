@@ -35,7 +35,14 @@ from .search import (
 )
 from .supernet import MixPathSupernet
 
-__all__ = ['SearchData', 'open_search_split', 'print_result', 'recalibration_batches', 'search_checkpoint']
+__all__ = [
+    'SearchData',
+    'open_search_split',
+    'print_result',
+    'recalibration_batches',
+    'search_checkpoint',
+    'state_dict_sha256',
+]
 
 _logger = logging.getLogger(__name__)
 
@@ -144,9 +151,11 @@ def search_checkpoint(
         if recalibration_images:
             recalibration = recalibration_batches(train_set, loaded, recalibration_images, process.device, workers)
         fingerprint = dict(
-            checkpoint_sha256=_sha256(supernet.state_dict()),
-            images_sha256=_sha256({f'{i} {j}': t for i, batch in enumerate(batches) for j, t in enumerate(batch)}),
-            recalibration_sha256=_sha256({str(i): x for i, (x, _) in enumerate(recalibration or [])}),
+            checkpoint_sha256=state_dict_sha256(supernet.state_dict()),
+            images_sha256=state_dict_sha256(
+                {f'{i} {j}': t for i, batch in enumerate(batches) for j, t in enumerate(batch)}
+            ),
+            recalibration_sha256=state_dict_sha256({str(i): x for i, (x, _) in enumerate(recalibration or [])}),
             space=supernet.space.name,
             max_paths=supernet.space.max_paths,
             input_size=list(loaded.data_config['input_size']),
@@ -253,7 +262,8 @@ def recalibration_batches(
     )
 
 
-def _sha256(tensors: dict[str, torch.Tensor]) -> str:
+def state_dict_sha256(tensors: dict[str, torch.Tensor]) -> str:
+    """Return a fingerprint of tensors by name."""
     digest = hashlib.sha256()
     for key, value in sorted(tensors.items()):
         digest.update(f'{key} {value.dtype} {tuple(value.shape)}'.encode())

@@ -3,10 +3,12 @@
 import shutil
 from pathlib import Path
 
+import yaml
+
 from .errors import UsageError
 from .files import make_output_dir, write_atomic
 
-__all__ = ['copy_recipe', 'find_recipe', 'list_recipes', 'recipe_dir']
+__all__ = ['copy_recipe', 'find_model_recipe', 'find_recipe', 'list_recipes', 'recipe_dir']
 
 
 def recipe_dir() -> Path:
@@ -42,6 +44,14 @@ def find_recipe(name: str) -> Path:
     if stem in known and len(path.parts) <= 2 and path.parent.name in ('', 'recipes'):
         return recipe_dir() / f'{stem}.yaml'
     raise UsageError(f'recipe {name!r} is neither a file nor one of {", ".join(known)}')
+
+
+def find_model_recipe(model: str) -> str | None:
+    """Return the name of the first recipe for a model, None if there is none."""
+    for name in list_recipes():
+        if yaml.safe_load((recipe_dir() / f'{name}.yaml').read_text()).get('model') == model:
+            return name
+    return None
 
 
 def copy_recipe(name: str, folder: str) -> Path:
