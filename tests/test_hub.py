@@ -321,7 +321,9 @@ def test_summary_of_another_run_is_refused(run: Path, tmp_path: Path) -> None:
 def test_list_pretrained_lists_what_can_be_loaded(hub: Hub, model_dir: Path, tmp_path: Path) -> None:
     """A package with small weights inside and one line for weights on the Hub, as a release would have them."""
     package = tmp_path / 'site' / 'timm_mixpath'
-    shutil.copytree(Path(timm_mixpath.__file__).parent, package, ignore=shutil.ignore_patterns('__pycache__'))
+    shutil.copytree(
+        Path(timm_mixpath.__file__).parent, package, ignore=shutil.ignore_patterns('__pycache__', 'weights')
+    )
     shutil.copytree(model_dir, package / 'weights' / 'mixpath_nano.tiny')
     source = (package / 'pretrained.py').read_text()
     line = 'PUBLISHED: dict[str, dict[str, Any]] = {}'
@@ -701,15 +703,16 @@ def test_push_whose_answer_was_lost_is_not_committed_twice(hub: Hub, run: Path) 
 
 def test_push_into_a_repo_that_changes_meanwhile_is_refused(published: Hub, run: Path) -> None:
     """Nobody's commit is overwritten unseen, and no repo is left with the weights of one and the config of another."""
-    lock, dispatch = published, published.server.RequestHandlerClass.dispatch
+    handler = published.server.RequestHandlerClass
+    dispatch = handler.dispatch
 
     def somebody_else(self: Any) -> Any:
         if '/commit/' in self.route:
-            lock.server.RequestHandlerClass.dispatch = dispatch
-            lock.repos[NAME].commit('main', {'README.md': lock.store(b'theirs', lfs=False)}, 'theirs')
+            handler.dispatch = dispatch
+            published.repos[NAME].commit('main', {'README.md': published.store(b'theirs', lfs=False)}, 'theirs')
         return dispatch(self)
 
-    published.server.RequestHandlerClass.dispatch = somebody_else
+    handler.dispatch = somebody_else
     with pytest.raises(RunError, match='in the meantime'):
         push(run / 'last.pth.tar', NAME)
     assert published.files(NAME) == {'README.md': b'theirs'}

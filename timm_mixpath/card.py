@@ -236,8 +236,13 @@ def make_card(
         library_name='timm',
         pipeline_tag=None if is_supernet else 'image-classification',
         license=details.license,
-        tags=['image-classification', 'timm', 'timm-mixpath', 'neural-architecture-search', 'arxiv:2001.05887']
-        + (['supernet'] if is_supernet else []),
+        tags=[
+            'supernet' if is_supernet else 'image-classification',
+            'timm',
+            'timm-mixpath',
+            'neural-architecture-search',
+            'arxiv:2001.05887',
+        ],
         datasets=[dataset_id] if dataset_id else None,
         metrics=['accuracy'] if results else None,
         model_name=name if results else None,

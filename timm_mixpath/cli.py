@@ -117,6 +117,8 @@ def _setup_logging() -> None:
     if not logging.root.handlers:  # a second command in the same process would print every line twice
         setup_default_logging()
     logging.getLogger('timm.utils.checkpoint_saver').setLevel(logging.WARNING)  # a list of files in every epoch
+    for client in ('httpx', 'httpx2'):  # that of huggingface_hub, whose every request is a line
+        logging.getLogger(client).setLevel(logging.WARNING)
 
 
 def _from_args(cls: type, args: argparse.Namespace) -> Any:
