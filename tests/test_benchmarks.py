@@ -43,3 +43,11 @@ def test_bookkeeping(tmp_path):
     out = run_script('bookkeeping', options, tmp_path)
     assert out.count('check passed: ') == 2
     assert 'share of a step' in out
+
+
+@pytest.mark.slow
+def test_models(tmp_path):
+    options = '--models mixpath_a mixnet_m --variants plain channels_last folded --batch-sizes 1 2 --img-size 32'
+    out = run_script('models', f'{options} --repetitions 1 --warmup 0', tmp_path)
+    assert 'check passed: variants of 2 models agree' in out
+    assert 'n = 1 calls' in out

@@ -1,3 +1,4 @@
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -77,13 +78,13 @@ def test_profile_prints_size_and_cost(capsys: pytest.CaptureFixture) -> None:
     words = ['profile', '--model', 'mixpath_s1_supernet', '--num-samples', '101']
     assert cli.main(words) == 0
     out = capsys.readouterr().out
-    assert f'{30**12:,} archs, m = 4, input 3x32x32' in out
+    assert '5.31e+17 archs, m = 4, input 3x32x32' in out
     assert '242.77' in out and '681.28' in out
 
 
 def test_recipes_lists_and_copies(capsys: pytest.CaptureFixture, tmp_path: Path) -> None:
     assert cli.main(['recipes']) == 0
-    assert 'nano_supernet_cifar10  nano supernet' in capsys.readouterr().out
+    assert re.search('^nano_supernet_cifar10 +nano supernet', capsys.readouterr().out, re.MULTILINE)
     assert cli.main(['recipes', 'cp', 'nano_cifar10', str(tmp_path)]) == 0
     assert (tmp_path / 'nano_cifar10.yaml').exists()
 

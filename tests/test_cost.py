@@ -115,6 +115,56 @@ def test_equals_extracted_model(kwargs, input_size):
         assert table_cost(table, arch) == true_cost(supernet.extract(arch).float(), input_size), arch
 
 
+# Four channel groups that do not divide the channels, squeeze-and-excite, grouped 1x1, a fixed block in front
+GROUPED = SearchSpace(
+    name='grouped_cost',
+    blocks=(
+        BlockSpec(10, 2, (5, 3), (5, 3), num_groups=3, pwl_groups=2, se_ratio=0.5, act_layer='swish'),
+        BlockSpec(10, 1, (3,), (3, 7), num_groups=2, exp_groups=2),
+    ),
+    stem_chs=8,
+    ds_chs=9,
+    num_features=16,
+    max_paths=1,
+    input_size=(3, 12, 12),
+    num_classes=5,
+)
+
+
+@pytest.mark.parametrize('m', [1, 2])
+def test_channel_groups_equal_every_arch_and_brute_force_bounds(m):
+    space = GROUPED.with_max_paths(m)
+    table = CostTable(space)
+    archs = [Arch.from_blocks(choices) for choices in itertools.product(*(space.choices(i) for i in range(2)))]
+    assert len(set(archs)) == space.size
+    if m == 2:
+        archs = archs[::7] + [table.smallest(metric) for metric in table.metrics]
+        archs += [table.largest(metric) for metric in table.metrics]
+    # What a supernet with m > 1 hands out has a batch norm behind its sums, whether an arch needs it or not
+    costs = {a: true_cost(MixPath(space, a, num_classes=5, norm_sums=m > 1), space.input_size) for a in archs}
+    for arch, cost in costs.items():
+        assert table_cost(table, arch) == cost, arch
+    for metric in table.metrics:
+        values = [cost[metric] for cost in costs.values()]
+        assert table.bounds(metric) == (min(values), max(values))
+
+
+@pytest.mark.parametrize('kwargs', [dict(m=1), dict(m=2, num_classes=3), dict(act_layer='prelu')], ids=str)
+@pytest.mark.parametrize('name', ['s2', 's3'])
+def test_imagenet_spaces_equal_extracted_model(name, kwargs):
+    supernet = timm.create_model(f'mixpath_{name}_supernet', **kwargs)
+    table = CostTable.from_supernet(supernet, (3, 64, 64))
+    for arch in archs_of(supernet.space, 2):
+        assert table_cost(table, arch) == true_cost(supernet.extract(arch), (3, 64, 64)), arch
+
+
+def test_counts_for_another_task_than_the_supernets():
+    supernet = timm.create_model('mixpath_nano_supernet', num_classes=10)
+    table = CostTable.from_supernet(supernet, (3, 64, 48), num_classes=100)
+    arch = supernet.space.default_arch
+    assert table_cost(table, arch) == true_cost(timm.create_model('mixpath_nano', num_classes=100), (3, 64, 48))
+
+
 def test_follows_reset_classifier():
     supernet = timm.create_model('mixpath_nano_supernet')
     supernet.reset_classifier(23, 'avgmax')

@@ -9,6 +9,7 @@ import torch.nn as nn
 from timm.models import save_for_hf
 from timm.models.efficientnet import EfficientNet
 from timm.utils import reparameterize_model
+from torch.utils.flop_counter import FlopCounterMode
 
 from timm_mixpath import Arch, MixPath, get_space
 
@@ -48,6 +49,81 @@ def test_models_are_registered():
     assert names <= set(timm.list_models('mixpath_*'))
     assert all(timm.is_model(name) for name in names)
     assert not timm.list_models('mixpath_s1*', pretrained=True)
+
+
+BUDGETS = {'a': (349e6, 5.0), 'b': (378e6, 5.1)}
+
+
+@pytest.mark.parametrize('letter', BUDGETS)
+def test_discovered_models_are_inside_the_published_budgets(letter):
+    macs, params = BUDGETS[letter]
+    model = timm.create_model(f'mixpath_{letter}').eval()
+    counter = FlopCounterMode(display=False)
+    with torch.no_grad(), counter:
+        assert model(make_input(1, 224)).shape == (1, 1000)
+    assert abs(counter.get_total_flops() / 2 / macs - 1) < 0.01
+    assert round(count(model) / 1e6, 1) == params
+    cfg = model.default_cfg
+    assert (cfg['input_size'], cfg['num_classes']) == ((3, 224, 224), 1000)
+
+
+def test_discovered_models_are_of_their_spaces():
+    archs = {letter: timm.create_model(f'mixpath_{letter}', device='meta').arch for letter in 'abc'}
+    assert get_space('s3', m=1).arch(archs['a'])
+    assert get_space('s2', m=2).arch(archs['b'])
+    assert get_space('s1').arch(archs['c'])
+    assert any(max(choice.num_paths) == 2 for choice in archs['b'].blocks)
+    c = timm.create_model('mixpath_c')
+    assert c(make_input()).shape == (2, 10)
+    assert c.default_cfg['input_size'] == (3, 32, 32)
+
+
+@pytest.mark.parametrize('letter', 'abc')
+def test_discovered_models_have_a_fixed_arch(letter):
+    with pytest.raises(ValueError, match=f"mixpath_{letter} has a fixed arch; use mixpath_s[123] with arch='k3_e6'"):
+        timm.create_model(f'mixpath_{letter}', arch='k3_e6')
+
+
+def test_imagenet_backbone_is_mixnet_m():
+    """All but the depthwise kernels and the batch norms of the paths equals timm's mixnet_m."""
+    mixnet = timm.create_model('mixnet_m', device='meta')
+    model = timm.create_model('mixpath_s2', device='meta')  # single kernels: one batch norm of full width, as mixnet
+
+    def rest(model: nn.Module, depthwise: str) -> list[int]:
+        named = {n: p for n, p in model.named_parameters() if depthwise not in n or n.startswith('blocks.0')}
+        blocks = {}  # mixnet_m has a module per group of a 1x1 convolution
+        for name, p in named.items():
+            key = '.'.join(name.split('.')[:3]) if name.startswith('blocks') else name
+            blocks[key] = blocks.get(key, 0) + p.numel()
+        return list(blocks.values())
+
+    assert rest(model, '.conv.') == rest(mixnet, '.conv_dw.')
+    assert [f | dict(module='') for f in model.feature_info] == [f | dict(module='') for f in mixnet.feature_info]
+    acts = [[type(m) for m in net.modules() if isinstance(m, (nn.ReLU, nn.SiLU))] for net in (model, mixnet)]
+    assert acts[0] == acts[1]
+
+
+def test_mixed_kernels_of_four_equal_mixnets():
+    """Block 15 of S3 with all four kernels is mixnet_m's own block."""
+    arch = ','.join(f'k3.5.7.9_e{choice.expand_ratio}' for choice in get_space('s3').default_arch.blocks)
+    block = timm.create_model('mixpath_s3', arch=arch).blocks[5][1]
+    timm_block = timm.create_model('mixnet_m').blocks[5][1]
+    state_dict = {}
+    for key, value in reference.perturb(timm_block).state_dict().items():
+        if key.startswith('conv_dw.'):
+            index = int(key.split('.')[1])
+            state_dict[f'paths.g{index}.k{3 + 2 * index}.conv.weight'] = value
+        elif key.startswith('bn2.'):
+            pieces = value.chunk(4) if value.ndim else [value] * 4
+            state_dict.update({f'paths.g{i}.k{3 + 2 * i}.bn.{key[4:]}': piece for i, piece in enumerate(pieces)})
+        elif key.startswith('conv_pwl.'):
+            state_dict.setdefault('conv_pwl.weight', []).append(value)
+        else:
+            state_dict[key] = value
+    state_dict['conv_pwl.weight'] = torch.cat(state_dict['conv_pwl.weight'])
+    block.load_state_dict(state_dict)
+    x = torch.randn(2, 200, 7, 7, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(block.eval()(x), timm_block.eval()(x), rtol=1e-5, atol=1e-5)
 
 
 def test_pretrained_is_refused_where_there_are_no_weights():

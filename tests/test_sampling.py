@@ -153,3 +153,20 @@ def test_blocks_of_different_choices():
     archs = [sample(space, seed=0, step=step) for step in range(300)]
     assert {a.blocks[0] for a in archs} == set(space.choices(0))
     assert {a.blocks[1] for a in archs} == set(space.choices(1))
+
+
+@pytest.mark.parametrize('m', [1, 2])
+def test_channel_groups_are_sampled_on_their_own(m):
+    space = get_space('s3', m)
+    archs = [sample(space, seed=0, step=step) for step in range(400)]
+    assert all(space.arch(arch) == arch for arch in archs)
+    groups = [[b.groups[g] for arch in archs for b in arch.blocks] for g in range(4)]
+    for group in groups:
+        counts = Counter(map(len, group))
+        assert sorted(counts) == list(range(1, m + 1))
+        assert chi_square(list(counts.values())) < LIMITS[m - 1]
+        singles = Counter(kernels for kernels in group if len(kernels) == 1)
+        assert chi_square([singles[k,] for k in (3, 5, 7, 9)]) < LIMITS[3]
+    # Neighbouring groups agree as often as independent ones would: 1 in 4 for single kernels
+    pairs = [a == b for a, b in zip(groups[0], groups[1]) if len(a) == len(b) == 1]
+    assert abs(sum(pairs) / len(pairs) - 0.25) < 4 * (0.25 * 0.75 / len(pairs)) ** 0.5

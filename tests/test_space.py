@@ -14,7 +14,7 @@ fixed = settings(derandomize=True, database=None, deadline=None, max_examples=60
 
 @st.composite
 def spaces_and_vectors(draw) -> tuple[SearchSpace, list[int]]:
-    space = draw(st.sampled_from([get_space('s1', m) for m in (1, 2, 3, 4)] + [get_space('nano', m) for m in (1, 3)]))
+    space = draw(st.sampled_from([get_space(name, m) for name in ('s1', 's2', 's3', 'nano') for m in (1, 2, 3)]))
     return space, [draw(st.integers(0, size - 1)) for size in space.gene_sizes]
 
 
@@ -27,6 +27,33 @@ def test_s1_is_the_published_space():
     assert (s1.stem_chs, s1.stem_stride, s1.num_features, s1.act_layer) == (32, 1, 1280, 'relu6')
     assert (s1.max_paths, s1.max_paths_limit) == (4, 4)
     assert s1.input_size == (3, 32, 32)
+
+
+@pytest.mark.parametrize(('name', 'num_groups', 'm'), [('s2', 1, 2), ('s3', 4, 1)])
+def test_imagenet_spaces_leave_the_kernels_of_mixnet_m_open(name, num_groups, m):
+    space = get_space(name)
+    assert [b.out_chs for b in space.blocks] == [32] * 2 + [40] * 4 + [80] * 4 + [120] * 4 + [200] * 4
+    assert [i for i, b in enumerate(space.blocks) if b.stride == 2] == [0, 2, 6, 14]
+    assert [i for i, b in enumerate(space.blocks) if b.expand_ratios == (3,)] == [1, 11, 12, 13]
+    assert {b.expand_ratios for b in space.blocks} == {(3,), (6,)}
+    assert [b.se_ratio for b in space.blocks] == [0] * 2 + [0.5] * 4 + [0.25] * 4 + [0.5] * 8
+    assert {b.kernel_sizes for b in space.blocks} == {(3, 5, 7, 9)}
+    assert {b.num_groups for b in space.blocks} == {num_groups}
+    assert (space.max_paths, space.max_paths_limit, space.ds_chs, space.num_features) == (m, 4, 24, 1536)
+    assert (space.input_size, space.num_classes) == ((3, 224, 224), 1000)
+
+
+@pytest.mark.parametrize(('m', 'num_subsets'), [(1, 4), (2, 10), (3, 14), (4, 15)])
+def test_channel_groups_choose_on_their_own(m, num_subsets):
+    s3 = get_space('s3', m)
+    assert s3.gene_sizes == (1, *[num_subsets] * 4) * 18
+    assert s3.num_choices(0) == num_subsets**4
+    assert s3.size == num_subsets**72
+    if m == 1:
+        assert len({str(c) for c in s3.choices(0)}) == 256
+    arch = s3.decode([0, 3, 0, 1, 2] * 18)
+    assert str(arch.blocks[0]) == 'k9.3.5.7_e6'
+    assert s3.encode(arch) == (0, 3, 0, 1, 2) * 18
 
 
 @pytest.mark.parametrize(('m', 'num_choices'), [(1, 8), (2, 20), (3, 28), (4, 30)])

@@ -13,7 +13,17 @@ import torch.nn.functional as F
 from timm.models import save_for_hf
 from timm.utils import ModelEmaV3, reparameterize_model
 
-from timm_mixpath import Arch, MixPath, MixPathSupernet, ShadowBatchNorm2d, get_space, sample
+from timm_mixpath import (
+    Arch,
+    BlockChoice,
+    BlockSpec,
+    MixPath,
+    MixPathSupernet,
+    SearchSpace,
+    ShadowBatchNorm2d,
+    get_space,
+    sample,
+)
 
 ONE_PATH = 'k3_e6,k7_e3,k5_e3,k5_e6,k3_e6,k3_e3,k7_e6,k7_e6'
 TWO_PATHS = 'k3+5_e3,k7_e3,k3+7_e6,k5_e6,k5+7_e3,k3_e3,k3+5_e6,k3+7_e6'
@@ -71,6 +81,69 @@ def test_eval_equals_reference(arch):
     tensors = reference.leaf_tensors(supernet)
     y_ref = reference.supernet(tensors, supernet.space, Arch(arch), make_input(), training=False)
     torch.testing.assert_close(supernet(make_input()), y_ref, rtol=1e-4, atol=1e-4)
+
+
+# Blocks of every kind of S2 and S3, narrow and few: a fixed block in front, strides, skips, squeeze-and-excite,
+# grouped 1x1 convolutions, channel groups that do not divide the channels
+IMAGENET_LIKE = SearchSpace(
+    name='imagenet_like',
+    blocks=(
+        BlockSpec(8, 2, (6,), (3, 5), num_groups=4, exp_groups=2, pwl_groups=2),
+        BlockSpec(8, 1, (3,), (3, 5, 7), num_groups=4, exp_groups=2, pwl_groups=2, se_ratio=0.5, act_layer='swish'),
+        BlockSpec(12, 1, (5, 3), (3, 7), num_groups=3, se_ratio=0.25, act_layer='swish'),
+        BlockSpec(12, 1, (6,), (3, 9), se_ratio=0.25, act_layer='swish'),
+    ),
+    stem_chs=8,
+    stem_stride=2,
+    ds_chs=8,
+    num_features=24,
+    act_layer='relu',
+)
+
+
+@pytest.mark.parametrize('sbn', [True, False], ids=['sbn', 'bn'])
+@pytest.mark.parametrize('m', [1, 2])
+def test_channel_groups_equal_reference(m, sbn):
+    torch.manual_seed(0)
+    supernet = reference.perturb(MixPathSupernet(IMAGENET_LIKE, m=m, sbn=sbn, num_classes=10)).double().train()
+    for _ in range(3):
+        tensors = reference.leaf_tensors(supernet)
+        supernet.zero_grad()
+        x = make_input().double()
+        y = supernet(x)
+        arch = supernet.sampled_arch
+        y_ref = reference.supernet(tensors, supernet.space, arch, x, training=True, sbn=sbn)
+        torch.testing.assert_close(y, y_ref, rtol=1e-8, atol=1e-8)
+        y.pow(2).sum().backward()
+        y_ref.pow(2).sum().backward()
+        for name, p in supernet.named_parameters():
+            torch.testing.assert_close(p.grad, tensors[name].grad, rtol=1e-6, atol=1e-8, msg=name)
+            assert (p.grad is not None) == reference.active_parameter(name, supernet.space, arch, sbn), name
+        for name, buffer in supernet.named_buffers():
+            if name != 'sample_step':
+                torch.testing.assert_close(buffer, tensors[name], rtol=1e-8, atol=1e-8, msg=name)
+    supernet.eval()
+    for step in range(5):
+        supernet.active_arch = arch = sample(supernet.space, seed=1, step=step)
+        y_ref = reference.supernet(reference.leaf_tensors(supernet), supernet.space, arch, x, training=False, sbn=sbn)
+        torch.testing.assert_close(supernet(x), y_ref, rtol=1e-8, atol=1e-8)
+
+
+@pytest.mark.parametrize('kwargs', [dict(), dict(m=2), dict(m=2, sbn=False), dict(m=4, width_mult=0.6)], ids=str)
+@pytest.mark.parametrize('name', ['s2', 's3'])
+def test_extracted_imagenet_network_equals_supernet(name, kwargs):
+    torch.manual_seed(0)
+    supernet = reference.perturb(timm.create_model(f'mixpath_{name}_supernet', num_classes=10, **kwargs)).eval()
+    x = make_input()
+    single = supernet.space.default_arch
+    for arch in (single, sample(supernet.space, seed=0, step=0), sample(supernet.space, seed=0, step=1)):
+        supernet.active_arch = arch
+        torch.testing.assert_close(supernet.extract()(x), supernet(x), rtol=1e-5, atol=1e-5)
+    # Rebuilt from what config.json holds: the norms behind the sums do not depend on this arch alone
+    rebuilt = timm.create_model(f'mixpath_{name}', **supernet.extract(single)._model_args)
+    rebuilt.load_state_dict(supernet.extract(single).state_dict())
+    supernet.active_arch = single
+    torch.testing.assert_close(rebuilt.eval()(x), supernet(x), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -412,3 +485,26 @@ def test_extract_says_what_is_missing():
 def test_norm_layer_by_name_with_bn_options():
     model = timm.create_model('mixpath_nano_supernet', norm_layer='batchnorm2d', bn_eps=1e-3)
     assert model.extract().bn1.eps == 1e-3
+
+
+@pytest.mark.parametrize('name', ['nano', 's3'])
+def test_nested_init_gives_all_archs_the_same_function(name):
+    torch.manual_seed(0)
+    kwargs = dict(num_classes=10, m=2, nested_init=True)
+    supernet = timm.create_model(f'mixpath_{name}_supernet', **kwargs).double().train()
+    x = torch.randn(8, 3, 64, 64, generator=torch.Generator().manual_seed(1)).double()
+    # In training mode a batch norm takes the scale of a sum out again, so that sums compute the same as single paths
+    choices = supernet.space.default_arch.blocks  # one expansion: the branches of a block are not nested
+    outputs = []
+    for kernel_sizes in ((3,), (5,), (7,), (3, 7)):
+        arch = Arch.from_blocks(BlockChoice((kernel_sizes,) * len(c.groups), c.expand_ratio) for c in choices)
+        with torch.no_grad():
+            supernet.active_arch = arch
+            supernet._activate(arch)
+            outputs.append(super(MixPathSupernet, supernet).forward_features(x))
+    for y in outputs[1:]:
+        torch.testing.assert_close(y, outputs[0], rtol=1e-2, atol=1e-2)
+    # the paths have weights of their own from then on
+    weights = {p.data_ptr() for p in supernet.parameters()}
+    assert len(weights) == len(list(supernet.parameters()))
+    assert 'nested_init' not in supernet.extract()._model_args

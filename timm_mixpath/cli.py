@@ -200,6 +200,9 @@ def _add_search(parser: argparse.ArgumentParser) -> None:
     add('--seed', type=int, default=default.seed)
     add('--recalibration-images', type=int, default=0, metavar='N',
         help='recalibrate the batch norms of every candidate with N training images (default: 0, none)')  # fmt: skip
+    add('--cost-input-size', nargs=3, type=int, metavar='N',
+        help='channels, height, width to count MACs for (default: as in the training)')  # fmt: skip
+    add('--cost-num-classes', type=int, metavar='N', help='classes to count costs for (default: as in the training)')
     add('--latency', action='store_true', help='measure the latency of the archs on the front')
 
     add = parser.add_argument_group('device').add_argument
@@ -221,6 +224,8 @@ def _search(args: argparse.Namespace) -> None:
         _from_args(SearchConfig, args),
         _from_args(SearchData, args),
         recalibration_images=args.recalibration_images,
+        cost_input_size=tuple(args.cost_input_size) if args.cost_input_size else None,
+        cost_num_classes=args.cost_num_classes,
         batch_size=args.batch_size,
         device=args.device,
         workers=args.workers,
@@ -343,7 +348,8 @@ def _profile(args: argparse.Namespace) -> None:
         table = CostTable.from_supernet(model, tuple(args.input_size) if args.input_size else None)
         profile = profile_space(table, num_samples=args.num_samples)
     size = 'x'.join(str(v) for v in table.input_size)
-    print(f'{args.model}: {profile.size:,} archs, m = {model.space.max_paths}, input {size}')
+    num_archs = f'{profile.size:,}' if profile.size < 10**12 else f'{profile.size:.3g}'
+    print(f'{args.model}: {num_archs} archs, m = {model.space.max_paths}, input {size}')
     print(f'{"":12}{"min":>12}{"median":>12}{"max":>12}')
     for name, unit, digits in (('macs', 'MACs (M)', 2), ('params', 'params (M)', 3)):
         row = getattr(profile, name)

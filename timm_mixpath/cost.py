@@ -9,6 +9,7 @@ import copy
 import statistics
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 from operator import getitem
 from typing import Any, ClassVar
 
@@ -67,7 +68,9 @@ class CostTable:
         # What all archs share, {metric: cost}; per block the expansions' own parts and the paths' parts
         self._base: dict[str, int] = {}
         self._expansions: list[dict[int, dict[str, int]]] = [{} for _ in space.blocks]
-        self._paths: list[dict[tuple[int, int], dict[str, int]]] = [{} for _ in space.blocks]
+        self._paths: list[dict[tuple[int, int, int], dict[str, int]]] = [{} for _ in space.blocks]
+        # With channel groups the networks of a supernet all have the batch norms that sums of paths need
+        model_kwargs.setdefault('norm_sums', space.max_paths > 1)
         for arch in _single_path_archs(space):
             # Neither place nor precision of a supernet matters here
             kwargs = dict(model_kwargs, device='meta', dtype=None)
@@ -84,12 +87,15 @@ class CostTable:
         cls,
         supernet: MixPathSupernet,
         input_size: tuple[int, int, int] | None = None,
+        num_classes: int | None = None,
     ) -> 'CostTable':
         """Make the table of the networks that `supernet.extract` gives.
 
         Args:
             supernet: Supernet, in any mode and on any device.
             input_size: Input as (channels, height, width), in pixels; the supernet's own if None.
+            num_classes: Number of classes, the supernet's own if None. Give it where the winner will be trained on
+                another data set than the supernet.
 
         Raises:
             ValueError: `input_size` is malformed or has other channels than the supernet.
@@ -103,28 +109,39 @@ class CostTable:
             raise ValueError(f'input_size {input_size} does not fit a supernet of {supernet.in_chans} input channels')
         kwargs = {k: v for k, v in supernet._subnet_kwargs.items() if k not in ('in_chans', 'width_mult')}
         kwargs['global_pool'] = supernet.global_pool.pool_type  # reset_classifier may have changed it
-        return cls(supernet.space, num_classes=supernet.num_classes, input_size=input_size, **kwargs)
+        num_classes = supernet.num_classes if num_classes is None else num_classes
+        return cls(supernet.space, num_classes=num_classes, input_size=input_size, **kwargs)
 
     def _add(self, model: MixPath, arch: Arch) -> None:
-        names = [f'blocks.{s}.{b}' for s, stage in enumerate(model.blocks) for b in range(len(stage))]
         counts = {
             'macs': _count_macs(model, self.input_size),
             'params': {name: p.numel() for name, p in model.named_parameters()},
         }
         for metric, count in counts.items():
             base = _sum_below(count, '')
-            for index, (name, choice) in enumerate(zip(names, arch.blocks)):
-                block, path = _sum_below(count, f'{name}.'), _sum_below(count, f'{name}.paths.')
+            for index, ((name, block), choice) in enumerate(zip(model.get_choice_blocks().items(), arch.blocks)):
+                total, paths = _sum_below(count, f'{name}.'), _sum_below(count, f'{name}.paths.')
                 e = choice.expand_ratio
-                self._expansions[index].setdefault(e, {})[metric] = block - path
-                self._paths[index].setdefault((e, choice.groups[0][0]), {})[metric] = path
-                base -= block
+                self._expansions[index].setdefault(e, {})[metric] = total - paths
+                for run_name, run in block.run_names.items():
+                    # Groups that share convolutions share the cost by their channels
+                    cost, chs = _sum_below(count, f'{name}.{run_name}.'), [block.group_chs[group] for group in run]
+                    for group in run:
+                        group_cost = cost * block.group_chs[group] // sum(chs)
+                        self._paths[index].setdefault((group, e, choice.groups[group][0]), {})[metric] = group_cost
+                base -= total
             self._base[metric] = base
 
     def _block_cost(self, metric: str, index: int, choice: BlockChoice) -> int:
         e = choice.expand_ratio
+        cost = self._expansions[index][e][metric]
+        for group, kernel_sizes in enumerate(choice.groups):
+            cost += self._group_cost(metric, index, group, e, kernel_sizes)
+        return cost
+
+    def _group_cost(self, metric: str, index: int, group: int, expand_ratio: int, kernel_sizes: Iterable[int]) -> int:
         paths = self._paths[index]
-        return self._expansions[index][e][metric] + sum(paths[e, k][metric] for group in choice.groups for k in group)
+        return sum(paths[group, expand_ratio, k][metric] for k in kernel_sizes)
 
     def macs(self, arch: Arch | str) -> int:
         """Multiply-adds of one image, of convolutions and linear layers.
@@ -193,13 +210,23 @@ class CostTable:
         """
         return self._extreme(metric, max)
 
-    def _extreme(self, metric: str, pick: Callable[..., BlockChoice]) -> Arch:
+    def _extreme(self, metric: str, pick: Callable[..., Any]) -> Arch:
         self._check_metric(metric)
-        # Costs add up over blocks, so the extreme of the sum is the sum of the extremes
-        return Arch.from_blocks(
-            pick(self.space.choices(index), key=lambda choice, i=index: self._block_cost(metric, i, choice))
-            for index in range(len(self.space.blocks))
-        )
+        # Costs add up over blocks and channel groups, so the extreme of the sum is the sum of the extremes
+        blocks: list[BlockChoice] = []
+        for index, spec in enumerate(self.space.blocks):
+            choices = [
+                BlockChoice(
+                    tuple(
+                        pick(self.space.subsets(index), key=partial(self._group_cost, metric, index, group, e))
+                        for group in range(spec.num_groups)
+                    ),
+                    e,
+                )
+                for e in spec.expand_ratios
+            ]
+            blocks.append(pick(choices, key=partial(self._block_cost, metric, index)))
+        return Arch.from_blocks(blocks)
 
     def _check_metric(self, metric: str) -> None:
         if metric not in self.metrics:
@@ -214,9 +241,10 @@ def _check_input_size(input_size: Iterable[int]) -> tuple[int, int, int]:
 
 
 def _single_path_archs(space: SearchSpace) -> list[Arch]:
-    """As few archs of one path per block as show every path of every block at least once."""
+    """As few archs of one path per channel group as show every path of every block at least once."""
     paths = [
-        [BlockChoice(((k,),), e) for e in block.expand_ratios for k in block.kernel_sizes] for block in space.blocks
+        [BlockChoice(((k,),) * block.num_groups, e) for e in block.expand_ratios for k in block.kernel_sizes]
+        for block in space.blocks
     ]
     return [Arch.from_blocks(block[i % len(block)] for block in paths) for i in range(max(map(len, paths)))]
 

@@ -2,8 +2,10 @@
 
 Paper: https://arxiv.org/abs/2001.05887
 
+`mixpath_a`, `mixpath_b` and `mixpath_c` are reconstructions of the discovered models, see `timm_mixpath.genotypes`.
 `mixpath_<space>` is a stand-alone network of a given arch, `mixpath_<space>_supernet` the one-shot network that holds
-every arch of the space. Space S1 follows the published description; `nano` is this package's own.
+every arch of the space. Space S1 follows the published description; S2 and S3 are reconstructions on the backbone that
+the published budgets point to, timm's mixnet_m; `nano` is this package's own.
 """
 
 import re
@@ -20,8 +22,10 @@ from timm.models._efficientnet_builder import _init_weight_goog, efficientnet_in
 from timm.models.efficientnet import EfficientNet
 
 from .arch import Arch
-from .blocks import MultiPathResidual
+from .blocks import DepthwiseSeparable, MultiPathResidual, fold_bn, spec_kwargs
+from .genotypes import MIXPATH_A, MIXPATH_B, MIXPATH_C
 from .pretrained import add_weights, check_state_dict, locate_weights, readable
+from .released import checkpoint_filter_fn
 from .space import BlockSpec, SearchSpace, add_space, get_space, list_spaces
 
 __all__ = ['MixPath', 'register_space']
@@ -41,11 +45,14 @@ class MixPath(EfficientNet):
         in_chans: Input channels.
         width_mult: Multiplier of all widths, see `SearchSpace.scaled`.
         output_stride: Largest stride of the features, more is turned into dilation.
-        act_layer: Activation, the space's if None.
+        act_layer: Activation, the space's if None. As in timm, blocks for which the space names an activation of
+            their own keep it.
         norm_layer: Normalisation.
         drop_rate: Dropout in front of the classifier.
         drop_path_rate: Stochastic depth rate of the last block, growing linearly.
         global_pool: Global pooling.
+        norm_sums: In a space with channel groups, put a batch norm behind the sums, see `MultiPathResidual`. If None,
+            the network has them when its arch sums paths. Networks extracted from a supernet with m > 1 always do.
 
     Raises:
         ValueError: The space does not hold the arch.
@@ -64,12 +71,13 @@ class MixPath(EfficientNet):
         drop_rate: float = 0.0,
         drop_path_rate: float = 0.0,
         global_pool: str = 'avg',
+        norm_sums: bool | None = None,
         device=None,
         dtype=None,
     ) -> None:
         nn.Module.__init__(self)  # EfficientNet's own constructor builds blocks of a fixed set of types
         dd = {'device': device, 'dtype': dtype}
-        self._set_space(space.scaled(width_mult), arch)
+        self._set_space(space.scaled(width_mult), arch, norm_sums)
         space = self.space
         act_layer = get_act_layer(act_layer or space.act_layer)
         norm_layer = norm_layer or nn.BatchNorm2d
@@ -84,11 +92,13 @@ class MixPath(EfficientNet):
         self.bn1 = norm_act_layer(space.stem_chs, inplace=True, **dd)
 
         # Stages of blocks, feature taps as timm's EfficientNetBuilder places them
-        stages = space.stages
+        stages = _fixed_stages(space) + space.stages
+        num_blocks = sum(map(len, stages))
         in_chs, block_index, reduction, dilation = space.stem_chs, 0, space.stem_stride, 1
         self.feature_info = []
         if stages[0][0].stride > 1:
             self.feature_info.append(dict(module='bn1', num_chs=in_chs, stage=0, reduction=reduction))
+        choice_index = 0
         layers = []
         for stage_index, stage in enumerate(stages):
             blocks = []
@@ -100,19 +110,19 @@ class MixPath(EfficientNet):
                         stride = 1
                     else:
                         reduction *= stride
-                blocks.append(
-                    self._make_block(
-                        block_index,
-                        in_chs,
-                        spec,
-                        stride=stride,
-                        dilation=block_dilation,
-                        act_layer=act_layer,
-                        norm_layer=norm_layer,
-                        drop_path_rate=drop_path_rate * block_index / len(space.blocks),
-                        **dd,
-                    )
+                kwargs = dict(
+                    stride=stride,
+                    dilation=block_dilation,
+                    act_layer=get_act_layer(spec.act_layer) if spec.act_layer else act_layer,
+                    norm_layer=norm_layer,
+                    drop_path_rate=drop_path_rate * block_index / num_blocks,
+                    **dd,
                 )
+                if spec.kernel_sizes:
+                    blocks.append(self._make_block(choice_index, in_chs, spec, **kwargs))
+                    choice_index += 1
+                else:
+                    blocks.append(DepthwiseSeparable(in_chs, spec.out_chs, **kwargs))
                 in_chs = spec.out_chs
                 block_index += 1
             layers.append(nn.Sequential(*blocks))
@@ -132,17 +142,50 @@ class MixPath(EfficientNet):
         )
         self.head_hidden_size = self.num_features * self.global_pool.feat_mult()
 
-        # The released code takes k * k * out as fan out of depthwise convolutions too, timm divides it by the groups
-        efficientnet_init_weights(self, partial(_init_weight_goog, fix_group_fanout=False))
+        efficientnet_init_weights(self, partial(_init_weight_goog, fix_group_fanout=space.fix_group_fanout))
 
-    def _set_space(self, space: SearchSpace, arch: Arch | str | None) -> None:
+    def _set_space(self, space: SearchSpace, arch: Arch | str | None, norm_sums: bool | None) -> None:
         # m bounds the search, not what a stand-alone network may be made of
         self.space = space.with_max_paths(space.max_paths_limit)
         self.arch = self.space.arch(arch) if arch is not None else space.default_arch
+        if norm_sums is None:
+            norm_sums = any(max(choice.num_paths) > 1 for choice in self.arch.blocks)
+        self._norm_sums = norm_sums
 
     def _make_block(self, index: int, in_chs: int, spec: BlockSpec, **kwargs: Any) -> nn.Module:
         choice = self.arch.blocks[index]
-        return MultiPathResidual(in_chs, spec.out_chs, choice.groups[0], choice.expand_ratio, **kwargs)
+        return MultiPathResidual(
+            in_chs,
+            spec.out_chs,
+            choice.groups,
+            choice.expand_ratio,
+            norm_sums=self._norm_sums and spec.num_groups > 1,
+            **spec_kwargs(spec),
+            **kwargs,
+        )
+
+    def get_choice_blocks(self) -> dict[str, nn.Module]:
+        """Return the blocks that an arch describes, in its order, by module name."""
+        return {
+            f'blocks.{stage_index}.{block_index}': block
+            for stage_index, stage in enumerate(self.blocks)
+            for block_index, block in enumerate(stage)
+            if not isinstance(block, DepthwiseSeparable)
+        }
+
+    def reparameterize(self) -> None:
+        """Fold the batch norms of stem and head into the convolutions, in place, as the blocks do with theirs.
+
+        `timm.utils.reparameterize_model` asks the parts of a model, not the model itself: it calls this where the
+        network is part of another, and leaves stem and head alone otherwise.
+        """
+        fold_bn(self, 'conv_stem', 'bn1')
+        fold_bn(self, 'conv_head', 'bn2')
+
+
+def _fixed_stages(space: SearchSpace) -> list[list[BlockSpec]]:
+    """What stands between the stem and the choice blocks; a block without kernels to choose from is fixed."""
+    return [[BlockSpec(space.ds_chs, kernel_sizes=())]] if space.ds_chs is not None else []
 
 
 def create_mixpath(
@@ -164,7 +207,7 @@ def create_mixpath(
     bn_args = resolve_bn_args(kwargs)
     if bn_args:
         kwargs['norm_layer'] = partial(get_norm_layer(kwargs.get('norm_layer') or nn.BatchNorm2d), **bn_args)
-    strides = [stage[0].stride for stage in space.stages]
+    strides = [stage[0].stride for stage in _fixed_stages(space) + space.stages]
     num_features = (strides[0] > 1) + sum(s > 1 for s in strides[1:]) + 1
     model_args = locate_weights(variant, kwargs) if pretrained else {}
     with readable(variant, kwargs['pretrained_cfg']) if pretrained else nullcontext():
@@ -173,13 +216,23 @@ def create_mixpath(
             variant,
             pretrained,
             feature_cfg=dict(out_indices=tuple(range(num_features)), feature_cls='getter'),
-            pretrained_filter_fn=check_state_dict,
+            pretrained_filter_fn=_filter_state_dict,
             space=space,
             **kwargs,
         )
     if model_args:
         model._model_args = model_args  # timm adds the arguments that it was given itself
     return model
+
+
+def _filter_state_dict(state_dict: dict[str, Any], model: MixPath) -> dict[str, Any]:
+    return check_state_dict(checkpoint_filter_fn(state_dict, model), model)
+
+
+def _create_discovered(variant: str, space_name: str, genotype: str, pretrained: bool, **kwargs: Any) -> MixPath:
+    if 'arch' in kwargs:
+        raise ValueError(f'{variant} has a fixed arch; use mixpath_{space_name} with arch={kwargs["arch"]!r}')
+    return create_mixpath(MixPath, variant, get_space(space_name), pretrained, arch=genotype, **kwargs)
 
 
 def _cfg(space: SearchSpace, **kwargs: Any) -> dict:
@@ -204,8 +257,15 @@ def _cfg(space: SearchSpace, **kwargs: Any) -> dict:
 default_cfgs = generate_default_cfgs(
     add_weights(
         {
+            'mixpath_a.untrained': _cfg(get_space('s3')),
+            'mixpath_b.untrained': _cfg(get_space('s2')),
+            'mixpath_c.untrained': _cfg(get_space('s1')),
             'mixpath_s1.untrained': _cfg(get_space('s1')),
             'mixpath_s1_supernet.untrained': _cfg(get_space('s1')),
+            'mixpath_s2.untrained': _cfg(get_space('s2')),
+            'mixpath_s2_supernet.untrained': _cfg(get_space('s2')),
+            'mixpath_s3.untrained': _cfg(get_space('s3')),
+            'mixpath_s3_supernet.untrained': _cfg(get_space('s3')),
             'mixpath_nano.untrained': _cfg(get_space('nano')),
             'mixpath_nano_supernet.untrained': _cfg(get_space('nano')),
         }
@@ -220,6 +280,30 @@ def _supernet_cls() -> type[MixPath]:
 
 
 @register_model
+def mixpath_a(pretrained: bool = False, **kwargs: Any) -> MixPath:
+    """MixPath-A for ImageNet, reconstructed: found by this package's search within the published 349 M MACs and 5.0 M
+    parameters, since the paper draws its genotype only. Space S3 with m = 1: mixed kernels, no sums.
+    """
+    return _create_discovered('mixpath_a', 's3', MIXPATH_A, pretrained, **kwargs)
+
+
+@register_model
+def mixpath_b(pretrained: bool = False, **kwargs: Any) -> MixPath:
+    """MixPath-B for ImageNet, reconstructed: found by this package's search within the published 378 M MACs and 5.1 M
+    parameters, since the paper draws its genotype only. Space S2 with m = 2: up to two kernels summed.
+    """
+    return _create_discovered('mixpath_b', 's2', MIXPATH_B, pretrained, **kwargs)
+
+
+@register_model
+def mixpath_c(pretrained: bool = False, **kwargs: Any) -> MixPath:
+    """MixPath-c for CIFAR, reconstructed: found by this package's search, since the paper draws its genotype only and
+    gives no budget. Space S1.
+    """
+    return _create_discovered('mixpath_c', 's1', MIXPATH_C, pretrained, **kwargs)
+
+
+@register_model
 def mixpath_s1(pretrained: bool = False, **kwargs: Any) -> MixPath:
     """Sub-network of S1, the paper's CIFAR space, of the given `arch`."""
     return create_mixpath(MixPath, 'mixpath_s1', get_space('s1'), pretrained, **kwargs)
@@ -229,6 +313,30 @@ def mixpath_s1(pretrained: bool = False, **kwargs: Any) -> MixPath:
 def mixpath_s1_supernet(pretrained: bool = False, **kwargs: Any) -> MixPath:
     """Supernet of S1, the paper's CIFAR space (m = 4 by default)."""
     return create_mixpath(_supernet_cls(), 'mixpath_s1_supernet', get_space('s1'), pretrained, **kwargs)
+
+
+@register_model
+def mixpath_s2(pretrained: bool = False, **kwargs: Any) -> MixPath:
+    """Sub-network of S2, the reconstructed ImageNet space of full-width sums, of the given `arch`."""
+    return create_mixpath(MixPath, 'mixpath_s2', get_space('s2'), pretrained, **kwargs)
+
+
+@register_model
+def mixpath_s2_supernet(pretrained: bool = False, **kwargs: Any) -> MixPath:
+    """Supernet of S2, the reconstructed ImageNet space of full-width sums (m = 2 by default)."""
+    return create_mixpath(_supernet_cls(), 'mixpath_s2_supernet', get_space('s2'), pretrained, **kwargs)
+
+
+@register_model
+def mixpath_s3(pretrained: bool = False, **kwargs: Any) -> MixPath:
+    """Sub-network of S3, the reconstructed ImageNet space of four channel groups, of the given `arch`."""
+    return create_mixpath(MixPath, 'mixpath_s3', get_space('s3'), pretrained, **kwargs)
+
+
+@register_model
+def mixpath_s3_supernet(pretrained: bool = False, **kwargs: Any) -> MixPath:
+    """Supernet of S3, the reconstructed ImageNet space of four channel groups (m = 1 by default)."""
+    return create_mixpath(_supernet_cls(), 'mixpath_s3_supernet', get_space('s3'), pretrained, **kwargs)
 
 
 @register_model

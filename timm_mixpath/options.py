@@ -67,6 +67,8 @@ def add_train_options(parser: argparse.ArgumentParser) -> None:
     add('-vb', '--validation-batch-size', type=int, default=None, metavar='N', help='images per validation step')
     add('--channels-last', action='store_true', help='channels_last memory format, faster on CPU and GPU')
     add('--grad-accum-steps', type=int, default=1, metavar='N', help='forward passes per optimizer step')
+    add('--head-init-scale', type=float, default=None, metavar='N', help='multiply the initial classifier by N')
+    add('--head-init-bias', type=float, default=None, metavar='N', help='initial bias of the classifier')
     add('--grad-checkpointing', action='store_true', help='recompute activations in the backward pass')
 
     add = parser.add_argument_group('device').add_argument

@@ -18,7 +18,7 @@ from .checkpoint import LoadedModel, load_model
 from .cost import CostTable, measure_latency
 from .data import Subset, hold_out, open_dataset
 from .device import init_device
-from .errors import UsageError
+from .errors import UsageError, as_usage_error
 from .evaluate import SupernetEvaluator, load_batches
 from .files import make_output_dir
 from .plots import plot_pareto
@@ -82,6 +82,8 @@ def search_checkpoint(
     data: SearchData | None = None,
     *,
     recalibration_images: int = 0,
+    cost_input_size: tuple[int, int, int] | None = None,
+    cost_num_classes: int | None = None,
     batch_size: int = 100,
     device: str | None = None,
     workers: int = 2,
@@ -99,6 +101,9 @@ def search_checkpoint(
         config: What to search for.
         data: Where the search split comes from.
         recalibration_images: Training images to recalibrate the batch norms of every candidate with, 0 for none.
+        cost_input_size: Input (channels, height, width) to count MACs for, in pixels; that of the training if None.
+            A supernet may be trained at a lower resolution than its winner.
+        cost_num_classes: Number of classes to count MACs and parameters for, that of the supernet if None.
         batch_size: Images per forward pass.
         device: Device, the GPU if there is one and None is given.
         workers: Processes that decode the images, once.
@@ -126,7 +131,12 @@ def search_checkpoint(
     try:
         output = make_output_dir(output)
         supernet = loaded.model.to(device=process.device, memory_format=torch.channels_last)
-        cost = CostTable.from_supernet(supernet, loaded.data_config['input_size'])
+        if cost_num_classes is not None and cost_num_classes < 0:
+            raise UsageError(f'number of classes {cost_num_classes} to count costs for must not be negative')
+        with as_usage_error('costs can not be counted'):
+            cost = CostTable.from_supernet(
+                supernet, cost_input_size or loaded.data_config['input_size'], cost_num_classes
+            )
         check_limits(config, cost)
         search_set, train_set, source = open_search_split(loaded, data)
         batches = load_batches(
@@ -149,6 +159,8 @@ def search_checkpoint(
             space=supernet.space.name,
             max_paths=supernet.space.max_paths,
             input_size=list(loaded.data_config['input_size']),
+            cost_input_size=list(cost.input_size),
+            cost_num_classes=cost.num_classes,
             num_images=sum(len(y) for _, y in batches),
             recalibration_images=recalibration_images,
             **source,

@@ -12,14 +12,15 @@ from .space import SearchSpace
 
 __all__ = ['sample']
 
-_choice = lru_cache(maxsize=None)(BlockChoice)  # a space has few, and checking and formatting one is what takes time
+_choice = lru_cache(maxsize=100_000)(BlockChoice)  # checking and formatting a choice is what takes time
 
 
 def sample(space: SearchSpace, *, seed: int, step: int) -> Arch:
     """Sample an arch as MixPath's supernet training does.
 
-    Per block the expansion is uniform, the number of paths is uniform in 1..m, and then that many kernels are drawn
-    uniformly without replacement: uniform over the number of paths, not over combinations (MixPath, released code).
+    Per block the expansion is uniform, and in every channel group the number of paths is uniform in 1..m and then
+    that many kernels are drawn uniformly without replacement: uniform over the number of paths, not over combinations
+    (MixPath, released code).
 
     Args:
         space: Space to sample from.
@@ -36,8 +37,11 @@ def sample(space: SearchSpace, *, seed: int, step: int) -> Arch:
     blocks: list[BlockChoice] = []
     for spec in space.blocks:
         expand_ratio = spec.expand_ratios[int(draw() * len(spec.expand_ratios))]
-        num_paths = 1 + int(draw() * space.max_paths)
-        kernel_sizes = list(spec.kernel_sizes)
-        paths = [kernel_sizes.pop(int(draw() * len(kernel_sizes))) for _ in range(num_paths)]
-        blocks.append(_choice((tuple(sorted(paths)),), expand_ratio))
+        groups: list[tuple[int, ...]] = []
+        for _ in range(spec.num_groups):
+            num_paths = 1 + int(draw() * space.max_paths)
+            kernel_sizes = list(spec.kernel_sizes)
+            paths = [kernel_sizes.pop(int(draw() * len(kernel_sizes))) for _ in range(num_paths)]
+            groups.append(tuple(sorted(paths)))
+        blocks.append(_choice(tuple(groups), expand_ratio))
     return Arch.from_blocks(blocks)

@@ -568,6 +568,7 @@ def _propose_nsga2(pool: _Pool, config: SearchConfig) -> _Proposals:
     from pymoo.operators.survival.rank_and_crowding.metrics import CrowdingDiversity
 
     space, sizes = pool.space, np.array(pool.sizes)
+    num_open = max(1, np.count_nonzero(sizes > 1))  # a gene of one value takes no mutation
 
     class UniformCrossover(Crossover):
         def __init__(self) -> None:
@@ -579,7 +580,7 @@ def _propose_nsga2(pool: _Pool, config: SearchConfig) -> _Proposals:
 
     class RedrawGenes(Mutation):
         def _do(self, problem: Any, X: np.ndarray, *args: Any, random_state: Any = None, **kwargs: Any) -> np.ndarray:
-            redraw = random_state.random(X.shape) < _MUTATIONS_PER_CHILD / len(sizes)  # [num_children, num_genes]
+            redraw = random_state.random(X.shape) < _MUTATIONS_PER_CHILD / num_open  # [num_children, num_genes]
             # A step of 1 to size - 1, round the end, reaches all other values with equal probability
             steps = random_state.integers(1, np.maximum(sizes, 2), size=X.shape)
             return np.where(redraw, (X + steps) % sizes, X)

@@ -6,8 +6,8 @@ A space knows which archs it holds, how many, and how they map to integer vector
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import cache
-from itertools import combinations
+from functools import cache, lru_cache
+from itertools import combinations, product
 from numbers import Integral
 
 from .arch import Arch, BlockChoice
@@ -24,12 +24,22 @@ class BlockSpec:
         stride: Stride of the depthwise convolutions.
         expand_ratios: Expansions to choose from, each with its own weights.
         kernel_sizes: Depthwise kernels to choose from.
+        num_groups: Channel groups the expanded channels are split into; each chooses its own kernels.
+        exp_groups: Convolution groups of the 1x1 expansion.
+        pwl_groups: Convolution groups of the 1x1 projection.
+        se_ratio: Squeeze-and-excite channels relative to the input of the block, 0 for none.
+        act_layer: Activation, by timm name; the space's if None.
     """
 
     out_chs: int
     stride: int = 1
     expand_ratios: tuple[int, ...] = (3, 6)
     kernel_sizes: tuple[int, ...] = (3, 5, 7, 9)
+    num_groups: int = 1
+    exp_groups: int = 1
+    pwl_groups: int = 1
+    se_ratio: float = 0.0
+    act_layer: str | None = None
 
     def __post_init__(self) -> None:
         # lists are welcome, but a space is hashed and compared
@@ -41,7 +51,8 @@ class BlockSpec:
 class SearchSpace:
     """A multi-path search space of inverted bottlenecks.
 
-    Every block chooses one expansion and 1 to `max_paths` of its kernels, without repetition.
+    Every block chooses one expansion and, in each of its channel groups, 1 to `max_paths` of its kernels, without
+    repetition.
 
     Attributes:
         name: Short name; the models are `mixpath_<name>` and `mixpath_<name>_supernet`.
@@ -49,8 +60,11 @@ class SearchSpace:
         stem_chs: Output channels of the 3x3 stem convolution.
         stem_stride: Stride of the stem.
         num_features: Output channels of the 1x1 head convolution.
-        max_paths: m of the paper, the largest number of paths that may be active in a block.
+        ds_chs: Output channels of a fixed 3x3 depthwise-separable block behind the stem, None for no such block.
+        max_paths: m of the paper, the largest number of paths that may be active in a channel group of a block.
         act_layer: Activation, by timm name.
+        fix_group_fanout: Initialise depthwise and grouped convolutions as timm does, by the fan out of a group. The
+            released code of S1 takes the fan out of all groups.
         input_size: Default input as (channels, height, width), in pixels.
         num_classes: Default number of classes.
         description: One line for listings.
@@ -64,8 +78,10 @@ class SearchSpace:
     stem_chs: int = 32
     stem_stride: int = 1
     num_features: int = 1280
+    ds_chs: int | None = None
     max_paths: int = 2
     act_layer: str = 'relu6'
+    fix_group_fanout: bool = False
     input_size: tuple[int, int, int] = (3, 32, 32)
     num_classes: int = 10
     description: str = ''
@@ -81,6 +97,9 @@ class SearchSpace:
                 raise ValueError(
                     f'space {self.name!r}: out_chs={block.out_chs} must be positive, stride={block.stride} be 1 or 2'
                 )
+            for field in ('num_groups', 'exp_groups', 'pwl_groups'):
+                if type(getattr(block, field)) is not int or getattr(block, field) < 1:
+                    raise ValueError(f'space {self.name!r}: {field}={getattr(block, field)!r} must be at least 1')
             if len(set(block.expand_ratios)) < len(block.expand_ratios):
                 raise ValueError(f'space {self.name!r}: an expansion of {block.expand_ratios} is given twice')
             try:  # what is wrong with all kernels at once, or with an expansion, is wrong with a block made of them
@@ -117,6 +136,7 @@ class SearchSpace:
             stem_chs=round_channels(self.stem_chs, width_mult),
             blocks=tuple(replace(b, out_chs=round_channels(b.out_chs, width_mult)) for b in self.blocks),
             num_features=round_channels(self.num_features, max(1.0, width_mult)),
+            ds_chs=None if self.ds_chs is None else round_channels(self.ds_chs, width_mult),
         )
 
     @property
@@ -131,23 +151,22 @@ class SearchSpace:
         return stages
 
     def subsets(self, index: int) -> tuple[tuple[int, ...], ...]:
-        """Kernel subsets that block `index` may activate, by size and then by kernel."""
+        """Kernel subsets that a channel group of block `index` may activate, by size and then by kernel."""
         return _subsets(self.blocks[index].kernel_sizes, self.max_paths)
 
     def choices(self, index: int) -> list[BlockChoice]:
-        """All choices of block `index`."""
+        """All choices of block `index`; with channel groups there are many, see `num_choices`."""
+        block = self.blocks[index]
         return [
-            BlockChoice((subset,), expand_ratio)
-            for expand_ratio in self.blocks[index].expand_ratios
-            for subset in self.subsets(index)
+            BlockChoice(groups, expand_ratio)
+            for expand_ratio in block.expand_ratios
+            for groups in product(self.subsets(index), repeat=block.num_groups)
         ]
 
     def num_choices(self, index: int) -> int:
         """Number of choices of block `index`; 8, 20, 28, 30 in S1 for m = 1..4."""
         block = self.blocks[index]
-        return len(block.expand_ratios) * sum(
-            math.comb(len(block.kernel_sizes), k) for k in range(1, self.max_paths + 1)
-        )
+        return len(block.expand_ratios) * len(self.subsets(index)) ** block.num_groups
 
     @property
     def size(self) -> int:
@@ -156,8 +175,10 @@ class SearchSpace:
 
     @property
     def default_arch(self) -> Arch:
-        """One path per block: the smallest kernel at the largest expansion, the plain MobileNetV2 block."""
-        return Arch.from_blocks(BlockChoice(((min(b.kernel_sizes),),), max(b.expand_ratios)) for b in self.blocks)
+        """The smallest kernel alone at the largest expansion in every block, the plain MobileNetV2 block."""
+        return Arch.from_blocks(
+            BlockChoice(((min(b.kernel_sizes),),) * b.num_groups, max(b.expand_ratios)) for b in self.blocks
+        )
 
     def arch(self, arch: Arch | str) -> Arch:
         """Parse `arch` and check that the space holds it.
@@ -173,36 +194,34 @@ class SearchSpace:
             )
         for index, (choice, spec) in enumerate(zip(arch.blocks, self.blocks)):
             problem = None
-            if len(choice.groups) != 1:
-                problem = f'{len(choice.groups)} channel groups, the space has 1'
+            unknown = [k for group in choice.groups for k in group if k not in spec.kernel_sizes]
+            if len(choice.groups) != spec.num_groups:
+                problem = f'{len(choice.groups)} channel groups, the space has {spec.num_groups}'
             elif choice.expand_ratio not in spec.expand_ratios:
                 problem = f'expansion {choice.expand_ratio} is not one of {_join(spec.expand_ratios)}'
-            elif len(choice.groups[0]) > self.max_paths:
-                problem = f'{len(choice.groups[0])} paths, at most m={self.max_paths} may be active'
-            else:
-                for kernel_size in choice.groups[0]:
-                    if kernel_size not in spec.kernel_sizes:
-                        problem = f'kernel {kernel_size} is not one of {_join(spec.kernel_sizes)}'
+            elif max(choice.num_paths) > self.max_paths:
+                problem = f'{max(choice.num_paths)} paths, at most m={self.max_paths} may be active'
+            elif unknown:
+                problem = f'kernel {unknown[0]} is not one of {_join(spec.kernel_sizes)}'
             if problem:
                 raise ValueError(f'arch block {index} ({str(choice)!r}) is not in space {self.name!r}: {problem}')
         return arch
 
     @property
     def gene_sizes(self) -> tuple[int, ...]:
-        """Number of values of each entry of an integer vector: per block the expansion, then the kernel subset."""
+        """Number of values of each entry of an integer vector: per block the expansion, then the groups' kernels."""
         sizes: list[int] = []
         for index, block in enumerate(self.blocks):
-            sizes += [len(block.expand_ratios), len(self.subsets(index))]
+            sizes += [len(block.expand_ratios), *[len(self.subsets(index))] * block.num_groups]
         return tuple(sizes)
 
     def encode(self, arch: Arch | str) -> tuple[int, ...]:
         """Return the integer vector of an arch: entries are indices into expansions and `subsets`."""
         vector: list[int] = []
         for index, choice in enumerate(self.arch(arch).blocks):
-            vector += [
-                self.blocks[index].expand_ratios.index(choice.expand_ratio),
-                self.subsets(index).index(choice.groups[0]),
-            ]
+            subsets = self.subsets(index)
+            vector.append(self.blocks[index].expand_ratios.index(choice.expand_ratio))
+            vector += [subsets.index(group) for group in choice.groups]
         return tuple(vector)
 
     def decode(self, vector: Sequence[int]) -> Arch:
@@ -217,16 +236,19 @@ class SearchSpace:
         for position, (value, size) in enumerate(zip(vector, sizes)):
             if not isinstance(value, Integral) or not 0 <= value < size:
                 raise ValueError(f'entry {position} of the vector is {value!r}, allowed are 0 to {size - 1}')
-        return Arch.from_blocks(
-            BlockChoice(
-                (self.subsets(index)[vector[2 * index + 1]],),
-                block.expand_ratios[vector[2 * index]],
-            )
-            for index, block in enumerate(self.blocks)
-        )
+        genes = iter(vector)
+        choices: list[BlockChoice] = []
+        for index, block in enumerate(self.blocks):
+            expand_ratio, subsets = block.expand_ratios[next(genes)], self.subsets(index)
+            choices.append(_choice(tuple(subsets[next(genes)] for _ in range(block.num_groups)), expand_ratio))
+        return Arch.from_blocks(choices)
 
 
-@cache  # a search decodes every vector that it considers
+# A search decodes every vector that it considers, and checking and formatting a choice is what takes time
+_choice = lru_cache(maxsize=100_000)(BlockChoice)
+
+
+@cache
 def _subsets(kernel_sizes: tuple[int, ...], max_paths: int) -> tuple[tuple[int, ...], ...]:
     return tuple(s for k in range(1, max_paths + 1) for s in combinations(sorted(kernel_sizes), k))
 
@@ -265,7 +287,70 @@ def _nano() -> SearchSpace:
     )
 
 
-_spaces: dict[str, SearchSpace] = {space.name: space for space in (_s1(), _nano())}
+def _on_mixnet_m(name: str, num_groups: int, max_paths: int, description: str) -> SearchSpace:
+    # timm's mixnet_m with its depthwise kernels left open; one row per stage: first block, then the others
+    stages: list[list[tuple[int, BlockSpec]]] = [
+        [(1, _mixnet_block(32, 2, 6, (2, 2))), (1, _mixnet_block(32, 1, 3, (2, 2)))],
+        [(1, _mixnet_block(40, 2, 6, (1, 1), 0.5)), (3, _mixnet_block(40, 1, 6, (2, 2), 0.5))],
+        [(1, _mixnet_block(80, 2, 6, (1, 1), 0.25)), (3, _mixnet_block(80, 1, 6, (2, 2), 0.25))],
+        [(1, _mixnet_block(120, 1, 6, (1, 1), 0.5)), (3, _mixnet_block(120, 1, 3, (2, 2), 0.5))],
+        [(1, _mixnet_block(200, 2, 6, (1, 1), 0.5)), (3, _mixnet_block(200, 1, 6, (1, 2), 0.5))],
+    ]
+    return SearchSpace(
+        name=name,
+        blocks=tuple(
+            replace(block, num_groups=num_groups) for stage in stages for count, block in stage for _ in range(count)
+        ),
+        stem_chs=24,
+        stem_stride=2,
+        ds_chs=24,
+        num_features=1536,
+        max_paths=max_paths,
+        act_layer='relu',
+        fix_group_fanout=True,
+        input_size=(3, 224, 224),
+        num_classes=1000,
+        description=description,
+    )
+
+
+def _mixnet_block(
+    out_chs: int,
+    stride: int,
+    expand_ratio: int,
+    pointwise_groups: tuple[int, int],
+    se_ratio: float = 0.0,
+) -> BlockSpec:
+    return BlockSpec(
+        out_chs,
+        stride,
+        expand_ratios=(expand_ratio,),
+        exp_groups=pointwise_groups[0],
+        pwl_groups=pointwise_groups[1],
+        se_ratio=se_ratio,
+        act_layer='swish' if se_ratio else None,
+    )
+
+
+def _s2() -> SearchSpace:
+    return _on_mixnet_m(
+        's2',
+        num_groups=1,
+        max_paths=2,
+        description='S2 for ImageNet, reconstructed: 18 blocks of mixnet_m, up to m kernels of 3 5 7 9 summed',
+    )
+
+
+def _s3() -> SearchSpace:
+    return _on_mixnet_m(
+        's3',
+        num_groups=4,
+        max_paths=1,
+        description='S3 for ImageNet, reconstructed: 18 blocks of mixnet_m, up to m kernels of 3 5 7 9 in 4 groups',
+    )
+
+
+_spaces: dict[str, SearchSpace] = {space.name: space for space in (_s1(), _s2(), _s3(), _nano())}
 
 
 def add_space(space: SearchSpace) -> None:

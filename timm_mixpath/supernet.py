@@ -7,8 +7,9 @@ import torch
 import torch.nn as nn
 
 from .arch import Arch
-from .blocks import ChoiceBlock, subnet_key
+from .blocks import ActivePathSum, ChoiceBlock, subnet_state_dict
 from .mixpath import MixPath
+from .released import remap_state_dict
 from .sampling import sample
 from .space import BlockSpec, SearchSpace
 
@@ -31,6 +32,8 @@ class MixPathSupernet(MixPath):
         m: Largest number of active paths per block, the space's own if None.
         sbn: Shadow Batch Normalization behind the sum; one batch norm for all numbers of paths if False.
         seed: Seed of the sampled sequence.
+        nested_init: Start all kernels of a sum from the smallest one, padded with zeros, so that all archs compute
+            the same at first. Not in the paper; supernets of many blocks then learn in a short training.
         num_classes: Number of classes.
         width_mult: Multiplier of all widths.
         **kwargs: See `MixPath`.
@@ -51,6 +54,7 @@ class MixPathSupernet(MixPath):
         m: int | None = None,
         sbn: bool = True,
         seed: int = 0,
+        nested_init: bool = False,
         num_classes: int = 1000,
         in_chans: int = 3,
         width_mult: float = 1.0,
@@ -66,8 +70,14 @@ class MixPathSupernet(MixPath):
             **kwargs,
         )
         self.seed = seed
+        if nested_init:
+            for module in self.modules():
+                if isinstance(module, ActivePathSum):
+                    module.nest()
         # What a sub-network must be built with to fit this supernet
         self._subnet_kwargs = dict(in_chans=in_chans, **kwargs)
+        if self._norm_sums and any(spec.num_groups > 1 for spec in space.blocks):
+            self._subnet_kwargs['norm_sums'] = True
         if width_mult != 1.0:
             self._subnet_kwargs['width_mult'] = width_mult
         self.sampled_arch: Arch | None = None
@@ -76,12 +86,14 @@ class MixPathSupernet(MixPath):
         self._step = 0
         self._activate(self._active_arch)
 
-    def _set_space(self, space: SearchSpace, arch: Arch | str | None) -> None:
+    def _set_space(self, space: SearchSpace, arch: Arch | str | None, norm_sums: bool | None) -> None:
         self.space = space
+        self._norm_sums = space.max_paths > 1 if norm_sums is None else norm_sums
         self._active_arch = space.arch(arch) if arch is not None else space.default_arch
 
     def _make_block(self, index: int, in_chs: int, spec: BlockSpec, **kwargs: Any) -> nn.Module:
-        return ChoiceBlock(in_chs, spec, num_shadows=self._num_shadows, **kwargs)
+        norm_sums = self._norm_sums and spec.num_groups > 1
+        return ChoiceBlock(in_chs, spec, num_shadows=self._num_shadows, norm_sums=norm_sums, **kwargs)
 
     @property
     def active_arch(self) -> Arch:
@@ -94,8 +106,7 @@ class MixPathSupernet(MixPath):
         self._activate(self._active_arch)
 
     def _activate(self, arch: Arch) -> None:
-        blocks = (block for stage in self.blocks for block in stage)
-        for block, choice in zip(blocks, arch.blocks):
+        for block, choice in zip(self.get_choice_blocks().values(), arch.blocks):
             block.set_choice(choice)
 
     def _sample(self) -> None:
@@ -120,8 +131,9 @@ class MixPathSupernet(MixPath):
             self._sample()
         return super().forward_intermediates(x, *args, **kwargs)
 
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        super()._load_from_state_dict(*args, **kwargs)
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
+        remap_state_dict(state_dict, prefix, self)
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
         self._step = int(self.sample_step)
 
     def extract(self, arch: Arch | str | None = None) -> MixPath:
@@ -150,10 +162,12 @@ class MixPathSupernet(MixPath):
         # timm keeps what the supernet was created with in a form that config.json can hold
         kwargs = dict(getattr(self, '_model_args', self._subnet_kwargs))
         kwargs.update(num_classes=self.num_classes, global_pool=self.global_pool.pool_type)
-        for key in ('arch', 'm', 'sbn', 'seed'):
+        for key in ('arch', 'm', 'sbn', 'seed', 'nested_init'):
             kwargs.pop(key, None)
+        if 'norm_sums' in self._subnet_kwargs:
+            kwargs['norm_sums'] = True
         model = timm.create_model(name, arch=str(arch), **kwargs)
-        model.load_state_dict(self._subnet_state_dict(arch))
+        model.load_state_dict(self._subnet_state_dict(model))
         reference = self.conv_stem.weight
         model.to(device=reference.device, dtype=reference.dtype)
         pretrained_cfg = getattr(self, 'pretrained_cfg', None)
@@ -161,22 +175,14 @@ class MixPathSupernet(MixPath):
             model.pretrained_cfg = model.default_cfg = dict(pretrained_cfg, architecture=name)
         return model.train(self.training)
 
-    def _subnet_state_dict(self, arch: Arch) -> dict[str, torch.Tensor]:
-        positions = {
-            (stage_index, block_index): index
-            for index, (stage_index, block_index) in enumerate(
-                (s, b) for s, stage in enumerate(self.blocks) for b in range(len(stage))
-            )
+    def _subnet_state_dict(self, model: MixPath) -> dict[str, torch.Tensor]:
+        state_dict = {
+            key: value
+            for key, value in self.state_dict().items()
+            if key != 'sample_step' and not any(key.startswith(f'{name}.') for name in self.get_choice_blocks())
         }
-        state_dict = {}
-        for key, value in self.state_dict().items():
-            if key == 'sample_step':
-                continue
-            if key.startswith('blocks.'):
-                _, stage_index, block_index, rest = key.split('.', 3)
-                rest = subnet_key(rest, arch.blocks[positions[int(stage_index), int(block_index)]])
-                if rest is None:
-                    continue
-                key = f'blocks.{stage_index}.{block_index}.{rest}'
-            state_dict[key] = value
+        blocks, fixed_blocks = self.get_choice_blocks(), model.get_choice_blocks()
+        for (name, block), choice in zip(blocks.items(), model.arch.blocks):
+            inherited = subnet_state_dict(block.state_dict(), choice, fixed_blocks[name])
+            state_dict.update({f'{name}.{key}': value for key, value in inherited.items()})
         return state_dict

@@ -36,6 +36,7 @@ from timm.task import (
     resume_task_checkpoint,
 )
 from timm.utils.summary import trim_summary
+from torch import nn
 
 from .arch import Arch
 from .checkpoint import AtomicCheckpointSaver, create_model, read_checkpoint, resolve_data
@@ -105,6 +106,20 @@ def _plain(args: Namespace) -> None:
     args.model_kwargs = {k: str(v) if isinstance(v, Arch) else v for k, v in args.model_kwargs.items()}
 
 
+def _init_head(model: nn.Module, args: Namespace) -> None:
+    if args.head_init_scale is None and args.head_init_bias is None:
+        return
+    head = model.get_classifier()
+    if not hasattr(head, 'weight') or head.bias is None:
+        raise UsageError(f'model {args.model!r} has no linear classifier for --head-init-scale and --head-init-bias')
+    with torch.no_grad():
+        if args.head_init_scale is not None:
+            head.weight.mul_(args.head_init_scale)
+            head.bias.mul_(args.head_init_scale)
+        if args.head_init_bias is not None:
+            head.bias.fill_(args.head_init_bias)
+
+
 def _train(args: Namespace, device: torch.device) -> TrainResult:
     primary = utils.is_primary(args)
     output_dir = _output_dir(args) if primary else None
@@ -112,6 +127,7 @@ def _train(args: Namespace, device: torch.device) -> TrainResult:
     # Model, task, optimizer, in the order of timm's train.py
     utils.random_seed(args.seed, args.rank)
     model = create_model(args, pretrained=args.pretrained, checkpoint_path=args.initial_checkpoint)
+    _init_head(model, args)
     args.num_classes = model.num_classes
     if isinstance(model, MixPathSupernet) and 'seed' not in args.model_kwargs:
         model.seed = args.model_kwargs['seed'] = args.seed
