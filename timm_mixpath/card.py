@@ -288,7 +288,8 @@ def _notes(model: MixPath) -> str:
         paper_name = _RECONSTRUCTIONS[architecture]
         notes.append(
             f'**A reconstruction.** The authors did not publish the layers of {paper_name} other than in a drawing. '
-            f'`{architecture}` is the own reconstruction of timm-mixpath within the published budget: neither its arch '
+            f'`{architecture}` is the own reconstruction of timm-mixpath'
+            f'{"" if architecture == "mixpath_c" else " within the published budget"}: neither its arch '
             f"nor its weights are the authors', and accuracies that the paper reports for {paper_name} are not its own."
         )
     notes.append(_SPACE_NOTES.get(model.space.name, ''))
