@@ -127,7 +127,7 @@ def test_mixed_kernels_of_four_equal_mixnets():
 
 
 def test_pretrained_is_refused_where_there_are_no_weights():
-    with pytest.raises(ValueError, match='no weights of mixpath_s1 are published'):
+    with pytest.raises(RuntimeError, match='no weights of mixpath_s1 are published'):
         timm.create_model('mixpath_s1', pretrained=True)
 
 

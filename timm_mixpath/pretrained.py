@@ -89,8 +89,8 @@ def locate_weights(variant: str, kwargs: dict[str, Any]) -> dict[str, Any]:
         The arguments that config.json gave.
 
     Raises:
-        UsageError: There are no weights, or they are those of another model.
-        RunError: The weights can't be had, or are not what the Hub says they are.
+        UsageError: The weights are those of another model, or their file does not exist.
+        RunError: There are none, as timm's RuntimeError; or they can't be had, or are not what the Hub says they are.
     """
     cache_dir = kwargs.get('cache_dir')
     overlay = kwargs.get('pretrained_cfg_overlay') or {}
@@ -129,7 +129,7 @@ def locate_weights(variant: str, kwargs: dict[str, Any]) -> dict[str, Any]:
         if not path.is_dir() and path.name != _WEIGHTS:
             folder = None  # what stands beside any other file need not belong to it
     else:
-        raise UsageError(_no_weights(variant))
+        raise RunError(_no_weights(variant))
 
     model_args: dict[str, Any] = {}
     values = cfg.to_dict(remove_source=True)
