@@ -334,7 +334,7 @@ def _architecture(model: MixPath, loaded: LoadedModel) -> str:
     params = sum(p.numel() for p in model.parameters())
     rows = []
     if isinstance(model, MixPathSupernet):
-        rows.append(f'{params / 1e6:.3f} M parameters, shared by {model.space.size:,} networks.\n')
+        rows.append(f'{params / 1e6:.3f} M parameters, shared by {model.space.size:.3g} networks.\n')
         rows += ['| block | channels | stride | choices |', '|---|---|---|---|']
         for index, spec in enumerate(model.space.blocks):
             rows.append(f'| {index} | {spec.out_chs} | {spec.stride} | {model.space.num_choices(index)} |')
@@ -452,6 +452,9 @@ def _search(searched: SearchRecord) -> str:
     ]
     if limits:
         facts.append('limits: ' + ', '.join(limits))
+    cost_size, cost_classes = data.get('cost_input_size'), data.get('cost_num_classes')
+    if cost_size and cost_size != data.get('input_size'):
+        facts.append(f'costs counted for {cost_size[1]}x{cost_size[2]} pixels and {cost_classes} classes')
     if 'num_images' in data:
         share = f'a held-out share of {data["holdout"]:g} of ' if data.get('holdout') else ''
         facts.append(f'scored on {data["num_images"]:,} images of {share}split `{data["split"]}`')
