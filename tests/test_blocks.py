@@ -34,6 +34,25 @@ def make_input(dtype: torch.dtype = torch.float64) -> torch.Tensor:
     return torch.randn(2, 8, 6, 6, generator=torch.Generator().manual_seed(1), dtype=torch.float64).to(dtype)
 
 
+def assert_same_step(
+    block: ChoiceBlock,
+    tensors: reference.Tensors,
+    inputs: tuple[torch.Tensor, torch.Tensor],
+    outputs: tuple[torch.Tensor, torch.Tensor],
+) -> None:
+    """A block and the reference give the same outputs, gradients and running statistics."""
+    y, y_ref = outputs
+    torch.testing.assert_close(y, y_ref, rtol=1e-9, atol=1e-9)
+    weight = torch.linspace(-1, 1, y.numel(), dtype=y.dtype).view_as(y)
+    (y * weight).sum().backward()
+    (y_ref * weight).sum().backward()
+    torch.testing.assert_close(inputs[0].grad, inputs[1].grad, rtol=1e-8, atol=1e-8)
+    for name, p in block.named_parameters():
+        torch.testing.assert_close(p.grad, tensors[name].grad, rtol=1e-8, atol=1e-8, msg=name)
+    for name, buffer in block.named_buffers():
+        torch.testing.assert_close(buffer, tensors[name], rtol=1e-9, atol=1e-9, msg=name)
+
+
 @pytest.mark.parametrize('sbn', [True, False], ids=['sbn', 'bn'])
 @pytest.mark.parametrize('training', [True, False], ids=['train', 'eval'])
 @pytest.mark.parametrize(('in_chs', 'out_chs', 'stride'), SHAPES)
@@ -55,15 +74,7 @@ def test_choice_block_equals_reference(in_chs, out_chs, stride, training, sbn):
             training=training,
             sbn=sbn,
         )
-        torch.testing.assert_close(y, y_ref, rtol=1e-9, atol=1e-9)
-        weight = torch.linspace(-1, 1, y.numel(), dtype=y.dtype).view_as(y)
-        (y * weight).sum().backward()
-        (y_ref * weight).sum().backward()
-        torch.testing.assert_close(x.grad, x_ref.grad, rtol=1e-8, atol=1e-8)
-        for name, p in block.named_parameters():
-            torch.testing.assert_close(p.grad, tensors[name].grad, rtol=1e-8, atol=1e-8, msg=name)
-        for name, buffer in block.named_buffers():
-            torch.testing.assert_close(buffer, tensors[name], rtol=1e-9, atol=1e-9, msg=name)
+        assert_same_step(block, tensors, (x, x_ref), (y, y_ref))
 
 
 @pytest.mark.parametrize('kernel_sizes', [(3,), (5, 9), KERNELS])
@@ -263,15 +274,7 @@ def test_grouped_choice_block_equals_reference(in_chs, out_chs, stride, training
             pointwise_groups=(2, 2),
             norm_sums=m > 1,
         )
-        torch.testing.assert_close(y, y_ref, rtol=1e-9, atol=1e-9)
-        weight = torch.linspace(-1, 1, y.numel(), dtype=y.dtype).view_as(y)
-        (y * weight).sum().backward()
-        (y_ref * weight).sum().backward()
-        torch.testing.assert_close(x.grad, x_ref.grad, rtol=1e-8, atol=1e-8)
-        for name, p in block.named_parameters():
-            torch.testing.assert_close(p.grad, tensors[name].grad, rtol=1e-8, atol=1e-8, msg=name)
-        for name, buffer in block.named_buffers():
-            torch.testing.assert_close(buffer, tensors[name], rtol=1e-9, atol=1e-9, msg=name)
+        assert_same_step(block, tensors, (x, x_ref), (y, y_ref))
 
 
 def test_uneven_channel_groups():
