@@ -252,8 +252,17 @@ def fold_bn(parent: nn.Module, conv: str, bn: str) -> None:
     """Fold the batch norm `bn` of a module into its convolution `conv`; another kind of norm is left alone."""
     norm = getattr(parent, bn)
     if isinstance(norm, nn.BatchNorm2d):
-        setattr(parent, conv, fuse_conv_bn_eval(getattr(parent, conv), norm))
+        setattr(parent, conv, _fuse(getattr(parent, conv), norm))
         setattr(parent, bn, getattr(norm, 'act', nn.Identity()))  # timm's BatchNormAct2d holds the activation
+
+
+def _fuse(conv: nn.Conv2d, bn: nn.BatchNorm2d) -> nn.Conv2d:
+    # torch wants both in eval mode, but timm's scripts fold before they call eval()
+    training = conv.training
+    fused = fuse_conv_bn_eval(conv.eval(), bn.eval())
+    for module in (conv, bn, fused):
+        module.train(training)
+    return fused
 
 
 def _sum(outputs: list[torch.Tensor]) -> torch.Tensor:
@@ -330,7 +339,7 @@ class ChoiceBranch(MultiPathResidual):
     def _fold_projection(self) -> None:
         # One projection per shadow: what a shadow normalises is folded once and serves every arch
         if isinstance(self.bn3, ShadowBatchNorm2d):
-            self.conv_pwl = nn.ModuleList([fuse_conv_bn_eval(self.conv_pwl, bn) for bn in self.bn3.shadows])
+            self.conv_pwl = nn.ModuleList([_fuse(self.conv_pwl, bn) for bn in self.bn3.shadows])
             self.bn3 = nn.Identity()
         else:
             super()._fold_projection()

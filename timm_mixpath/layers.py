@@ -4,6 +4,7 @@ from typing import Any
 
 import torch
 import torch.nn as nn
+import torch.nn.functional as F
 
 __all__ = ['LeanReLU6', 'ShadowBatchNorm2d']
 
@@ -31,6 +32,8 @@ class LeanReLU6(nn.ReLU6):
     """
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if torch.jit.is_scripting():
+            return F.relu6(x, self.inplace)  # TorchScript knows neither Python's autograd functions nor super()
         if self.inplace and self.training and torch.is_grad_enabled() and x.requires_grad:
             return _ReLU6InPlace.apply(x)
         return super().forward(x)

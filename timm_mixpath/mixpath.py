@@ -8,6 +8,7 @@ every arch of the space. Space S1 follows the published description; S2 and S3 a
 the published budgets point to, timm's mixnet_m; `nano` is this package's own.
 """
 
+import math
 import re
 import sys
 from contextlib import nullcontext
@@ -241,7 +242,7 @@ def _cfg(space: SearchSpace, **kwargs: Any) -> dict:
         'url': '',
         'num_classes': space.num_classes,
         'input_size': space.input_size,
-        'pool_size': None,
+        'pool_size': tuple(math.ceil(size / space.reduction) for size in space.input_size[1:]),
         'crop_pct': 1.0,
         'interpolation': 'bicubic',
         'mean': IMAGENET_DEFAULT_MEAN,

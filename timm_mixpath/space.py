@@ -150,6 +150,11 @@ class SearchSpace:
                 stages.append([block])
         return stages
 
+    @property
+    def reduction(self) -> int:
+        """Stride of the whole network: input pixels per pixel of its last features."""
+        return self.stem_stride * math.prod(block.stride for block in self.blocks)
+
     def subsets(self, index: int) -> tuple[tuple[int, ...], ...]:
         """Kernel subsets that a channel group of block `index` may activate, by size and then by kernel."""
         return _subsets(self.blocks[index].kernel_sizes, self.max_paths)

@@ -1,5 +1,6 @@
 """The one-shot supernet: samples an arch per training step, runs `active_arch` in eval, hands out sub-networks."""
 
+import logging
 from typing import Any
 
 import timm
@@ -15,6 +16,8 @@ from .space import BlockSpec, SearchSpace
 
 __all__ = ['MixPathSupernet']
 
+_logger = logging.getLogger(__name__)
+
 
 class MixPathSupernet(MixPath):
     """A MixPath supernet.
@@ -25,6 +28,11 @@ class MixPathSupernet(MixPath):
     weight decay nor momentum moves them. In eval mode `active_arch` runs.
 
     With gradient checkpointing, a backward pass has to follow its forward pass before the next one samples.
+
+    `torch.jit.script` scripts the sub-network of `active_arch`, since TorchScript can not choose among modules; in a
+    module that holds a supernet it puts the sub-network in the supernet's place. `torch.export` and ONNX export trace
+    it in eval mode. Whatever they make is bound to that arch. Export `extract()` instead to leave the weights of the
+    other paths out of the file.
 
     Args:
         space: Search space.
@@ -167,6 +175,9 @@ class MixPathSupernet(MixPath):
         if 'norm_sums' in self._subnet_kwargs:
             kwargs['norm_sums'] = True
         model = timm.create_model(name, arch=str(arch), **kwargs)
+        if isinstance(self.conv_head, nn.Identity):  # pruned, by features_only for example
+            model.prune_intermediate_layers([len(self.blocks)], extra_blocks=True)
+            model.reset_classifier(self.num_classes, self.global_pool.pool_type)
         model.load_state_dict(self._subnet_state_dict(model))
         reference = self.conv_stem.weight
         model.to(device=reference.device, dtype=reference.dtype)
@@ -174,6 +185,12 @@ class MixPathSupernet(MixPath):
         if pretrained_cfg:
             model.pretrained_cfg = model.default_cfg = dict(pretrained_cfg, architecture=name)
         return model.train(self.training)
+
+    def __prepare_scriptable__(self) -> MixPath:
+        # The hook of torch.jit.script. Stock scripts call that before eval(), so training mode is no error.
+        if self.training:
+            _logger.warning(f'Scripting the sub-network {self.active_arch} of the supernet, a script samples nothing.')
+        return self.extract()
 
     def _subnet_state_dict(self, model: MixPath) -> dict[str, torch.Tensor]:
         state_dict = {
