@@ -6,7 +6,7 @@ import pytest
 import reference
 import torch
 import torch.nn as nn
-from timm.layers import GroupNorm1
+from timm.layers import BatchNormAct2d, GroupNorm1
 from timm.models._efficientnet_blocks import InvertedResidual, SqueezeExcite
 
 from timm_mixpath import BlockChoice, BlockSpec, ShadowBatchNorm2d
@@ -327,6 +327,18 @@ def test_equal_neighbours_share_a_convolution(groups, kernels):
         assert len(MultiPathResidual(8, 8, groups, 6, **kwargs).run_names) == 4
 
 
+def test_one_norm_serves_all_groups_where_nothing_is_summed():
+    def norms(groups, **kwargs):
+        block = MultiPathResidual(8, 8, groups, 6, **kwargs)
+        return sum(isinstance(module, nn.BatchNorm2d) for module in block.paths.modules()), type(block.bn2)
+
+    assert norms(((3,), (5,), (3,))) == (0, BatchNormAct2d)
+    assert norms(((3,), (5,), (3,)), norm_sums=True) == (3, BatchNormAct2d)
+    assert norms(((3,), (5, 7), (3,))) == (4, nn.Identity)  # an activation stands between norm and sum
+    assert norms(((3,), (3,), (3,))) == (1, nn.Identity)
+    assert norms(((3,), (5,), (3,)), act_layer=nn.PReLU) == (3, nn.Identity)
+
+
 def test_mixnet_block_is_timms_inverted_residual():
     """Equal shares of 3x3 and 5x5, squeeze-and-excite, grouped 1x1: as timm's mixnet_m has it."""
     torch.manual_seed(0)
@@ -342,9 +354,6 @@ def test_mixnet_block_is_timms_inverted_residual():
             state_dict[f'{name}.{i}.weight'] = weight
     for i, path in enumerate(('paths.g0.k3', 'paths.g1.k5')):
         state_dict[f'conv_dw.{i}.weight'] = state_dict.pop(f'{path}.conv.weight')
-    for key in list(timm_block.bn2.state_dict()):
-        pieces = [state_dict.pop(f'{path}.bn.{key}') for path in ('paths.g0.k3', 'paths.g1.k5')]
-        state_dict[f'bn2.{key}'] = torch.cat(pieces) if pieces[0].ndim else pieces[0]
     timm_block.load_state_dict(state_dict)
     for training in (True, False):
         y, y_timm = block.train(training)(make_input()), timm_block.train(training)(make_input())
@@ -373,7 +382,7 @@ def test_reparameterized_grouped_block_is_the_same():
         block = reference.perturb(MultiPathResidual(8, 8, groups, 6, **kwargs)).double().eval()
         folded = copy.deepcopy(block)
         folded.reparameterize()
-        # The norm behind the sums stands in front of a non-linear layer and stays
+        # The norm behind sums stands in front of a non-linear layer and stays
         assert sum(isinstance(module, nn.BatchNorm2d) for module in folded.modules()) == (m > 1)
         torch.testing.assert_close(folded(make_input()), block(make_input()), rtol=1e-9, atol=1e-9)
     block = reference.perturb(DepthwiseSeparable(8, 8)).double().eval()

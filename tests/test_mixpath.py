@@ -113,9 +113,6 @@ def test_mixed_kernels_of_four_equal_mixnets():
         if key.startswith('conv_dw.'):
             index = int(key.split('.')[1])
             state_dict[f'paths.g{index}.k{3 + 2 * index}.conv.weight'] = value
-        elif key.startswith('bn2.'):
-            pieces = value.chunk(4) if value.ndim else [value] * 4
-            state_dict.update({f'paths.g{i}.k{3 + 2 * i}.bn.{key[4:]}': piece for i, piece in enumerate(pieces)})
         elif key.startswith('conv_pwl.'):
             state_dict.setdefault('conv_pwl.weight', []).append(value)
         else:

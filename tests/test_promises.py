@@ -280,8 +280,9 @@ def test_act_layer_and_norm_layer(key: str, kwargs: dict) -> None:
     model, mixnet = create(key, **kwargs).eval(), mixnet_m(**kwargs)
     assert parts(model) == parts(mixnet)
     for block in choice_blocks(model)[1:]:  # every path has the norm and the activation of its block
-        paths = [m for m in block.paths.modules() if hasattr(m, 'conv')]
-        assert {(type(path.bn), type(path.bn.act)) for path in paths} == {(type(block.bn1), type(block.bn1.act))}
+        # every path, or all paths of the block together
+        path_norms = [block.bn2] if block.joint_norm else [m.bn for m in block.paths.modules() if hasattr(m, 'conv')]
+        assert {(type(norm), type(norm.act)) for norm in path_norms} == {(type(block.bn1), type(block.bn1.act))}
     assert model(make_input(key)).isfinite().all()
 
 

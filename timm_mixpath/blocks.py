@@ -121,6 +121,7 @@ class MultiPathResidual(nn.Module):
 
     Attributes:
         group_chs: Channels of every channel group.
+        joint_norm: The channel groups have one norm and activation behind them, instead of one in every path.
         run_names: Channel groups that share convolutions, neighbours with equal kernels: their indices by the name of
             the `PathSum` that holds the convolutions.
     """
@@ -157,6 +158,9 @@ class MultiPathResidual(nn.Module):
         self.group_chs = _split_channels(mid_chs, len(groups))
         runs = self._make_runs(groups)
         splits = [sum(self.group_chs[i] for i in run) for run in runs]
+        # Where nothing is summed, one norm and activation behind all groups does what one in every path would
+        self.joint_norm = self._can_join_norms() and len(runs) > 1 and all(len(groups[run[0]]) == 1 for run in runs)
+        self.joint_norm = self.joint_norm and not norm_sums
         path_sums = [
             self._path_sum_cls(
                 chs,
@@ -166,6 +170,8 @@ class MultiPathResidual(nn.Module):
                 norm_layer=norm_layer,
                 act_layer=act_layer,
                 act_kwargs=dict(inplace=True),
+                apply_norm=not self.joint_norm,
+                apply_act=not self.joint_norm,
                 **dd,
             )
             for run, chs in zip(runs, splits)
@@ -177,7 +183,10 @@ class MultiPathResidual(nn.Module):
             names = [_group_name(run[0]) for run in runs]
             self.paths = GroupedPaths(dict(zip(names, path_sums)), splits)
             self.run_names = {f'paths.{name}': run for name, run in zip(names, runs)}
-        self.bn2 = norm_act_layer(mid_chs, apply_act=False, **dd) if norm_sums else nn.Identity()
+        if self.joint_norm:
+            self.bn2 = norm_act_layer(mid_chs, inplace=True, **dd)
+        else:
+            self.bn2 = norm_act_layer(mid_chs, apply_act=False, **dd) if norm_sums else nn.Identity()
 
         # Squeeze-and-excite
         if se_ratio:
@@ -194,12 +203,15 @@ class MultiPathResidual(nn.Module):
     _path_sum_cls: ClassVar[type[PathSum]] = PathSum
 
     def _make_runs(self, groups: Sequence[Sequence[int]]) -> tuple[tuple[int, ...], ...]:
-        # One wide convolution is faster than several narrow ones of the same kernels. What does not work channel by
-        # channel, such as group norm or a learned activation, would give other outputs.
-        if not isinstance(self.bn1, nn.BatchNorm2d) or any(True for _ in self.bn1.act.parameters()):
+        # One wide convolution is faster than several narrow ones of the same kernels
+        if not self._can_join_norms():
             return tuple((i,) for i in range(len(groups)))
         runs = groupby(range(len(groups)), key=lambda i: sorted(groups[i]))
         return tuple(tuple(run) for _, run in runs)
+
+    def _can_join_norms(self) -> bool:
+        # What does not work channel by channel, such as group norm or a learned activation, gives other outputs
+        return isinstance(self.bn1, nn.BatchNorm2d) and not any(True for _ in self.bn1.act.parameters())
 
     def feature_info(self, location: str) -> dict[str, Any]:
         """Feature tap of the block, see timm's `InvertedResidual`."""
@@ -229,11 +241,24 @@ class MultiPathResidual(nn.Module):
         if self.folded:
             return
         fold_bn(self, 'conv_pw', 'bn1')
+        if self.joint_norm:
+            self._fold_joint_norm()
         for module in self.paths.modules():
             if isinstance(module, ConvNormAct):
                 fold_bn(module, 'conv', 'bn')
         self._fold_projection()
         self.folded = True
+
+    def _fold_joint_norm(self) -> None:
+        start = 0
+        for name in self.run_names:
+            (path,) = self.get_submodule(name).values()
+            end = start + path.conv.out_channels
+            part = nn.BatchNorm2d(end - start, eps=self.bn2.eps).to(self.bn2.weight)
+            part.load_state_dict({k: v[start:end] if v.ndim else v for k, v in self.bn2.state_dict().items()})
+            path.bn = part
+            start = end
+        self.bn2 = self.bn2.act
 
     def _fold_projection(self) -> None:
         fold_bn(self, 'conv_pwl', 'bn3')
@@ -303,8 +328,8 @@ class ChoiceBranch(MultiPathResidual):
         elif num_shadows is not None:
             self.bn3 = _make_shadows(self.bn3, self.bn3.num_features, num_shadows)
 
-    def _make_runs(self, groups: Sequence[Sequence[int]]) -> tuple[tuple[int, ...], ...]:
-        return tuple((i,) for i in range(len(groups)))
+    def _can_join_norms(self) -> bool:
+        return False  # every candidate has statistics of its own
 
     @property
     def path_sums(self) -> list[ActivePathSum]:
@@ -429,6 +454,8 @@ def subnet_state_dict(
             if parts[1] not in map(_path_name, choice.groups[group]):
                 continue
             parts[:1] = run_names[group]
+            if block.joint_norm and 'bn' in parts:
+                parts = ['bn2', parts[-1]]
         elif parts[0] == 'bn2':
             group = int(parts.pop(1))
         if parts[1] == 'shadows':
