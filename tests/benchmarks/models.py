@@ -18,8 +18,8 @@ that of one process per model, largest batch size, plain: on a CPU what the resi
 was made (Linux only), on a GPU what torch had allocated.
 
 How to read it: at batch size 1 a variant finds in the cache what the one before it left there, so compare models there
-and variants at larger batches. images/s are from the median time of the repetitions, with the range of times in the last column, as
-slowest / fastest of the slowest variant.
+and variants at larger batches. images/s are from the median time of the repetitions; the last column is slowest /
+fastest call of the variant that varied most.
 """
 
 import argparse
