@@ -1,6 +1,7 @@
 import copy
 from functools import partial
 from itertools import combinations
+from typing import Any
 
 import pytest
 import reference
@@ -34,19 +35,20 @@ def make_input(dtype: torch.dtype = torch.float64) -> torch.Tensor:
     return torch.randn(2, 8, 6, 6, generator=torch.Generator().manual_seed(1), dtype=torch.float64).to(dtype)
 
 
-def assert_same_step(
-    block: ChoiceBlock,
-    tensors: reference.Tensors,
-    inputs: tuple[torch.Tensor, torch.Tensor],
-    outputs: tuple[torch.Tensor, torch.Tensor],
-) -> None:
+def assert_step_equals_reference(block: ChoiceBlock, choice: BlockChoice, **kwargs: Any) -> None:
     """A block and the reference give the same outputs, gradients and running statistics."""
-    y, y_ref = outputs
+    block.set_choice(choice)
+    tensors = reference.leaf_tensors(block)
+    x = make_input().requires_grad_()
+    x_ref = x.detach().clone().requires_grad_()
+    y = block(x)
+    kwargs = dict(kwargs, groups=choice.groups, expand_ratio=choice.expand_ratio, training=block.training)
+    y_ref = reference.choice_block(tensors, '', x_ref, **kwargs)
     torch.testing.assert_close(y, y_ref, rtol=1e-9, atol=1e-9)
     weight = torch.linspace(-1, 1, y.numel(), dtype=y.dtype).view_as(y)
     (y * weight).sum().backward()
     (y_ref * weight).sum().backward()
-    torch.testing.assert_close(inputs[0].grad, inputs[1].grad, rtol=1e-8, atol=1e-8)
+    torch.testing.assert_close(x.grad, x_ref.grad, rtol=1e-8, atol=1e-8)
     for name, p in block.named_parameters():
         torch.testing.assert_close(p.grad, tensors[name].grad, rtol=1e-8, atol=1e-8, msg=name)
     for name, buffer in block.named_buffers():
@@ -59,22 +61,7 @@ def assert_same_step(
 def test_choice_block_equals_reference(in_chs, out_chs, stride, training, sbn):
     for kernel_sizes, expand_ratio in CHOICES:
         block = make_block(in_chs, out_chs, stride, num_shadows=4 if sbn else None).train(training)
-        block.set_choice(BlockChoice((kernel_sizes,), expand_ratio))
-        tensors = reference.leaf_tensors(block)
-        x = make_input().requires_grad_()
-        x_ref = x.detach().clone().requires_grad_()
-        y = block(x)
-        y_ref = reference.choice_block(
-            tensors,
-            '',
-            x_ref,
-            groups=(kernel_sizes,),
-            expand_ratio=expand_ratio,
-            stride=stride,
-            training=training,
-            sbn=sbn,
-        )
-        assert_same_step(block, tensors, (x, x_ref), (y, y_ref))
+        assert_step_equals_reference(block, BlockChoice((kernel_sizes,), expand_ratio), stride=stride, sbn=sbn)
 
 
 @pytest.mark.parametrize('kernel_sizes', [(3,), (5, 9), KERNELS])
@@ -256,25 +243,8 @@ def test_grouped_choice_block_equals_reference(in_chs, out_chs, stride, training
         assert m >= min_m
         # 24 and 48 channels in 3 groups, and 8 * 5 = 40: the first group is wider
         block = make_grouped_block(m, out_chs, stride, sbn).train(training)
-        block.set_choice(BlockChoice(groups, 6))
-        tensors = reference.leaf_tensors(block)
-        x = make_input().requires_grad_()
-        x_ref = x.detach().clone().requires_grad_()
-        y = block(x)
-        y_ref = reference.choice_block(
-            tensors,
-            '',
-            x_ref,
-            groups=groups,
-            expand_ratio=6,
-            stride=stride,
-            training=training,
-            sbn=sbn,
-            act=nn.functional.silu,
-            pointwise_groups=(2, 2),
-            norm_sums=m > 1,
-        )
-        assert_same_step(block, tensors, (x, x_ref), (y, y_ref))
+        kwargs = dict(act=nn.functional.silu, pointwise_groups=(2, 2), norm_sums=m > 1)
+        assert_step_equals_reference(block, BlockChoice(groups, 6), stride=stride, sbn=sbn, **kwargs)
 
 
 def test_uneven_channel_groups():

@@ -10,10 +10,10 @@ import json
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import Any
 
-__all__ = ['Arch', 'BlockChoice']
+__all__ = ['Arch', 'BlockChoice', 'cached_choice']
 
 _BLOCK_RE = re.compile(r'k(?P<kernels>[^_]*)_e(?P<expand>[^_]*)')
 _EXAMPLE = "for example 'k3_e6', 'k3+7_e3' or 'k3.5+7_e6'"
@@ -77,6 +77,10 @@ class BlockChoice:
             tuple(_parse_int(token, 'kernel') for token in group.split('+')) for group in match['kernels'].split('.')
         )
         return cls(groups, _parse_int(match['expand'], 'expansion'))
+
+
+# For what makes choices by the thousand, such as sampling and a search: checking and formatting one is what takes time
+cached_choice = lru_cache(maxsize=100_000)(BlockChoice)
 
 
 def _parse_int(token: str, what: str) -> int:

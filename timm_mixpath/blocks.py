@@ -159,8 +159,8 @@ class MultiPathResidual(nn.Module):
         runs = self._make_runs(groups)
         splits = [sum(self.group_chs[i] for i in run) for run in runs]
         # Where nothing is summed, one norm and activation behind all groups does what one in every path would
-        self.joint_norm = self._can_join_norms() and len(runs) > 1 and all(len(groups[run[0]]) == 1 for run in runs)
-        self.joint_norm = self.joint_norm and not norm_sums
+        is_sum_free = all(len(group) == 1 for group in groups) and not norm_sums
+        self.joint_norm = len(runs) > 1 and is_sum_free and self._can_join_norms()
         path_sums = [
             self._path_sum_cls(
                 chs,

@@ -12,13 +12,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
-from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from .checkpoint import LoadedModel
+from .cost import count_macs
 from .errors import RunError, UsageError
 from .layers import ShadowBatchNorm2d
 from .mixpath import BUILTIN_SPACES, MixPath
@@ -339,7 +337,7 @@ def _architecture(model: MixPath, loaded: LoadedModel) -> str:
         for index, spec in enumerate(model.space.blocks):
             rows.append(f'| {index} | {spec.out_chs} | {spec.stride} | {model.space.num_choices(index)} |')
         return '\n'.join(rows)
-    macs = count_macs(model, loaded.data_config['input_size'])
+    macs = sum(count_macs(model, loaded.data_config['input_size']).values())
     rows.append(
         f'{macs / 1e6:.2f} M MACs (multiply-adds of convolutions and linear layers) for one image of {_size(loaded)}, '
         f'{params / 1e6:.3f} M parameters.\n\n`{model.arch}`\n'
@@ -350,15 +348,6 @@ def _architecture(model: MixPath, loaded: LoadedModel) -> str:
     for index, (spec, choice) in enumerate(zip(model.space.blocks, model.arch.blocks)):
         rows.append(f'| {index} | {spec.out_chs} | {spec.stride} | `{choice}` |')
     return '\n'.join(rows)
-
-
-def count_macs(model: nn.Module, input_size: tuple[int, int, int]) -> int:
-    """Count the multiply-adds of convolutions and linear layers for one image."""
-    parameter = next(model.parameters())
-    x = torch.zeros(1, *input_size, device=parameter.device, dtype=parameter.dtype)
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        model(x)
-    return counter.get_total_flops() // 2
 
 
 def _results(model: MixPath, training: TrainingRecord, dataset_name: str | None) -> str:

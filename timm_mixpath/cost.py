@@ -23,7 +23,7 @@ from .sampling import sample
 from .space import SearchSpace
 from .supernet import MixPathSupernet
 
-__all__ = ['CostTable', 'MetricRange', 'SpaceProfile', 'measure_latency', 'profile_space']
+__all__ = ['CostTable', 'MetricRange', 'SpaceProfile', 'count_macs', 'measure_latency', 'profile_space']
 
 
 class CostTable:
@@ -114,7 +114,7 @@ class CostTable:
 
     def _add(self, model: MixPath, arch: Arch) -> None:
         counts = {
-            'macs': _count_macs(model, self.input_size),
+            'macs': count_macs(model.eval(), self.input_size),
             'params': {name: p.numel() for name, p in model.named_parameters()},
         }
         for metric, count in counts.items():
@@ -249,12 +249,21 @@ def _single_path_archs(space: SearchSpace) -> list[Arch]:
     return [Arch.from_blocks(block[i % len(block)] for block in paths) for i in range(max(map(len, paths)))]
 
 
-def _count_macs(model: nn.Module, input_size: tuple[int, int, int]) -> dict[str, int]:
-    """MACs per module for one image, without those of the modules inside it; '' is the model itself."""
-    model.eval()
+def count_macs(model: nn.Module, input_size: tuple[int, int, int]) -> dict[str, int]:
+    """Count the multiply-adds of convolutions and linear layers for one image.
+
+    Args:
+        model: Model in eval mode, on any device; on the meta device nothing is computed.
+        input_size: Input as (channels, height, width), in pixels.
+
+    Returns:
+        MACs by module name, without those of the modules inside it; '' is the model itself. They sum up to the whole.
+    """
+    parameter = next(model.parameters())
+    x = torch.zeros(1, *input_size, device=parameter.device, dtype=parameter.dtype)
     counter = FlopCounterMode(display=False)
     with torch.no_grad(), counter:
-        model(torch.empty(1, *input_size, device='meta'))
+        model(x)
     # The counter calls the model by its class, and gives every module what the ones inside it have, too
     root = type(model).__name__
     counts = {

@@ -5,14 +5,11 @@ each rank's global generators differently, and a resumed run goes on with the se
 """
 
 import random
-from functools import lru_cache
 
-from .arch import Arch, BlockChoice
+from .arch import Arch, BlockChoice, cached_choice
 from .space import SearchSpace
 
 __all__ = ['sample']
-
-_choice = lru_cache(maxsize=100_000)(BlockChoice)  # checking and formatting a choice is what takes time
 
 
 def sample(space: SearchSpace, *, seed: int, step: int) -> Arch:
@@ -43,5 +40,5 @@ def sample(space: SearchSpace, *, seed: int, step: int) -> Arch:
             kernel_sizes = list(spec.kernel_sizes)
             paths = [kernel_sizes.pop(int(draw() * len(kernel_sizes))) for _ in range(num_paths)]
             groups.append(tuple(sorted(paths)))
-        blocks.append(_choice(tuple(groups), expand_ratio))
+        blocks.append(cached_choice(tuple(groups), expand_ratio))
     return Arch.from_blocks(blocks)

@@ -6,11 +6,11 @@ A space knows which archs it holds, how many, and how they map to integer vector
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import cache, lru_cache
+from functools import cache, partial
 from itertools import combinations, product
 from numbers import Integral
 
-from .arch import Arch, BlockChoice
+from .arch import Arch, BlockChoice, cached_choice
 
 __all__ = ['BlockSpec', 'SearchSpace', 'get_space', 'list_spaces']
 
@@ -245,15 +245,12 @@ class SearchSpace:
         choices: list[BlockChoice] = []
         for index, block in enumerate(self.blocks):
             expand_ratio, subsets = block.expand_ratios[next(genes)], self.subsets(index)
-            choices.append(_choice(tuple(subsets[next(genes)] for _ in range(block.num_groups)), expand_ratio))
+            groups = tuple(subsets[next(genes)] for _ in range(block.num_groups))
+            choices.append(cached_choice(groups, expand_ratio))
         return Arch.from_blocks(choices)
 
 
-# A search decodes every vector that it considers, and checking and formatting a choice is what takes time
-_choice = lru_cache(maxsize=100_000)(BlockChoice)
-
-
-@cache
+@cache  # a search decodes every vector that it considers
 def _subsets(kernel_sizes: tuple[int, ...], max_paths: int) -> tuple[tuple[int, ...], ...]:
     return tuple(s for k in range(1, max_paths + 1) for s in combinations(sorted(kernel_sizes), k))
 
@@ -293,19 +290,18 @@ def _nano() -> SearchSpace:
 
 
 def _on_mixnet_m(name: str, num_groups: int, max_paths: int, description: str) -> SearchSpace:
-    # timm's mixnet_m with its depthwise kernels left open; one row per stage: first block, then the others
-    stages: list[list[tuple[int, BlockSpec]]] = [
-        [(1, _mixnet_block(32, 2, 6, (2, 2))), (1, _mixnet_block(32, 1, 3, (2, 2)))],
-        [(1, _mixnet_block(40, 2, 6, (1, 1), 0.5)), (3, _mixnet_block(40, 1, 6, (2, 2), 0.5))],
-        [(1, _mixnet_block(80, 2, 6, (1, 1), 0.25)), (3, _mixnet_block(80, 1, 6, (2, 2), 0.25))],
-        [(1, _mixnet_block(120, 1, 6, (1, 1), 0.5)), (3, _mixnet_block(120, 1, 3, (2, 2), 0.5))],
-        [(1, _mixnet_block(200, 2, 6, (1, 1), 0.5)), (3, _mixnet_block(200, 1, 6, (1, 2), 0.5))],
-    ]
+    # timm's mixnet_m with its depthwise kernels left open; one row per stage: its first block, then the others
+    block = partial(_mixnet_block, num_groups)
+    blocks = (
+        block(32, 2, 6, (2, 2)), block(32, 1, 3, (2, 2)),
+        block(40, 2, 6, (1, 1), 0.5), *[block(40, 1, 6, (2, 2), 0.5)] * 3,
+        block(80, 2, 6, (1, 1), 0.25), *[block(80, 1, 6, (2, 2), 0.25)] * 3,
+        block(120, 1, 6, (1, 1), 0.5), *[block(120, 1, 3, (2, 2), 0.5)] * 3,
+        block(200, 2, 6, (1, 1), 0.5), *[block(200, 1, 6, (1, 2), 0.5)] * 3,
+    )  # fmt: skip
     return SearchSpace(
         name=name,
-        blocks=tuple(
-            replace(block, num_groups=num_groups) for stage in stages for count, block in stage for _ in range(count)
-        ),
+        blocks=blocks,
         stem_chs=24,
         stem_stride=2,
         ds_chs=24,
@@ -320,6 +316,7 @@ def _on_mixnet_m(name: str, num_groups: int, max_paths: int, description: str) -
 
 
 def _mixnet_block(
+    num_groups: int,
     out_chs: int,
     stride: int,
     expand_ratio: int,
@@ -330,6 +327,7 @@ def _mixnet_block(
         out_chs,
         stride,
         expand_ratios=(expand_ratio,),
+        num_groups=num_groups,
         exp_groups=pointwise_groups[0],
         pwl_groups=pointwise_groups[1],
         se_ratio=se_ratio,

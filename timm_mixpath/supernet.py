@@ -114,7 +114,8 @@ class MixPathSupernet(MixPath):
         self._activate(self._active_arch)
 
     def _activate(self, arch: Arch) -> None:
-        for block, choice in zip(self.get_choice_blocks().values(), arch.blocks):
+        blocks = (block for stage in self.blocks for block in stage if isinstance(block, ChoiceBlock))
+        for block, choice in zip(blocks, arch.blocks):
             block.set_choice(choice)
 
     def _sample(self) -> None:
@@ -193,12 +194,9 @@ class MixPathSupernet(MixPath):
         return self.extract()
 
     def _subnet_state_dict(self, model: MixPath) -> dict[str, torch.Tensor]:
-        state_dict = {
-            key: value
-            for key, value in self.state_dict().items()
-            if key != 'sample_step' and not any(key.startswith(f'{name}.') for name in self.get_choice_blocks())
-        }
         blocks, fixed_blocks = self.get_choice_blocks(), model.get_choice_blocks()
+        left_out = ('sample_step', *(f'{name}.' for name in blocks))
+        state_dict = {key: value for key, value in self.state_dict().items() if not key.startswith(left_out)}
         for (name, block), choice in zip(blocks.items(), model.arch.blocks):
             inherited = subnet_state_dict(block.state_dict(), choice, fixed_blocks[name])
             state_dict.update({f'{name}.{key}': value for key, value in inherited.items()})

@@ -37,9 +37,8 @@ import torch
 from common import add_common_args, check, perturb_norms, print_table, setup, timed, turns
 from timm.utils import reparameterize_model
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
 
-import timm_mixpath  # noqa: F401  registers the models
+from timm_mixpath.cost import count_macs  # the package registers the models
 
 MODELS = (
     'mixpath_a',
@@ -59,13 +58,6 @@ def make_model(name: str, seed: int) -> nn.Module:
     model = timm.create_model(name).eval()
     perturb_norms(model, seed)
     return model
-
-
-def count_macs(model: nn.Module, img_size: int) -> int:
-    counter = FlopCounterMode(display=False)
-    with torch.no_grad(), counter:
-        model(torch.zeros(1, 3, img_size, img_size))
-    return counter.get_total_flops() // 2
 
 
 def make_variant(model: nn.Module, variant: str) -> nn.Module:
@@ -145,7 +137,8 @@ def main() -> None:
     sides: dict[tuple[str, str, int], Callable[[], torch.Tensor]] = {}
     for name in args.models:
         model = make_model(name, args.seed)
-        macs[name], params[name] = count_macs(model, args.img_size), sum(p.numel() for p in model.parameters())
+        macs[name] = sum(count_macs(model, (3, args.img_size, args.img_size)).values())
+        params[name] = sum(p.numel() for p in model.parameters())
         check_variants(model, name, [v for v in args.variants if v != 'compiled'], args.img_size)
         memory[name] = peak_memory_mib(name, max(args.batch_sizes), args.img_size, device.type)
         for batch_size in args.batch_sizes:
