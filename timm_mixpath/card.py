@@ -21,7 +21,7 @@ from .errors import RunError, UsageError
 from .layers import ShadowBatchNorm2d
 from .mixpath import BUILTIN_SPACES, MixPath
 from .options import default_args
-from .recipes import list_recipes, recipe_dir
+from .recipes import model_recipes
 from .space import get_space
 from .supernet import MixPathSupernet
 
@@ -402,10 +402,7 @@ def _training(training: TrainingRecord, details: CardDetails, dataset_name: str 
 def _recipe(args: Namespace) -> str | None:
     """Say which recipe of the package a run had the options of, with up to three exceptions."""
     had = vars(args)
-    for name in list_recipes():
-        values = yaml.safe_load((recipe_dir() / f'{name}.yaml').read_text())
-        if values.get('model') != args.model:
-            continue
+    for name, values in model_recipes(args.model).items():
         other = []
         for key, value in values.items():
             if isinstance(value, dict):

@@ -33,7 +33,7 @@ from timm.models import resolve_pretrained_cfg
 from torch import nn
 
 from .errors import RunError, UsageError, concise
-from .recipes import find_model_recipe
+from .recipes import model_recipes
 from .version import __version__
 
 __all__ = ['HUB_ORG', 'add_weights', 'check_state_dict', 'fetch_model', 'hub_errors', 'locate_weights', 'readable']
@@ -256,7 +256,7 @@ def _read_config(path: Path, where: str) -> dict[str, Any]:
 
 
 def _no_weights(variant: str) -> str:
-    recipe = find_model_recipe(variant)
+    recipe = next(iter(model_recipes(variant)), None)
     command = f'timm-mixpath train -c {recipe}' if recipe else f'timm-mixpath train --model {variant}'
     return (
         f'no weights of {variant} are published; train it with `{command}`, or name weights of your own: '

@@ -2,13 +2,14 @@
 
 import shutil
 from pathlib import Path
+from typing import Any
 
 import yaml
 
 from .errors import UsageError
 from .files import make_output_dir, write_atomic
 
-__all__ = ['copy_recipe', 'find_model_recipe', 'find_recipe', 'list_recipes', 'recipe_dir']
+__all__ = ['copy_recipe', 'find_recipe', 'list_recipes', 'model_recipes', 'recipe_dir']
 
 
 def recipe_dir() -> Path:
@@ -46,12 +47,10 @@ def find_recipe(name: str) -> Path:
     raise UsageError(f'recipe {name!r} is neither a file nor one of {", ".join(known)}')
 
 
-def find_model_recipe(model: str) -> str | None:
-    """Return the name of the first recipe for a model, None if there is none."""
-    for name in list_recipes():
-        if yaml.safe_load((recipe_dir() / f'{name}.yaml').read_text()).get('model') == model:
-            return name
-    return None
+def model_recipes(model: str) -> dict[str, dict[str, Any]]:
+    """Return name -> options of the recipes for a model, sorted by name."""
+    recipes = {name: yaml.safe_load((recipe_dir() / f'{name}.yaml').read_text()) for name in list_recipes()}
+    return {name: options for name, options in recipes.items() if options.get('model') == model}
 
 
 def copy_recipe(name: str, folder: str) -> Path:
