@@ -12,7 +12,7 @@ import torch.nn as nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from timm_mixpath import Arch, BlockSpec, SearchSpace, get_space, sample
-from timm_mixpath.cost import CostTable, measure_latency, profile_space
+from timm_mixpath.cost import CostTable, cost_table, measure_latency, profile_space
 from timm_mixpath.mixpath import MixPath
 
 # Different numbers of expansions and kernels per block, not in order
@@ -107,7 +107,7 @@ def test_equals_every_arch_of_a_space(brute_force):
 def test_equals_extracted_model(kwargs, input_size):
     supernet = timm.create_model('mixpath_nano_supernet', **kwargs)
     # The input size of the cfg must be found without being told
-    table = CostTable.from_supernet(supernet, None if 'pretrained_cfg_overlay' in kwargs else input_size)
+    table = cost_table(supernet, None if 'pretrained_cfg_overlay' in kwargs else input_size)
     input_size = input_size or (kwargs.get('in_chans', 3), 32, 32)
     assert table.input_size == input_size
     assert table.space == supernet.space
@@ -153,14 +153,14 @@ def test_channel_groups_equal_every_arch_and_brute_force_bounds(m):
 @pytest.mark.parametrize('name', ['s2', 's3'])
 def test_imagenet_spaces_equal_extracted_model(name, kwargs):
     supernet = timm.create_model(f'mixpath_{name}_supernet', **kwargs)
-    table = CostTable.from_supernet(supernet, (3, 64, 64))
+    table = cost_table(supernet, (3, 64, 64))
     for arch in archs_of(supernet.space, 2):
         assert table_cost(table, arch) == true_cost(supernet.extract(arch), (3, 64, 64)), arch
 
 
 def test_counts_for_another_task_than_the_supernets():
     supernet = timm.create_model('mixpath_nano_supernet', num_classes=10)
-    table = CostTable.from_supernet(supernet, (3, 64, 48), num_classes=100)
+    table = cost_table(supernet, (3, 64, 48), num_classes=100)
     arch = supernet.space.default_arch
     assert table_cost(table, arch) == true_cost(timm.create_model('mixpath_nano', num_classes=100), (3, 64, 48))
 
@@ -169,7 +169,7 @@ def test_follows_reset_classifier():
     supernet = timm.create_model('mixpath_nano_supernet')
     supernet.reset_classifier(23, 'avgmax')
     arch = sample(supernet.space, seed=0, step=0)
-    table = CostTable.from_supernet(supernet)
+    table = cost_table(supernet)
     assert table_cost(table, arch) == true_cost(supernet.extract(arch), (3, 32, 32))
 
 
@@ -276,7 +276,7 @@ def test_bad_arguments(nano):
         with pytest.raises(ValueError, match='input_size'):
             CostTable(nano.space, input_size=input_size)
     with pytest.raises(ValueError, match='3 input channels'):
-        CostTable.from_supernet(timm.create_model('mixpath_nano_supernet'), (1, 32, 32))
+        cost_table(timm.create_model('mixpath_nano_supernet'), (1, 32, 32))
     with pytest.raises(TypeError):
         CostTable(nano.space, no_such_option=1)
 

@@ -11,7 +11,7 @@ from test_train import environment
 
 from timm_mixpath import cli
 from timm_mixpath.checkpoint import load_model
-from timm_mixpath.cost import CostTable
+from timm_mixpath.cost import cost_table
 from timm_mixpath.data import hold_out, open_dataset
 from timm_mixpath.errors import UsageError
 from timm_mixpath.evaluate import evaluate, load_batches
@@ -44,7 +44,7 @@ def test_search_leaves_consistent_files(supernet_run: Path, tmp_path: Path) -> N
 
 
 def test_search_respects_limits_and_recalibrates(supernet_run: Path, tmp_path: Path) -> None:
-    table = CostTable.from_supernet(load_model(supernet_run / 'last.pth.tar').model, (3, 16, 16))
+    table = cost_table(load_model(supernet_run / 'last.pth.tar').model, (3, 16, 16))
     limit = sum(table.bounds('macs')) // 2
     config = SearchConfig(population=6, offspring=3, generations=1, max_macs=limit)
     last = supernet_run / 'last.pth.tar'

@@ -20,7 +20,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from timm_mixpath import Arch, BlockSpec, MixPathSupernet, SearchSpace, get_space
-from timm_mixpath.cost import CostTable
+from timm_mixpath.cost import CostTable, cost_table
 from timm_mixpath.errors import RunError, UsageError
 from timm_mixpath.search import (
     SearchConfig,
@@ -339,7 +339,7 @@ def test_scores_of_a_supernet(tmp_path):
             'loss': torch.nn.functional.cross_entropy(output, y),
         }
 
-    setup = supernet.space, CostTable.from_supernet(supernet)
+    setup = supernet.space, cost_table(supernet)
     result = run(setup, tmp_path / 'a', evaluate, generations=1)
     assert len(result.evaluations) == 10
     assert 0 <= result.chosen.error <= 100

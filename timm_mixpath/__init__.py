@@ -4,11 +4,13 @@ Importing the package registers its models with timm.
 """
 
 from .arch import Arch, BlockChoice
+from .cellnet import CellNet, CellSupernet
 from .layers import ShadowBatchNorm2d
 from .mixpath import MixPath, register_space
+from .nasbench import CellArch, CellSpace, NB101Space, NB201Space
 from .sampling import sample
 from .space import BlockSpec, SearchSpace, get_space, list_spaces
-from .supernet import MixPathSupernet
+from .supernet import MixPathSupernet, Supernet
 from .task import SupernetTask
 from .version import __version__
 
@@ -16,10 +18,17 @@ __all__ = [
     'Arch',
     'BlockChoice',
     'BlockSpec',
+    'CellArch',
+    'CellNet',
+    'CellSpace',
+    'CellSupernet',
     'MixPath',
     'MixPathSupernet',
+    'NB101Space',
+    'NB201Space',
     'SearchSpace',
     'ShadowBatchNorm2d',
+    'Supernet',
     'SupernetTask',
     '__version__',
     'get_space',

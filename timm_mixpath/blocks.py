@@ -53,7 +53,7 @@ class PathSum(nn.ModuleDict):
         outputs: list[torch.Tensor] = []
         for path in self.values():
             outputs.append(path(x))
-        return _sum(outputs)
+        return sum_paths(outputs)
 
 
 class ActivePathSum(PathSum):
@@ -65,7 +65,7 @@ class ActivePathSum(PathSum):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[B, C, H, W] -> [B, C, H / stride, W / stride]."""
-        return _sum([self[name](x) for name in self.active])
+        return sum_paths([self[name](x) for name in self.active])
 
     @torch.no_grad()
     def nest(self) -> None:
@@ -290,7 +290,7 @@ def _fuse(conv: nn.Conv2d, bn: nn.BatchNorm2d) -> nn.Conv2d:
     return fused
 
 
-def _sum(outputs: list[torch.Tensor]) -> torch.Tensor:
+def sum_paths(outputs: list[torch.Tensor]) -> torch.Tensor:
     x = outputs[0]
     for i, y in enumerate(outputs[1:]):
         # The first sum needs memory of its own, an activation saved its input there; the others can reuse it.

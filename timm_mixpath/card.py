@@ -15,6 +15,7 @@ from typing import Any
 import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
+from .cellnet import CellNet
 from .checkpoint import LoadedModel
 from .cost import count_macs
 from .errors import RunError, UsageError
@@ -23,7 +24,7 @@ from .mixpath import BUILTIN_SPACES, MixPath
 from .options import default_args
 from .recipes import model_recipes
 from .space import get_space
-from .supernet import MixPathSupernet
+from .supernet import Supernet
 
 __all__ = ['CardDetails', 'SearchRecord', 'TrainingRecord', 'make_card', 'read_search', 'read_training']
 
@@ -44,6 +45,11 @@ _SPACE_NOTES = {
     's1': "S1 is the paper's CIFAR space; backbone and choices follow the authors' release.",
     's2': 'The paper does not publish the backbone of S2. This one is inferred from the published budgets.',
     's3': 'The paper does not publish the backbone of S3. This one is inferred from the published budgets.',
+    'nb101': (
+        'The sub-space of NAS-Bench-101 that the paper ranks. Where its batch norms stand is a reconstruction: the '
+        "authors' release builds shadow batch norms for it, but does not apply them."
+    ),
+    'nb201': 'The space is that of NAS-Bench-201, not one of the paper.',
     'nano': 'nano is a small space of timm-mixpath, not one of the paper.',
 }
 
@@ -170,7 +176,7 @@ def read_search(folder: Path, model: MixPath, weights_sha256: str) -> SearchReco
     if front['space'] != model.space.name:
         raise UsageError(f'the search in {str(folder)!r} is of space {front["space"]}, not of {model.space.name}')
     record = SearchRecord(front)
-    if isinstance(model, MixPathSupernet):
+    if isinstance(model, Supernet):
         if fingerprint.get('checkpoint_sha256') != weights_sha256:
             raise UsageError(f'the search in {str(folder)!r} used the weights of another supernet')
     else:
@@ -204,7 +210,7 @@ def make_card(
         revision: Branch of the repo that the card is for, the main one if None.
     """
     model = loaded.model
-    is_supernet = isinstance(model, MixPathSupernet)
+    is_supernet = isinstance(model, Supernet)
     name = repo_id.partition('/')[2]
     source = f'hf-hub:{repo_id}' + (f'@{revision}' if revision else '')
     dataset_id = details.dataset_id or _dataset_id(training)
@@ -260,12 +266,13 @@ def _what(model: MixPath, loaded: LoadedModel, training: TrainingRecord | None, 
     architecture = model.pretrained_cfg['architecture']
     size = _size(loaded)
     on = f' on {dataset_name}' if dataset_name else ''
-    if isinstance(model, MixPathSupernet):
-        bn = (
-            'Shadow Batch Normalization'
-            if any(isinstance(m, ShadowBatchNorm2d) for m in model.modules())
-            else 'a single batch norm behind the sum of paths'
-        )
+    if isinstance(model, Supernet):
+        if any(isinstance(m, ShadowBatchNorm2d) for m in model.modules()):
+            bn = 'Shadow Batch Normalization'
+        elif getattr(model, 'sum_norm', 'bn') == 'bn':
+            bn = 'a single batch norm behind the sum of paths'
+        else:
+            bn = 'no norm behind the sum of paths'
         return (
             f'A one-shot supernet (`{architecture}`) that holds all {model.space.size:.3g} networks of search space '
             f'`{model.space.name}` with up to m = {model.space.max_paths} paths per block, with {bn}, after '
@@ -305,7 +312,7 @@ def _usage(model: MixPath, source: str, training: TrainingRecord | None) -> str:
             f'timm_mixpath.register_space({get_space(model.space.name)!r})',
             '',
         ]
-    if isinstance(model, MixPathSupernet):
+    if isinstance(model, Supernet):
         lines += [
             f"supernet = timm.create_model('{source}', pretrained=True).eval()",
             f"model = supernet.extract('{model.active_arch}')  # any arch of the space, with inherited weights",
@@ -331,8 +338,10 @@ def _usage(model: MixPath, source: str, training: TrainingRecord | None) -> str:
 def _architecture(model: MixPath, loaded: LoadedModel) -> str:
     params = sum(p.numel() for p in model.parameters())
     rows = []
-    if isinstance(model, MixPathSupernet):
+    if isinstance(model, Supernet):
         rows.append(f'{params / 1e6:.3f} M parameters, shared by {model.space.size:.3g} networks.\n')
+        if isinstance(model, CellNet):
+            return '\n'.join([*rows, _cells(model)])
         rows += ['| block | channels | stride | choices |', '|---|---|---|---|']
         for index, spec in enumerate(model.space.blocks):
             rows.append(f'| {index} | {spec.out_chs} | {spec.stride} | {model.space.num_choices(index)} |')
@@ -342,12 +351,22 @@ def _architecture(model: MixPath, loaded: LoadedModel) -> str:
         f'{macs / 1e6:.2f} M MACs (multiply-adds of convolutions and linear layers) for one image of {_size(loaded)}, '
         f'{params / 1e6:.3f} M parameters.\n\n`{model.arch}`\n'
     )
+    if isinstance(model, CellNet):
+        return '\n'.join([*rows, _cells(model)])
     rows.append('Kernels joined by `+` are depthwise convolutions whose outputs are summed, `e` is the expansion'
                 + (', `.` separates channel groups' if '.' in str(model.arch) else '') + '.\n')  # fmt: skip
     rows += ['| block | channels | stride | choice |', '|---|---|---|---|']
     for index, (spec, choice) in enumerate(zip(model.space.blocks, model.arch.blocks)):
         rows.append(f'| {index} | {spec.out_chs} | {spec.stride} | `{choice}` |')
     return '\n'.join(rows)
+
+
+def _cells(model: CellNet) -> str:
+    norm = {'sbn': 'one batch norm per number of paths', 'bn': 'one batch norm', 'none': 'nothing'}[model.sum_norm]
+    return (
+        f'Three stages of {model.num_cells} cells, {model.width} channels in the first and twice as many in each next '
+        f'one; behind every sum of paths stands {norm}.'
+    )
 
 
 def _results(model: MixPath, training: TrainingRecord, dataset_name: str | None) -> str:
@@ -362,7 +381,7 @@ def _results(model: MixPath, training: TrainingRecord, dataset_name: str | None)
     text += ', one run.'
     if training.is_best:
         text += ' The epoch was chosen by its score on this very split, so the figure is a little too good.'
-    if isinstance(model, MixPathSupernet):
+    if isinstance(model, Supernet):
         text += f' It is the score of one network, `{model.active_arch}`, with the weights that it inherits.'
     return text
 

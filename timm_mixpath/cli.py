@@ -333,8 +333,8 @@ def _profile(args: argparse.Namespace) -> None:
     import timm
 
     from .checkpoint import check_model_name
-    from .cost import CostTable, profile_space
-    from .supernet import MixPathSupernet
+    from .cost import cost_table, profile_space
+    from .supernet import Supernet
 
     check_model_name(args.model)
     in_chans = args.input_size[0] if args.input_size else None
@@ -342,10 +342,10 @@ def _profile(args: argparse.Namespace) -> None:
         model = timm.create_model(
             args.model, num_classes=args.num_classes, in_chans=in_chans, device='meta', **args.model_kwargs
         )
-    if not isinstance(model, MixPathSupernet):
+    if not isinstance(model, Supernet):
         raise UsageError(f'{args.model!r} is no supernet; try {", ".join(timm.list_models("mixpath*_supernet"))}')
     with as_usage_error('the space can not be profiled'):
-        table = CostTable.from_supernet(model, tuple(args.input_size) if args.input_size else None)
+        table = cost_table(model, tuple(args.input_size) if args.input_size else None)
         profile = profile_space(table, num_samples=args.num_samples)
     size = 'x'.join(str(v) for v in table.input_size)
     num_archs = f'{profile.size:,}' if profile.size < 10**12 else f'{profile.size:.3g}'

@@ -9,7 +9,8 @@ import copy
 import statistics
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
+from itertools import product
 from operator import getitem
 from typing import Any, ClassVar
 
@@ -18,12 +19,54 @@ import torch.nn as nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from .arch import Arch, BlockChoice
+from .cellnet import CellSupernet
 from .mixpath import MixPath
+from .nasbench import CellArch
 from .sampling import sample
 from .space import SearchSpace
-from .supernet import MixPathSupernet
+from .supernet import Supernet
 
-__all__ = ['CostTable', 'MetricRange', 'SpaceProfile', 'count_macs', 'measure_latency', 'profile_space']
+__all__ = [
+    'CellCostTable',
+    'CostTable',
+    'MetricRange',
+    'SpaceProfile',
+    'cost_table',
+    'count_macs',
+    'measure_latency',
+    'profile_space',
+]
+
+
+def cost_table(
+    supernet: Supernet,
+    input_size: tuple[int, int, int] | None = None,
+    num_classes: int | None = None,
+) -> 'CostTable | CellCostTable':
+    """Make the table of what the networks that `supernet.extract` gives cost.
+
+    Args:
+        supernet: Supernet, in any mode and on any device.
+        input_size: Input as (channels, height, width), in pixels; the supernet's own if None.
+        num_classes: Number of classes, the supernet's own if None. Give it where the winner will be trained on
+            another data set than the supernet.
+
+    Raises:
+        ValueError: `input_size` is malformed or has other channels than the supernet.
+    """
+    if input_size is None:
+        cfg = getattr(supernet, 'pretrained_cfg', None) or {}
+        # A cfg keeps its channels when a model is created with others
+        input_size = (supernet.in_chans, *(cfg.get('input_size') or supernet.space.input_size)[1:])
+    input_size = _check_input_size(input_size)
+    if input_size[0] != supernet.in_chans:
+        raise ValueError(f'input_size {input_size} does not fit a supernet of {supernet.in_chans} input channels')
+    num_classes = supernet.num_classes if num_classes is None else num_classes
+    if isinstance(supernet, CellSupernet):
+        return CellCostTable(supernet, num_classes=num_classes, input_size=input_size)
+    kwargs = {k: v for k, v in supernet._subnet_kwargs.items() if k not in ('in_chans', 'width_mult')}
+    kwargs['global_pool'] = supernet.global_pool.pool_type  # reset_classifier may have changed it
+    return CostTable(supernet.space, num_classes=num_classes, input_size=input_size, **kwargs)
 
 
 class CostTable:
@@ -81,36 +124,6 @@ class CostTable:
         # Cost of the choices seen so far, {metric: one dict per block}. They are keyed by text because an arch is its
         # own canonical text: splitting it is all that a known arch needs.
         self._seen: dict[str, list[dict[str, int]]] = {metric: [{} for _ in space.blocks] for metric in self.metrics}
-
-    @classmethod
-    def from_supernet(
-        cls,
-        supernet: MixPathSupernet,
-        input_size: tuple[int, int, int] | None = None,
-        num_classes: int | None = None,
-    ) -> 'CostTable':
-        """Make the table of the networks that `supernet.extract` gives.
-
-        Args:
-            supernet: Supernet, in any mode and on any device.
-            input_size: Input as (channels, height, width), in pixels; the supernet's own if None.
-            num_classes: Number of classes, the supernet's own if None. Give it where the winner will be trained on
-                another data set than the supernet.
-
-        Raises:
-            ValueError: `input_size` is malformed or has other channels than the supernet.
-        """
-        if input_size is None:
-            cfg = getattr(supernet, 'pretrained_cfg', None) or {}
-            # A cfg keeps its channels when a model is created with others
-            input_size = (supernet.in_chans, *(cfg.get('input_size') or supernet.space.input_size)[1:])
-        input_size = _check_input_size(input_size)
-        if input_size[0] != supernet.in_chans:
-            raise ValueError(f'input_size {input_size} does not fit a supernet of {supernet.in_chans} input channels')
-        kwargs = {k: v for k, v in supernet._subnet_kwargs.items() if k not in ('in_chans', 'width_mult')}
-        kwargs['global_pool'] = supernet.global_pool.pool_type  # reset_classifier may have changed it
-        num_classes = supernet.num_classes if num_classes is None else num_classes
-        return cls(supernet.space, num_classes=num_classes, input_size=input_size, **kwargs)
 
     def _add(self, model: MixPath, arch: Arch) -> None:
         counts = {
@@ -231,6 +244,95 @@ class CostTable:
     def _check_metric(self, metric: str) -> None:
         if metric not in self.metrics:
             raise ValueError(f'unknown metric {metric!r}, known are {", ".join(self.metrics)}')
+
+
+class CellCostTable:
+    """MACs and parameters of any arch of a supernet's cell space, counted as in `CostTable`.
+
+    What all archs share is counted once, an edge or node of the cell for each operation that it may have; edges that
+    carry nothing or lead nowhere are not part of a network, and cost nothing.
+
+    Args:
+        supernet: Supernet, in any mode and on any device.
+        num_classes: Number of classes, 0 for no classifier.
+        input_size: Input as (channels, height, width), in pixels.
+
+    Attributes:
+        space: The space.
+        num_classes: Number of classes.
+        input_size: Input as (channels, height, width), in pixels.
+    """
+
+    metrics: ClassVar[tuple[str, ...]] = CostTable.metrics
+
+    def __init__(self, supernet: CellSupernet, *, num_classes: int, input_size: tuple[int, int, int]) -> None:
+        self.space = supernet.space
+        self.num_classes = num_classes
+        self.input_size = input_size
+        kwargs = dict(supernet._subnet_kwargs, num_classes=num_classes, in_chans=input_size[0], device='meta')
+        kwargs.update(
+            global_pool=supernet.global_pool.pool_type,  # reset_classifier may have changed it
+            sum_norm='none' if supernet.sum_norm == 'none' else 'bn',  # a sub-network has one norm of the shadows
+            dtype=None,
+        )
+        space = self.space.with_max_paths(self.space.max_paths_limit)
+        whole = type(supernet)(space, **kwargs).eval()
+        macs: dict[str, int] = {}
+        for arch in space.covering_archs():
+            whole.active_arch = arch
+            macs.update(count_macs(whole, input_size))
+        counts = {'macs': macs, 'params': {name: p.numel() for name, p in whole.named_parameters()}}
+        parts = {part for arch in space.covering_archs() for part in whole.cell_parts(arch)}
+        cells = whole.get_cells()
+        # Per part of a cell what it costs in all cells together, and what all archs share
+        self._parts = {
+            metric: {part: sum(_sum_below(count, f'{cell}.{part}.') for cell in cells) for part in parts}
+            for metric, count in counts.items()
+        }
+        self._base = {m: _sum_below(count, '') - sum(self._parts[m].values()) for m, count in counts.items()}
+        self._cell_parts = whole.cell_parts
+        self._seen: dict[str, dict[str, int]] = {metric: {} for metric in self.metrics}
+
+    def macs(self, arch: CellArch | str) -> int:
+        """Multiply-adds of one image, see `CostTable.macs`."""
+        return self.cost('macs', arch)
+
+    def params(self, arch: CellArch | str) -> int:
+        """Number of parameters, see `CostTable.params`."""
+        return self.cost('params', arch)
+
+    def cost(self, metric: str, arch: CellArch | str) -> int:
+        """Return the cost of an arch by the metric's name, see `CostTable.cost`."""
+        if metric not in self.metrics:
+            raise ValueError(f'unknown metric {metric!r}, known are {", ".join(self.metrics)}')
+        arch = self.space.arch(arch)
+        seen = self._seen[metric]
+        if arch not in seen:
+            seen[arch] = self._base[metric] + sum(self._parts[metric][part] for part in self._cell_parts(arch))
+        return seen[arch]
+
+    def bounds(self, metric: str) -> tuple[int, int]:
+        """Return the smallest and the largest cost in the space, exact."""
+        return self.cost(metric, self.smallest(metric)), self.cost(metric, self.largest(metric))
+
+    def smallest(self, metric: str) -> CellArch:
+        """Return an arch of the smallest cost, the first such in the order of integer vectors."""
+        return self._extremes[metric][0]
+
+    def largest(self, metric: str) -> CellArch:
+        """Return an arch of the largest cost within the space's m, the first such in the order of integer vectors."""
+        return self._extremes[metric][1]
+
+    @cached_property
+    def _extremes(self) -> dict[str, tuple[CellArch, CellArch]]:
+        # Small enough to look at every one: 15,625 and 102
+        archs = [self.space.decode(vector) for vector in product(*map(range, self.space.gene_sizes))]
+        parts = {arch: self._cell_parts(arch) for arch in archs}
+
+        def cost(metric: str, arch: CellArch) -> int:
+            return sum(map(self._parts[metric].__getitem__, parts[arch]))
+
+        return {m: (min(archs, key=partial(cost, m)), max(archs, key=partial(cost, m))) for m in self.metrics}
 
 
 def _check_input_size(input_size: Iterable[int]) -> tuple[int, int, int]:

@@ -14,7 +14,7 @@ from torch.utils.data import Dataset
 from .arch import Arch
 from .data import Subset, read
 from .errors import UsageError
-from .supernet import MixPathSupernet
+from .supernet import Supernet
 
 __all__ = ['SupernetEvaluator', 'evaluate', 'load_batches', 'recalibrate_bn']
 
@@ -91,7 +91,7 @@ def evaluate(model: nn.Module, batches: Batches) -> dict[str, float]:
 
 
 @contextmanager
-def recalibrate_bn(supernet: MixPathSupernet, arch: Arch | str, batches: Batches) -> Iterator[MixPathSupernet]:
+def recalibrate_bn(supernet: Supernet, arch: Arch | str, batches: Batches) -> Iterator[Supernet]:
     """Within the context, `arch` runs with batch norm statistics of its own.
 
     The statistics of the batch norms that the arch uses are reset and averaged over the batches; afterwards those of
@@ -146,7 +146,7 @@ class SupernetEvaluator:
 
     def __init__(
         self,
-        supernet: MixPathSupernet,
+        supernet: Supernet,
         batches: Batches,
         recalibration_batches: Batches | None = None,
     ) -> None:

@@ -13,7 +13,7 @@ from .errors import UsageError
 from .evaluate import recalibrate_bn
 from .files import write_dir_atomic
 from .pipeline import SearchData, open_search_split, recalibration_batches
-from .supernet import MixPathSupernet
+from .supernet import Supernet
 
 __all__ = ['export', 'save_model']
 
@@ -46,7 +46,7 @@ def export(
     loaded = load_model(checkpoint)
     model = loaded.model
     if arch is not None:
-        if not isinstance(model, MixPathSupernet):
+        if not isinstance(model, Supernet):
             raise UsageError(
                 f'--arch needs the checkpoint of a supernet, {str(checkpoint)!r} holds {type(model).__name__}'
             )

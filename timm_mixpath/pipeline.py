@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 
 from .checkpoint import LoadedModel, load_model
-from .cost import CostTable, measure_latency
+from .cost import cost_table, measure_latency
 from .data import Subset, hold_out, open_dataset
 from .device import init_device
 from .errors import UsageError, as_usage_error
@@ -33,7 +33,7 @@ from .search import (
     write_front_csv,
     write_front_json,
 )
-from .supernet import MixPathSupernet
+from .supernet import Supernet
 
 __all__ = [
     'SearchData',
@@ -123,7 +123,7 @@ def search_checkpoint(
     if config.algorithm == 'nsga2':
         require_pymoo()
     loaded = load_model(checkpoint)
-    if not isinstance(loaded.model, MixPathSupernet):
+    if not isinstance(loaded.model, Supernet):
         raise UsageError(f'{str(checkpoint)!r} holds {type(loaded.model).__name__}, a search needs a supernet')
     process = Namespace(device=device)
     init_device(process)
@@ -134,9 +134,7 @@ def search_checkpoint(
         if cost_num_classes is not None and cost_num_classes < 0:
             raise UsageError(f'number of classes {cost_num_classes} to count costs for must not be negative')
         with as_usage_error('costs can not be counted'):
-            cost = CostTable.from_supernet(
-                supernet, cost_input_size or loaded.data_config['input_size'], cost_num_classes
-            )
+            cost = cost_table(supernet, cost_input_size or loaded.data_config['input_size'], cost_num_classes)
         check_limits(config, cost)
         search_set, train_set, source = open_search_split(loaded, data)
         batches = load_batches(
@@ -294,7 +292,7 @@ def _progress(enabled: bool, total: int) -> tuple[Callable[[Candidate, int], Non
     return log, lambda: None
 
 
-def _measure_front(result: SearchResult, supernet: MixPathSupernet) -> None:
+def _measure_front(result: SearchResult, supernet: Supernet) -> None:
     for candidate in result.front:
         model = supernet.extract(candidate.arch)
         candidate.extra['latency_ms'] = round(measure_latency(model, channels_last=True), 4)

@@ -4,15 +4,55 @@ A space knows which archs it holds, how many, and how they map to integer vector
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, partial
 from itertools import combinations, product
 from numbers import Integral
+from typing import Protocol, runtime_checkable
 
 from .arch import Arch, BlockChoice, cached_choice
+from .nasbench import NB101Space, NB201Space
 
-__all__ = ['BlockSpec', 'SearchSpace', 'get_space', 'list_spaces']
+__all__ = ['BlockSpec', 'SearchSpace', 'Space', 'get_space', 'list_spaces']
+
+
+@runtime_checkable
+class Space(Protocol):
+    """What training, search and ranking ask of a search space. Archs are text (`str`), of which a space knows more."""
+
+    name: str
+    max_paths: int
+    input_size: tuple[int, int, int]
+    num_classes: int
+    description: str
+
+    @property
+    def size(self) -> int:
+        """Number of archs in the space."""
+
+    @property
+    def default_arch(self) -> str:
+        """The arch that models have unless another is given."""
+
+    @property
+    def gene_sizes(self) -> tuple[int, ...]:
+        """Number of values of each entry of an integer vector."""
+
+    def with_max_paths(self, m: int | None) -> 'Space':
+        """Return the space with another m, unchanged if None."""
+
+    def arch(self, arch: str) -> str:
+        """Return an arch in its canonical form; ValueError if the space does not hold it."""
+
+    def encode(self, arch: str) -> tuple[int, ...]:
+        """Return the integer vector of an arch."""
+
+    def decode(self, vector: Sequence[int]) -> str:
+        """Return the arch of an integer vector."""
+
+    def sample(self, draw: Callable[[], float]) -> str:
+        """Draw an arch as MixPath does, see `timm_mixpath.sample`."""
 
 
 @dataclass(frozen=True)
@@ -249,6 +289,24 @@ class SearchSpace:
             choices.append(cached_choice(groups, expand_ratio))
         return Arch.from_blocks(choices)
 
+    def sample(self, draw: Callable[[], float]) -> Arch:
+        """Draw an arch: per block the expansion is uniform, in every channel group the number of paths in 1..m.
+
+        Args:
+            draw: Gives numbers in [0, 1), as `random.random` does.
+        """
+        blocks: list[BlockChoice] = []
+        for spec in self.blocks:
+            expand_ratio = spec.expand_ratios[int(draw() * len(spec.expand_ratios))]
+            groups: list[tuple[int, ...]] = []
+            for _ in range(spec.num_groups):
+                num_paths = 1 + int(draw() * self.max_paths)
+                kernel_sizes = list(spec.kernel_sizes)
+                paths = [kernel_sizes.pop(int(draw() * len(kernel_sizes))) for _ in range(num_paths)]
+                groups.append(tuple(sorted(paths)))
+            blocks.append(cached_choice(tuple(groups), expand_ratio))
+        return Arch.from_blocks(blocks)
+
 
 @cache  # a search decodes every vector that it considers
 def _subsets(kernel_sizes: tuple[int, ...], max_paths: int) -> tuple[tuple[int, ...], ...]:
@@ -353,7 +411,7 @@ def _s3() -> SearchSpace:
     )
 
 
-_spaces: dict[str, SearchSpace] = {space.name: space for space in (_s1(), _s2(), _s3(), _nano())}
+_spaces: dict[str, Space] = {space.name: space for space in (_s1(), _s2(), _s3(), _nano(), NB201Space(), NB101Space())}
 
 
 def add_space(space: SearchSpace) -> None:
@@ -364,7 +422,7 @@ def add_space(space: SearchSpace) -> None:
     _spaces[space.name] = space
 
 
-def get_space(name: str, m: int | None = None) -> SearchSpace:
+def get_space(name: str, m: int | None = None) -> Space:
     """Return a search space by name.
 
     Args:

@@ -1,7 +1,7 @@
 """The one-shot supernet: samples an arch per training step, runs `active_arch` in eval, hands out sub-networks."""
 
 import logging
-from typing import Any
+from typing import Any, ClassVar
 
 import timm
 import torch
@@ -11,16 +11,16 @@ from .arch import Arch
 from .blocks import ActivePathSum, ChoiceBlock, subnet_state_dict
 from .mixpath import MixPath
 from .released import remap_state_dict
-from .sampling import sample
-from .space import BlockSpec, SearchSpace
+from .sampling import check_strategy, sample
+from .space import BlockSpec, SearchSpace, Space
 
-__all__ = ['MixPathSupernet']
+__all__ = ['MixPathSupernet', 'Supernet']
 
 _logger = logging.getLogger(__name__)
 
 
-class MixPathSupernet(MixPath):
-    """A MixPath supernet.
+class Supernet(nn.Module):
+    """What all supernets do, as a mixin in front of the network's class: sample, activate, hand out sub-networks.
 
     In training mode every forward samples an arch, a function of `seed` and of the step counter `sample_step`, a
     persistent buffer: all ranks of a distributed run agree in every step, and a resumed run goes on with the very
@@ -34,97 +34,50 @@ class MixPathSupernet(MixPath):
     it in eval mode. Whatever they make is bound to that arch. Export `extract()` instead to leave the weights of the
     other paths out of the file.
 
-    Args:
-        space: Search space.
-        arch: The arch that eval mode runs at first, the space's `default_arch` if None.
-        m: Largest number of active paths per block, the space's own if None.
-        sbn: Shadow Batch Normalization behind the sum; one batch norm for all numbers of paths if False.
-        seed: Seed of the sampled sequence.
-        nested_init: Start all kernels of a sum from the smallest one, padded with zeros, so that all archs compute
-            the same at first. Not in the paper; supernets of many blocks then learn in a short training.
-        num_classes: Number of classes.
-        width_mult: Multiplier of all widths.
-        **kwargs: See `MixPath`.
-
     Attributes:
         space: The space that is searched, with this supernet's m and width.
+        seed: Seed of the sampled sequence.
+        sampling: How archs are drawn, see `timm_mixpath.sample`.
         sampled_arch: The arch of the latest forward in training mode, None before.
         sample_step: Number of archs sampled so far, int64 scalar tensor.
-
-    Raises:
-        ValueError: m is out of range, or the space does not hold the arch.
     """
 
-    def __init__(
-        self,
-        space: SearchSpace,
-        arch: Arch | str | None = None,
-        m: int | None = None,
-        sbn: bool = True,
-        seed: int = 0,
-        nested_init: bool = False,
-        num_classes: int = 1000,
-        in_chans: int = 3,
-        width_mult: float = 1.0,
-        **kwargs: Any,
-    ) -> None:
-        self._num_shadows = space.with_max_paths(m).max_paths if sbn else None
-        super().__init__(
-            space.with_max_paths(m),
-            arch,
-            num_classes=num_classes,
-            in_chans=in_chans,
-            width_mult=width_mult,
-            **kwargs,
-        )
+    space: Space
+    sampled_arch: str | None
+    # Arguments of the supernet that its sub-networks do not take
+    _supernet_args: ClassVar[tuple[str, ...]] = ('arch', 'm', 'seed', 'sampling')
+
+    def _init_sampling(self, seed: int, sampling: str, device: Any = None) -> None:
+        """Start the sequence; the network's constructor calls it when all modules exist."""
         self.seed = seed
-        if nested_init:
-            for module in self.modules():
-                if isinstance(module, ActivePathSum):
-                    module.nest()
-        # What a sub-network must be built with to fit this supernet
-        self._subnet_kwargs = dict(in_chans=in_chans, **kwargs)
-        if self._norm_sums and any(spec.num_groups > 1 for spec in space.blocks):
-            self._subnet_kwargs['norm_sums'] = True
-        if width_mult != 1.0:
-            self._subnet_kwargs['width_mult'] = width_mult
-        self.sampled_arch: Arch | None = None
+        self.sampling = check_strategy(sampling)
+        self.sampled_arch = None
         # The buffer is what is saved, broadcast and averaged; the int beside it spares a device sync per step.
-        self.register_buffer('sample_step', torch.zeros((), dtype=torch.int64, device=kwargs.get('device')))
+        self.register_buffer('sample_step', torch.zeros((), dtype=torch.int64, device=device))
         self._step = 0
         self._activate(self._active_arch)
 
-    def _set_space(self, space: SearchSpace, arch: Arch | str | None, norm_sums: bool | None) -> None:
-        self.space = space
-        self._norm_sums = space.max_paths > 1 if norm_sums is None else norm_sums
-        self._active_arch = space.arch(arch) if arch is not None else space.default_arch
-
-    def _make_block(self, index: int, in_chs: int, spec: BlockSpec, **kwargs: Any) -> nn.Module:
-        norm_sums = self._norm_sums and spec.num_groups > 1
-        return ChoiceBlock(in_chs, spec, num_shadows=self._num_shadows, norm_sums=norm_sums, **kwargs)
-
     @property
-    def active_arch(self) -> Arch:
-        """The arch that eval mode runs, an `Arch` or its text to set; `space.default_arch` at first."""
+    def active_arch(self) -> str:
+        """The arch that eval mode runs, an arch of the space or its text to set; `space.default_arch` at first."""
         return self._active_arch
 
     @active_arch.setter
-    def active_arch(self, arch: Arch | str) -> None:
+    def active_arch(self, arch: str) -> None:
         self._active_arch = self.space.arch(arch)
         self._activate(self._active_arch)
 
-    def _activate(self, arch: Arch) -> None:
-        blocks = (block for stage in self.blocks for block in stage if isinstance(block, ChoiceBlock))
-        for block, choice in zip(blocks, arch.blocks):
-            block.set_choice(choice)
+    def _activate(self, arch: str) -> None:
+        """Make the paths of an arch those that a forward runs."""
+        raise NotImplementedError
 
     def _sample(self) -> None:
-        self.sampled_arch = sample(self.space, seed=self.seed, step=self._step)
+        self.sampled_arch = sample(self.space, seed=self.seed, step=self._step, strategy=self.sampling)
         self._activate(self.sampled_arch)
         self._step += 1
         self.sample_step += 1
 
-    def train(self, mode: bool = True) -> 'MixPathSupernet':
+    def train(self, mode: bool = True) -> 'Supernet':
         super().train(mode)
         if not mode:
             self._activate(self._active_arch)
@@ -141,11 +94,10 @@ class MixPathSupernet(MixPath):
         return super().forward_intermediates(x, *args, **kwargs)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
-        remap_state_dict(state_dict, prefix, self)
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
         self._step = int(self.sample_step)
 
-    def extract(self, arch: Arch | str | None = None) -> MixPath:
+    def extract(self, arch: str | None = None) -> nn.Module:
         """Return the stand-alone network of an arch with the weights it inherits.
 
         Shadow batch norms are reduced to the plain one that was in use, so the network equals this supernet in eval
@@ -171,27 +123,119 @@ class MixPathSupernet(MixPath):
         # timm keeps what the supernet was created with in a form that config.json can hold
         kwargs = dict(getattr(self, '_model_args', self._subnet_kwargs))
         kwargs.update(num_classes=self.num_classes, global_pool=self.global_pool.pool_type)
-        for key in ('arch', 'm', 'sbn', 'seed', 'nested_init'):
+        for key in self._supernet_args:
             kwargs.pop(key, None)
-        if 'norm_sums' in self._subnet_kwargs:
-            kwargs['norm_sums'] = True
+        kwargs.update(self._subnet_overrides())
         model = timm.create_model(name, arch=str(arch), **kwargs)
-        if isinstance(self.conv_head, nn.Identity):  # pruned, by features_only for example
-            model.prune_intermediate_layers([len(self.blocks)], extra_blocks=True)
-            model.reset_classifier(self.num_classes, self.global_pool.pool_type)
+        self._prune_like_this(model)
         model.load_state_dict(self._subnet_state_dict(model))
-        reference = self.conv_stem.weight
+        reference = next(self.parameters())
         model.to(device=reference.device, dtype=reference.dtype)
         pretrained_cfg = getattr(self, 'pretrained_cfg', None)
         if pretrained_cfg:
             model.pretrained_cfg = model.default_cfg = dict(pretrained_cfg, architecture=name)
         return model.train(self.training)
 
-    def __prepare_scriptable__(self) -> MixPath:
+    def _subnet_overrides(self) -> dict[str, Any]:
+        """Arguments of a sub-network that differ from the supernet's."""
+        return {}
+
+    def _prune_like_this(self, model: nn.Module) -> None:
+        """Take from a new sub-network what was taken from this supernet, by features_only for example."""
+
+    def _subnet_state_dict(self, model: nn.Module) -> dict[str, torch.Tensor]:
+        """What the sub-network of `model.arch` inherits, by its own names."""
+        raise NotImplementedError
+
+    def __prepare_scriptable__(self) -> nn.Module:
         # The hook of torch.jit.script. Stock scripts call that before eval(), so training mode is no error.
         if self.training:
             _logger.warning(f'Scripting the sub-network {self.active_arch} of the supernet, a script samples nothing.')
         return self.extract()
+
+
+class MixPathSupernet(Supernet, MixPath):
+    """A MixPath supernet of inverted bottlenecks. How it samples, runs and hands out sub-networks: see `Supernet`.
+
+    Args:
+        space: Search space.
+        arch: The arch that eval mode runs at first, the space's `default_arch` if None.
+        m: Largest number of active paths per block, the space's own if None.
+        sbn: Shadow Batch Normalization behind the sum; one batch norm for all numbers of paths if False.
+        seed: Seed of the sampled sequence.
+        sampling: How archs are drawn, see `timm_mixpath.sample`.
+        nested_init: Start all kernels of a sum from the smallest one, padded with zeros, so that all archs compute
+            the same at first. Not in the paper; supernets of many blocks then learn in a short training.
+        num_classes: Number of classes.
+        width_mult: Multiplier of all widths.
+        **kwargs: See `MixPath`.
+
+    Raises:
+        ValueError: m is out of range, the space does not hold the arch, or the sampling is unknown.
+    """
+
+    _supernet_args: ClassVar[tuple[str, ...]] = (*Supernet._supernet_args, 'sbn', 'nested_init')
+
+    def __init__(
+        self,
+        space: SearchSpace,
+        arch: Arch | str | None = None,
+        m: int | None = None,
+        sbn: bool = True,
+        seed: int = 0,
+        sampling: str = 'paths',
+        nested_init: bool = False,
+        num_classes: int = 1000,
+        in_chans: int = 3,
+        width_mult: float = 1.0,
+        **kwargs: Any,
+    ) -> None:
+        self._num_shadows = space.with_max_paths(m).max_paths if sbn else None
+        super().__init__(
+            space.with_max_paths(m),
+            arch,
+            num_classes=num_classes,
+            in_chans=in_chans,
+            width_mult=width_mult,
+            **kwargs,
+        )
+        if nested_init:
+            for module in self.modules():
+                if isinstance(module, ActivePathSum):
+                    module.nest()
+        # What a sub-network must be built with to fit this supernet
+        self._subnet_kwargs = dict(in_chans=in_chans, **kwargs)
+        if self._norm_sums and any(spec.num_groups > 1 for spec in space.blocks):
+            self._subnet_kwargs['norm_sums'] = True
+        if width_mult != 1.0:
+            self._subnet_kwargs['width_mult'] = width_mult
+        self._init_sampling(seed, sampling, kwargs.get('device'))
+
+    def _set_space(self, space: SearchSpace, arch: Arch | str | None, norm_sums: bool | None) -> None:
+        self.space = space
+        self._norm_sums = space.max_paths > 1 if norm_sums is None else norm_sums
+        self._active_arch = space.arch(arch) if arch is not None else space.default_arch
+
+    def _make_block(self, index: int, in_chs: int, spec: BlockSpec, **kwargs: Any) -> nn.Module:
+        norm_sums = self._norm_sums and spec.num_groups > 1
+        return ChoiceBlock(in_chs, spec, num_shadows=self._num_shadows, norm_sums=norm_sums, **kwargs)
+
+    def _activate(self, arch: Arch) -> None:
+        blocks = (block for stage in self.blocks for block in stage if isinstance(block, ChoiceBlock))
+        for block, choice in zip(blocks, arch.blocks):
+            block.set_choice(choice)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
+        remap_state_dict(state_dict, prefix, self)
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
+    def _subnet_overrides(self) -> dict[str, Any]:
+        return {'norm_sums': True} if 'norm_sums' in self._subnet_kwargs else {}
+
+    def _prune_like_this(self, model: MixPath) -> None:
+        if isinstance(self.conv_head, nn.Identity):
+            model.prune_intermediate_layers([len(self.blocks)], extra_blocks=True)
+            model.reset_classifier(self.num_classes, self.global_pool.pool_type)
 
     def _subnet_state_dict(self, model: MixPath) -> dict[str, torch.Tensor]:
         blocks, fixed_blocks = self.get_choice_blocks(), model.get_choice_blocks()

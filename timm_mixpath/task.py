@@ -6,7 +6,7 @@ from typing import Any
 import torch.nn as nn
 from timm.task import ClassificationTask
 
-from .supernet import MixPathSupernet
+from .supernet import Supernet
 
 __all__ = ['SupernetTask', 'create_task']
 
@@ -26,7 +26,7 @@ class SupernetTask(ClassificationTask):
     """
 
     def __init__(self, model: nn.Module, *args: Any, **kwargs: Any) -> None:
-        if not isinstance(model, MixPathSupernet):
+        if not isinstance(model, Supernet):
             raise TypeError(
                 f'SupernetTask trains a supernet such as mixpath_s1_supernet, not {type(model).__name__}; '
                 'use timm.task.ClassificationTask for an ordinary model'
@@ -54,5 +54,5 @@ class SupernetTask(ClassificationTask):
 
 def create_task(model: nn.Module, *args: Any, **kwargs: Any) -> ClassificationTask:
     """Stand in for `timm.task.ClassificationTask`: a `SupernetTask` for a supernet, timm's own for the rest."""
-    task_cls = SupernetTask if isinstance(model, MixPathSupernet) else ClassificationTask
+    task_cls = SupernetTask if isinstance(model, Supernet) else ClassificationTask
     return task_cls(model, *args, **kwargs)

@@ -45,7 +45,7 @@ from .device import init_device
 from .errors import RunError, UsageError, as_usage_error
 from .files import make_output_dir, write_atomic
 from .options import default_args
-from .supernet import MixPathSupernet
+from .supernet import Supernet
 from .task import create_task
 
 __all__ = ['TrainResult', 'train']
@@ -129,7 +129,7 @@ def _train(args: Namespace, device: torch.device) -> TrainResult:
     model = create_model(args, pretrained=args.pretrained, checkpoint_path=args.initial_checkpoint)
     _init_head(model, args)
     args.num_classes = model.num_classes
-    if isinstance(model, MixPathSupernet) and 'seed' not in args.model_kwargs:
+    if isinstance(model, Supernet) and 'seed' not in args.model_kwargs:
         model.seed = args.model_kwargs['seed'] = args.seed
     if args.grad_checkpointing:
         model.set_grad_checkpointing(enable=True)
@@ -165,7 +165,7 @@ def _train(args: Namespace, device: torch.device) -> TrainResult:
     with as_usage_error(f'the loss can not be created with --smoothing {args.smoothing}'):
         criterion = create_classification_loss(smoothing=args.smoothing, soft_targets=_mixup_active(args))
     task = create_task(model, criterion, device=device, verbose=primary)
-    if isinstance(model, MixPathSupernet) and args.opt_kwargs.get('fused'):
+    if isinstance(model, Supernet) and args.opt_kwargs.get('fused'):
         raise UsageError(
             '--opt-kwargs fused=True does not work for a supernet: fused optimizers want a gradient of every parameter'
         )
@@ -341,7 +341,7 @@ def _open_data(args: Namespace, model: torch.nn.Module, data_config: dict[str, A
         dist.barrier()
     train_set = open_dataset(args.dataset, args.data_dir, args.train_split, is_training=True, seed=args.seed, **common)
     if args.search_holdout is None:
-        args.search_holdout = 0.1 if isinstance(model, MixPathSupernet) else 0.0
+        args.search_holdout = 0.1 if isinstance(model, Supernet) else 0.0
     if args.search_holdout:
         train_set, _ = hold_out(train_set, args.search_holdout)
     val_set = None

@@ -31,7 +31,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from timm_mixpath import MixPathSupernet, sample
-from timm_mixpath.cost import CostTable
+from timm_mixpath.cost import CostTable, cost_table
 
 SAMPLE, ACTIVATE, COUNT = 'sample an arch', 'activate an arch', 'count the step'
 BOOKKEEPING = 'sample, activate, count'
@@ -115,7 +115,7 @@ def main() -> None:
     device = setup(args, 'Bookkeeping of mixpath_s1_supernet / its training step')
     supernet = timm.create_model('mixpath_s1_supernet', m=args.m, seed=args.seed, num_classes=10)
     supernet.to(device=device).to(memory_format=torch.channels_last)
-    table = CostTable.from_supernet(supernet)
+    table = cost_table(supernet)
     check_look_up(supernet, table, args.seed)
 
     supernet.train()
