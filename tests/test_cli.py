@@ -41,6 +41,8 @@ def fails(capsys: pytest.CaptureFixture, words: list[str]) -> tuple[int, str]:
         (['search', '--checkpoint', 'x', '--output', 'x', '--max-macs', '5Q'], "'5Q'"),
         (['search', '--checkpoint', 'x', '--output', 'x', '--objectives', 'error', 'speed'], "'speed'"),
         (['search', '--checkpoint', 'x', '--output', 'x', '--population', '0'], 'population=0'),
+        (['stats', '--checkpoint', '/nowhere'], "'/nowhere' does not exist"),
+        (['stats', '--checkpoint', 'x', '--num-images', 'many'], "'many'"),
         (['export', '--checkpoint', '/nowhere', '--output', 'x'], "'/nowhere' does not exist"),
         (['profile', '--model', 'mixpath_nano'], 'is no supernet'),
         (['profile', '--model', 'mixpath_s1_supernet', '--model-kwargs', 'm=0'], 'm=0 is out of range'),
@@ -74,6 +76,39 @@ def test_limit_below_the_smallest_arch(capsys: pytest.CaptureFixture, supernet_r
     assert not (tmp_path / 'archive.jsonl').exists()
 
 
+def test_stats_answers_in_words_and_in_files(
+    capsys: pytest.CaptureFixture, supernet_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    words = ['stats', '--checkpoint', str(supernet_run / 'last.pth.tar'), '--num-images', '16', '-j', '0']
+    assert cli.main([*words, '--device', 'cpu']) == 0
+    out = capsys.readouterr().out
+    assert re.search(r'^blocks\.2\.2\.e6\.paths +3 +0\.\d+', out, re.MULTILINE)
+    assert re.search(
+        r'^sum of 2 paths: mean \S+x .*\(2 if .* variance \S+x .*\(4 if equal, 2 if uncorr', out, re.MULTILINE
+    )
+    assert "the paper's exact protocol is not published" in out
+    assert not list(tmp_path.iterdir())
+    assert cli.main([*words, '--output', 'out']) == 0
+    assert sorted(p.name for p in (tmp_path / 'out').iterdir()) == ['stats.csv', 'stats.json', 'stats.png']
+
+
+@pytest.mark.parametrize(
+    'words, text',
+    [
+        (['--num-images', '0'], 'number of images 0 must be at least 1'),
+        (['--num-images', '1'], '1 images are too few'),
+        (['--num-archs', '0'], 'number of archs 0 must be at least 1'),
+        (['--data-dir', '/nowhere'], "'/nowhere' does not exist"),
+        (['--device', 'warp'], "'warp'"),
+    ],
+)
+def test_stats_of_wrong_values(capsys: pytest.CaptureFixture, supernet_run: Path, words: list[str], text: str) -> None:
+    last = str(supernet_run / 'last.pth.tar')
+    status, message = fails(capsys, ['stats', '--checkpoint', last, '-j', '0', *words])
+    assert status == 2 and text in message
+
+
 def test_profile_prints_size_and_cost(capsys: pytest.CaptureFixture) -> None:
     words = ['profile', '--model', 'mixpath_s1_supernet', '--num-samples', '101']
     assert cli.main(words) == 0
@@ -95,6 +130,8 @@ def test_export_prints_a_line_that_works(capsys: pytest.CaptureFixture, supernet
     line = capsys.readouterr().out.strip().splitlines()[-1]
     model = eval(line, {'timm': timm})
     assert model.arch == ARCH
+    status, message = fails(capsys, ['stats', '--checkpoint', str(tmp_path / 'model')])
+    assert status == 2 and 'holds MixPath; statistics of paths need a supernet' in message
 
 
 def test_run_gives_a_script_its_arguments_and_our_models(tmp_path: Path) -> None:

@@ -67,6 +67,10 @@ class ActivePathSum(PathSum):
         """[B, C, H, W] -> [B, C, H / stride, W / stride]."""
         return sum_paths([self[name](x) for name in self.active])
 
+    def path_outputs(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Outputs [B, C, H / stride, W / stride] of all candidate paths, active or not, see `stats.SumSite`."""
+        return {name: path(x) for name, path in self.items()}
+
     @torch.no_grad()
     def nest(self) -> None:
         """Give every path the weights of the smallest kernel, padded with zeros: all compute the same then."""

@@ -101,6 +101,7 @@ def _build_parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.Argumen
         command('train', _train, "train a supernet or any timm model, with the options of timm's train.py")
     )
     _add_search(command('search', _search, 'search a trained supernet'))
+    _add_stats(command('stats', _stats, 'do k summed paths of a supernet look like k times one path'))
     _add_export(command('export', _export, 'write a model folder for timm.create_model'))
     _add_push(command('push', _push, 'publish a model or a supernet on the Hugging Face Hub'))
     _add_profile(command('profile', _profile, 'size and cost of a search space'))
@@ -233,6 +234,46 @@ def _search(args: argparse.Namespace) -> None:
     )
     if not is_distributed_env() or world_info_from_env()[1] == 0:
         print_result(result, args.output)
+
+
+def _add_stats(parser: argparse.ArgumentParser) -> None:
+    parser.epilog = "A reconstruction of the content of the paper's figure; its exact protocol is not published."
+    add = parser.add_argument
+    add(
+        '--checkpoint',
+        required=True,
+        metavar='PATH',
+        help='last.pth.tar of a supernet, a model folder, or hf-hub:ORG/NAME',
+    )
+    add('--output', metavar='DIR', help='folder for stats.json, stats.csv and stats.png (default: only print)')
+    add('--data-dir', metavar='DIR', help='where the images are (default: as in the training of the supernet)')
+    add('--num-images', type=int, default=512, metavar='N',
+        help='images of the search split that the training held out (default: %(default)s)')  # fmt: skip
+    add('--num-archs', type=int, default=20, metavar='N',
+        help='run at most N sampled archs to reach every sum of paths three times (default: %(default)s)')  # fmt: skip
+    add('-b', '--batch-size', type=int, default=32, metavar='N')
+    add('--device', metavar='NAME', help='default: cuda if there is a GPU, else cpu')
+    add('-j', '--workers', type=int, default=2, metavar='N')
+    add('--device-modules', nargs='+', metavar='MODULE', help='Python modules to import first, for a space of your own')
+
+
+def _stats(args: argparse.Namespace) -> None:
+    from .pipeline import SearchData
+    from .stats import format_stats, stats_checkpoint
+
+    _setup_logging()
+    result = stats_checkpoint(
+        args.checkpoint,
+        args.output,
+        SearchData(data_dir=args.data_dir, num_images=args.num_images),
+        num_archs=args.num_archs,
+        batch_size=args.batch_size,
+        device=args.device,
+        workers=args.workers,
+    )
+    print(format_stats(result))
+    if args.output:
+        print(f'\nall numbers and the figure are in {Path(args.output)}')
 
 
 def _add_export(parser: argparse.ArgumentParser) -> None:

@@ -197,8 +197,14 @@ def search_checkpoint(
             dist.destroy_process_group()
 
 
-def open_search_split(loaded: LoadedModel, data: SearchData) -> tuple[Any, Any, dict[str, Any]]:
-    """Return the search split, the training images and a description of where the split comes from."""
+def open_search_split(loaded: LoadedModel, data: SearchData, *, warn: bool = True) -> tuple[Any, Any, dict[str, Any]]:
+    """Return the search split, the training images and a description of where the split comes from.
+
+    Args:
+        loaded: Model that the images are for.
+        data: Where the split comes from.
+        warn: Say when the model may have been trained on the split, which makes accuracies look too good.
+    """
 
     def pick(value: Any, name: str, default: Any = None) -> Any:
         return value if value is not None else getattr(loaded.args, name, default)
@@ -218,7 +224,9 @@ def open_search_split(loaded: LoadedModel, data: SearchData) -> tuple[Any, Any, 
         return search_set, train_set, dict(dataset=dataset, split=data.search_split)
     trained_holdout = getattr(loaded.args, 'search_holdout', None)
     holdout = next(v for v in (data.search_holdout, trained_holdout or None, 0.1) if v is not None)
-    if not vars(loaded.args):
+    if not warn:
+        pass
+    elif not vars(loaded.args):
         _logger.warning(
             'a model folder does not tell which images its supernet was trained on; if they include those that score '
             'archs now, errors will look too low. A training checkpoint tells, or name an unseen --search-split'

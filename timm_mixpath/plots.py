@@ -3,18 +3,42 @@
 Figures are drawn on matplotlib's objects, not through pyplot: no window system, no backend and no global state.
 """
 
+import math
 import os
+from collections.abc import Sequence
+from statistics import median
 from typing import TYPE_CHECKING
 
 from .files import write_atomic
 
 if TYPE_CHECKING:
-    from .search import SearchResult
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
-__all__ = ['plot_pareto']
+    from .search import SearchResult
+    from .stats import StatsResult
+
+__all__ = ['plot_pareto', 'plot_stats']
 
 _GREY = '0.72'
 _ACCENT = '#c1272d'
+_BLUE = '#3b6fb5'
+
+
+def _new_figure(width: float, height: float) -> 'Figure':
+    """A figure of a size in inches that can be saved as PNG.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+    """
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError as e:
+        raise ImportError(f"plots need matplotlib ({e}): pip install 'timm-mixpath[plots]'") from e
+    figure = Figure(figsize=(width, height), dpi=150, layout='constrained')
+    FigureCanvasAgg(figure)
+    return figure
 
 
 def plot_pareto(result: 'SearchResult', path: str | os.PathLike, *, title: str | None = None) -> None:
@@ -33,15 +57,8 @@ def plot_pareto(result: 'SearchResult', path: str | os.PathLike, *, title: str |
     Raises:
         ImportError: matplotlib is not installed.
     """
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError as e:
-        raise ImportError(f"plots need matplotlib ({e}): pip install 'timm-mixpath[plots]'") from e
-
+    figure = _new_figure(8.0, 5.0)
     front, chosen = result.front, result.chosen
-    figure = Figure(figsize=(8.0, 5.0), dpi=150, layout='constrained')
-    FigureCanvasAgg(figure)
     ax = figure.add_subplot()
 
     ax.scatter(
@@ -70,7 +87,7 @@ def plot_pareto(result: 'SearchResult', path: str | os.PathLike, *, title: str |
         points = ax.scatter(x, y, c=[c.params / 1e6 for c in front], cmap='viridis', **style)
         figure.colorbar(points, ax=ax, label='parameters (M)', pad=0.02)
     else:
-        ax.scatter(x, y, color='#3b6fb5', **style)
+        ax.scatter(x, y, color=_BLUE, **style)
 
     at = (chosen.macs / 1e6, chosen.error)
     ax.scatter(*at, s=190, marker='o', facecolors='none', edgecolors=_ACCENT, linewidths=1.8, label='chosen', zorder=4)
@@ -96,10 +113,7 @@ def plot_pareto(result: 'SearchResult', path: str | os.PathLike, *, title: str |
         counts = f'archs evaluated: {len(result.evaluations)}, on the Pareto front: {len(front)}'
         title = f'Search in {result.space.name}, {counts}'
     ax.set_title(title, fontsize=11)
-    ax.grid(color='0.92', linewidth=0.8)
-    ax.set_axisbelow(True)
-    for side in ('top', 'right'):
-        ax.spines[side].set_visible(False)
+    _tidy(ax)
     legend = ax.legend(loc='upper right', fontsize=9, frameon=True, framealpha=0.9, edgecolor='none')
     for handle in legend.legend_handles:
         if hasattr(handle, 'set_sizes'):
@@ -107,3 +121,113 @@ def plot_pareto(result: 'SearchResult', path: str | os.PathLike, *, title: str |
 
     with write_atomic(path) as temporary:
         figure.savefig(temporary, format='png')
+
+
+def plot_stats(result: 'StatsResult', path: str | os.PathLike, *, title: str | None = None) -> None:
+    """Draw how alike the paths of a supernet are, and what that does to sums of them, as PNG, whole or not at all.
+
+    Above, the cosine similarity of the paths of every sum: mean and range over the pairs of paths. Below, the mean and
+    variance of a sum of k paths relative to one path, and the running variance of shadow batch norm k relative to the
+    first: a thin line per sum, the median bold, and what equal and uncorrelated paths would give dashed. The panels
+    below are left out where nothing is summed (m = 1), the last one where there are no shadows that were trained.
+
+    It is a reconstruction of the content of the paper's figure, and says so; the paper's exact protocol is not
+    published.
+
+    Args:
+        result: Statistics of a supernet.
+        path: PNG file to write.
+        title: Title, the space, m and the number of images if None.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+    """
+    from .stats import PROTOCOL_NOTE  # which imports this module
+
+    sums = result.max_paths > 1 and bool(result.sites)
+    shadows = [s.var_ratio for s in result.shadows if any(v == v for v in s.var_ratio[1:])]
+    # Room for a legible label per sum, within what fits a page
+    figure = _new_figure(min(16.0, max(9.5, 2.0 + 0.26 * len(result.sites))), 7.4 if sums else 4.2)
+    num_panels = 3 if shadows else 2
+    grid = figure.add_gridspec(2 if sums else 1, num_panels if sums else 1, height_ratios=(1.0, 1.15) if sums else None)
+
+    _plot_cosines(figure.add_subplot(grid[0, :]), result)
+    if sums:
+        uncorrelated = ('uncorrelated: k', lambda k: k)
+        equal = ('equal paths: k²', lambda k: k * k)
+        mean, var = figure.add_subplot(grid[1, 0]), figure.add_subplot(grid[1, 1])
+        _plot_ratios(mean, [s.mean_ratio for s in result.sites], [('equal paths: k', lambda k: k)])
+        _plot_ratios(var, [s.var_ratio for s in result.sites], [equal, uncorrelated])
+        mean.set_title('Mean of a sum of k paths', fontsize=10)
+        var.set_title('Variance of a sum of k paths', fontsize=10)
+        for ax in (mean, var):
+            ax.set_xlabel('summed paths k')
+            ax.set_ylabel('relative to one path')
+        if shadows:
+            ax = figure.add_subplot(grid[1, 2])
+            _plot_ratios(ax, shadows, [equal, uncorrelated], 'one batch norm')
+            ax.set_title('Running variance of shadow k', fontsize=10)
+            ax.set_xlabel('shadow k')
+            ax.set_ylabel('relative to shadow 1')
+    if title is None:
+        title = f'Paths of the supernet of {result.space}, m = {result.max_paths}, {result.num_images} images'
+    figure.suptitle(title, fontsize=12)
+    figure.supxlabel(PROTOCOL_NOTE, fontsize=8, color='0.4', x=0.99, ha='right')
+
+    with write_atomic(path) as temporary:
+        figure.savefig(temporary, format='png')
+
+
+def _plot_cosines(ax: 'Axes', result: 'StatsResult') -> None:
+    sites = result.sites
+    x = range(len(sites))
+    low, high = [s.cosine_min for s in sites], [s.cosine_max for s in sites]
+    if any(len(s.paths) > 2 for s in sites):
+        ax.vlines(x, low, high, color=_BLUE, alpha=0.45, linewidth=3.0, label='range over pairs of paths')
+    ax.plot(x, [s.cosine_mean for s in sites], 'o', color=_BLUE, markersize=5, label='mean over pairs of paths')
+    every = math.ceil(len(sites) / 100) or 1
+    labels = _short_names([s.name for s in sites])
+    ax.set_xticks(x[::every], labels[::every], rotation=90 if len(sites) > 8 else 0, fontsize=8)
+    ax.set_xlim(-0.7, len(sites) - 0.3)
+    # An axis from 0 keeps small differences small, but similarities of signed features may be negative
+    ax.set_ylim(min([0.0, *(v - 0.05 for v in low)]), 1.02)
+    ax.set_ylabel('cosine similarity')
+    ax.set_title('Features of different paths, per sum in the order of the network', fontsize=10, loc='left')
+    _tidy(ax)
+    ax.legend(loc='lower right', bbox_to_anchor=(1.0, 0.99), fontsize=8, ncols=2, frameon=False)  # beside the title
+
+
+def _plot_ratios(
+    ax: 'Axes', lines: Sequence[Sequence[float]], yardsticks: Sequence[tuple], name: str = 'one sum'
+) -> None:
+    """A thin line per entry, called `name`, their median, and dashed what (text, function of k) says."""
+    largest = max(map(len, lines))
+    ks = list(range(1, largest + 1))
+    for i, line in enumerate(lines):
+        ax.plot(ks[: len(line)], line, color=_BLUE, alpha=0.3, linewidth=0.9, label='' if i else name, zorder=2)
+    columns = [[v for line in lines for v in line[k - 1 : k] if v == v] for k in ks]
+    medians = [median(column) if column else math.nan for column in columns]
+    ax.plot(ks, medians, 'o-', color=_BLUE, linewidth=2.4, markersize=5, label='median', zorder=4)
+    for (text, of), color in zip(yardsticks, (_ACCENT, '0.45')):
+        # joined by straight lines as the others are: between the numbers of paths there is nothing to compare
+        ax.plot(ks, [of(k) for k in ks], '--', color=color, linewidth=1.2, label=text, zorder=5)
+    ax.set_xticks(ks)
+    ax.set_ylim(bottom=0)
+    ax.locator_params(axis='y', nbins=6)
+    _tidy(ax)
+    ax.legend(loc='upper left', fontsize=8, frameon=False)
+
+
+def _short_names(names: Sequence[str]) -> list[str]:
+    """Module names without the words that are in all of them: `blocks.0.0.e3.paths` -> `0.0.e3`."""
+    parts = [name.split('.') for name in names]
+    common = {word for word in set.intersection(*map(set, parts)) if not word.isdigit()} if len(names) > 1 else set()
+    short = ['.'.join(word for word in p if word not in common) for p in parts]
+    return short if len(set(short)) == len(names) and all(short) else list(names)
+
+
+def _tidy(ax: 'Axes') -> None:
+    ax.grid(color='0.92', linewidth=0.8)
+    ax.set_axisbelow(True)
+    for side in ('top', 'right'):
+        ax.spines[side].set_visible(False)

@@ -1,0 +1,642 @@
+"""Do k summed paths look like k times one path? The observation that Shadow Batch Normalization rests on.
+
+MixPath (arXiv 2001.05887) sees that features of different paths have a high cosine similarity, concludes that a sum of
+k paths has about k times the mean and k^2 times the variance of one path, and so keeps a batch norm per k. Here the
+three are measured on a trained supernet: the similarity, the moments of sums, and what the shadow batch norms learned.
+
+This is a reconstruction of what the paper's figure shows; the paper's exact protocol is not published.
+"""
+
+import csv
+import io
+import json
+import logging
+import math
+import os
+from argparse import Namespace
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from functools import partial
+from itertools import combinations, combinations_with_replacement
+from statistics import median
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from .checkpoint import load_model
+from .device import init_device
+from .errors import RunError, UsageError
+from .evaluate import Batches, load_batches
+from .files import make_output_dir, write_atomic
+from .layers import ShadowBatchNorm2d
+from .pipeline import SearchData, open_search_split
+from .plots import plot_stats
+from .sampling import sample
+from .supernet import MixPathSupernet
+
+__all__ = [
+    'PROTOCOL_NOTE',
+    'PathStatistics',
+    'ShadowStatistics',
+    'StatsResult',
+    'SumSite',
+    'format_stats',
+    'path_statistics',
+    'shadow_statistics',
+    'stats_checkpoint',
+    'sum_ratios',
+    'write_stats_csv',
+    'write_stats_json',
+]
+
+_logger = logging.getLogger(__name__)
+
+# Archs in which a sum has to run before no more are drawn: what comes before it differs from arch to arch
+_ARCHS_PER_SUM = 3
+
+PROTOCOL_NOTE = "Reconstruction of the content of the paper's figure; the paper's exact protocol is not published."
+
+
+@runtime_checkable
+class SumSite(Protocol):
+    """A module that sums paths. `path_statistics` looks at every module of a supernet that has this method."""
+
+    def path_outputs(self, *args: Any, **kwargs: Any) -> dict[str, torch.Tensor]:
+        """Return the outputs of all candidate paths, not only of the active ones.
+
+        Args:
+            *args: What the module's `forward` gets; it must be left as it is.
+            **kwargs: Likewise.
+
+        Returns:
+            Outputs [B, C, H, W] by the name of the path, as they would be summed; the same names in every call.
+        """
+        ...
+
+
+@dataclass(frozen=True)
+class PathStatistics:
+    """How alike the paths of one sum are, over N images and A archs.
+
+    y_p [C, H, W] is the output of path p of P for an image. The moments are per channel, over images and positions,
+    and averaged over the archs: a batch norm, too, sees one arch at a time.
+
+    Attributes:
+        name: Name of the module that sums.
+        paths: Names of the candidate paths.
+        num_channels: C.
+        num_images: N.
+        num_archs: A, archs that ran the module; they differ in what comes before it.
+        cosine: Cosine similarity [P, P]: mean over images and archs of <y_p, y_q> / (|y_p| |y_q|) with y flattened, 0
+            where a path puts out zeros only. Outputs behind a ReLU are not negative, so the similarity of unrelated
+            ones is above 0 too (0.64 for half-normal ones); `correlation` does not have that floor.
+        correlation: Mean of sum_c Cov_c[y_p, y_q] over the pairs p != q, relative to the mean of sum_c Var_c[y_p]: 1
+            if the paths are equal, 0 if they are uncorrelated.
+        mean_ratio: Per k = 1, 2, ... the norm of the vector E_c[sum of k paths], relative to k = 1: k if the paths are
+            equal. Root mean square over all sets of k paths. Of the norm, because the means of channels may have
+            either sign and cancel. Behind a ReLU the means are positive and can agree without the features being
+            alike: a ratio near k says little there without the variance.
+        var_ratio: Per k the total variance sum_c Var_c[sum of k paths], relative to k = 1: k^2 if the paths are equal,
+            k if they are uncorrelated. Mean over all sets of k paths. Of the total, because the ratios of channels that
+            are nearly dead say nothing and can be anything.
+    """
+
+    name: str
+    paths: tuple[str, ...]
+    num_channels: int
+    num_images: int
+    num_archs: int
+    cosine: tuple[tuple[float, ...], ...]
+    correlation: float
+    mean_ratio: tuple[float, ...]
+    var_ratio: tuple[float, ...]
+
+    @property
+    def pair_cosines(self) -> list[float]:
+        """Cosine similarity of every pair of different paths."""
+        return [self.cosine[p][q] for p, q in combinations(range(len(self.paths)), 2)]
+
+    @property
+    def cosine_mean(self) -> float:
+        """Mean of `pair_cosines`."""
+        return sum(self.pair_cosines) / len(self.pair_cosines)
+
+    @property
+    def cosine_min(self) -> float:
+        """Similarity of the two paths that are least alike."""
+        return min(self.pair_cosines)
+
+    @property
+    def cosine_max(self) -> float:
+        """Similarity of the two paths that are most alike."""
+        return max(self.pair_cosines)
+
+
+@dataclass(frozen=True)
+class ShadowStatistics:
+    """What the members of one `ShadowBatchNorm2d` learned; entry k - 1 of each tuple is of k active paths.
+
+    In the inverted bottlenecks of full width the shadows stand behind the 1x1 projection of the sum. That is linear,
+    so k and k^2 are to be expected there too; a squeeze-and-excite in between (spaces S2 and S3) is not linear.
+
+    Attributes:
+        name: Name of the module.
+        num_channels: Number of channels C.
+        num_batches: Training batches that each shadow has seen; 0 means that it was never trained.
+        mean_norm: Norm of the running mean, a vector [C].
+        var: Running variance, mean over channels.
+        weight: Mean over channels of |weight|, nan without affine parameters.
+        bias: Mean over channels of |bias|, nan without affine parameters.
+    """
+
+    name: str
+    num_channels: int
+    num_batches: tuple[int, ...]
+    mean_norm: tuple[float, ...]
+    var: tuple[float, ...]
+    weight: tuple[float, ...]
+    bias: tuple[float, ...]
+
+    @property
+    def mean_ratio(self) -> tuple[float, ...]:
+        """`mean_norm` relative to the first shadow, k if the paths are equal; nan if one of both was never trained."""
+        return self._ratio(self.mean_norm)
+
+    @property
+    def var_ratio(self) -> tuple[float, ...]:
+        """`var` relative to the first shadow, k^2 if the paths are equal; nan if one of both was never trained."""
+        return self._ratio(self.var)
+
+    def _ratio(self, values: Sequence[float]) -> tuple[float, ...]:
+        return tuple(
+            value / values[0] if count and self.num_batches[0] and values[0] else math.nan
+            for value, count in zip(values, self.num_batches)
+        )
+
+
+@dataclass(frozen=True)
+class StatsResult:
+    """Statistics of a supernet.
+
+    Attributes:
+        space: Name of its search space.
+        max_paths: m.
+        num_images: Number of images.
+        sites: One entry per sum that ran, in the order of the network.
+        shadows: One entry per shadow batch norm, none for a supernet without.
+        source: Where the images come from.
+    """
+
+    space: str
+    max_paths: int
+    num_images: int
+    sites: list[PathStatistics]
+    shadows: list[ShadowStatistics]
+    source: dict[str, Any]
+
+
+# ---- Statistics -----------------------------------------------------------------------------------------------------
+
+
+def path_statistics(
+    supernet: nn.Module, batches: Batches, *, num_archs: int = 20, seed: int = 0
+) -> list[PathStatistics]:
+    """Compare the paths of every sum of a supernet, and sums of k of them with one.
+
+    Archs are drawn as in training and run in eval mode until every sum has run in three of them: a sum runs only in
+    archs that choose its expansion. Nothing of the size of the features is kept, and no sum is computed: the inner
+    products of the paths determine the moments of every sum of them.
+
+    Args:
+        supernet: Supernet. It is left as it was.
+        batches: Images [B, C, H, W] and classes [B], on its device; the classes are not used.
+        num_archs: Largest number of archs to run.
+        seed: Seed of the archs.
+
+    Returns:
+        One entry per `SumSite` that ran and has more than one path, in the order of the network.
+
+    Raises:
+        UsageError: Not a supernet, it is folded or sums nothing, fewer than two images, or no arch.
+        RunError: The features are not finite.
+    """
+    check_supernet(supernet)
+    num_images = sum(len(x) for x, _ in batches)
+    if num_images < 2:
+        raise UsageError(f'{num_images} images are too few for a variance, at least 2 are needed')
+    if num_archs < 1:
+        raise UsageError(f'number of archs {num_archs} must be at least 1')
+    modules = {name: module for name, module in supernet.named_modules() if isinstance(module, SumSite)}
+    if not modules:
+        raise UsageError(f'{type(supernet).__name__} has no sum of paths to look at')
+    sites = {name: _Site() for name in modules}
+    with _left_as_it_was(supernet), torch.inference_mode():
+        handles = [
+            module.register_forward_pre_hook(partial(_look, sites[name]), with_kwargs=True)
+            for name, module in modules.items()
+        ]
+        try:
+            for step in range(num_archs):
+                supernet.active_arch = sample(supernet.space, seed=seed, step=step)
+                for x, _ in batches:
+                    supernet(x)
+                for site in sites.values():
+                    site.end_arch()
+                if all(site.num_archs >= _ARCHS_PER_SUM for site in sites.values()):
+                    break
+        finally:
+            for handle in handles:
+                handle.remove()
+    unseen = [name for name, site in sites.items() if not site.num_archs]
+    if unseen:
+        _logger.warning(
+            f'{len(unseen)} of {len(sites)} sums did not run in {num_archs} archs and are left out, {unseen[0]} for '
+            'one; more archs would reach them'
+        )
+    return [
+        site.result(name, supernet.space.max_paths, num_images)
+        for name, site in sites.items()
+        if site.num_archs and len(site.paths) > 1
+    ]
+
+
+def _look(site: '_Site', module: SumSite, args: tuple, kwargs: dict[str, Any]) -> None:
+    site.add(module.path_outputs(*args, **kwargs))
+
+
+class _Site:
+    """Sums over the images of the current arch, and over the archs that have ended, in float64 on the CPU."""
+
+    def __init__(self) -> None:
+        self.paths: tuple[str, ...] = ()
+        self.num_archs = 0
+        self.cosine = self.means = self.covariance = torch.zeros(())  # [P, P], sums over archs
+        self._start()
+
+    def _start(self) -> None:
+        self._num_images = self._num_positions = 0
+        self._cosine = self._dots = torch.zeros((), dtype=torch.float64)  # [P, P]
+        self._sums = torch.zeros((), dtype=torch.float64)  # [P, C]
+
+    def add(self, outputs: dict[str, torch.Tensor]) -> None:
+        """Take in the outputs [B, C, H, W] of all paths for a batch."""
+        if self.paths and self.paths != tuple(outputs):
+            raise ValueError(f'the paths of a sum must stay the same, got {tuple(outputs)} after {self.paths}')
+        self.paths = tuple(outputs)
+        # half precision would lose the sums over positions
+        features = [y.to(torch.promote_types(y.dtype, torch.float32)) for y in outputs.values()]
+        dots = _inner_products(features)  # [B, P, P]
+        norms = dots.diagonal(dim1=1, dim2=2).sqrt()  # [B, P]
+        self._cosine = self._cosine + (dots / (norms[:, :, None] * norms[:, None]).clamp_min(1e-30)).sum(0)
+        self._dots = self._dots + dots.sum(0)
+        self._sums = self._sums + torch.stack([y.sum((2, 3)).cpu().double().sum(0) for y in features])
+        batch_size, _, height, width = features[0].shape
+        self._num_images += batch_size
+        self._num_positions += batch_size * height * width
+
+    def end_arch(self) -> None:
+        """Turn the sums over images into moments."""
+        if not self._num_images:
+            return
+        means = self._sums / self._num_positions  # [P, C]
+        inner = means @ means.T
+        self.num_channels = means.shape[1]
+        self.cosine = self.cosine + self._cosine / self._num_images
+        self.means = self.means + inner
+        self.covariance = self.covariance + (self._dots / self._num_positions - inner)
+        self.num_archs += 1
+        self._start()
+
+    def result(self, name: str, max_paths: int, num_images: int) -> PathStatistics:
+        if not all(t.isfinite().all() for t in (self.cosine, self.means, self.covariance)):
+            raise RunError(f'the outputs of the paths of {name} are not finite; the training may have diverged')
+        max_paths = min(max_paths, len(self.paths))
+        own, pair = _own_and_pair(self.covariance)
+        return PathStatistics(
+            name,
+            self.paths,
+            self.num_channels,
+            num_images,
+            self.num_archs,
+            cosine=tuple(tuple(row) for row in (self.cosine / self.num_archs).tolist()),
+            correlation=pair / own if own > 0 else math.nan,
+            mean_ratio=tuple(math.sqrt(v) for v in sum_ratios(self.means, max_paths)),
+            var_ratio=sum_ratios(self.covariance, max_paths),
+        )
+
+
+def _inner_products(features: Sequence[torch.Tensor]) -> torch.Tensor:
+    """P features [B, C, H, W] -> inner products per image [B, P, P], float64 on the CPU."""
+    dots = torch.empty(len(features[0]), len(features), len(features), dtype=torch.float64)
+    # pair by pair: all at once would need the features twice, and a matrix product is less exact than a sum
+    for p, q in combinations_with_replacement(range(len(features)), 2):
+        dots[:, p, q] = dots[:, q, p] = (features[p] * features[q]).sum((1, 2, 3)).cpu().double()
+    return dots
+
+
+def _own_and_pair(matrix: torch.Tensor) -> tuple[float, float]:
+    """Mean of the entries on the diagonal of [P, P], P > 1, and mean of the others."""
+    num_paths = len(matrix)
+    own = matrix.trace().item() / num_paths
+    return own, (matrix.sum() - matrix.trace()).item() / (num_paths * (num_paths - 1))
+
+
+def sum_ratios(matrix: torch.Tensor, max_paths: int) -> tuple[float, ...]:
+    """Quadratic form of sums of k vectors relative to that of one, from the forms G_pq of the vectors.
+
+    A sum over a set S of paths has the form sum_{p, q in S} G_pq. Every path, and every pair of paths, is in as many
+    sets of size k as any other, so that the mean over all sets is k mean(G_pp) + k (k - 1) mean_{p != q}(G_pq): exact,
+    without going through the sets.
+
+    Args:
+        matrix: G [P, P], P > 1. Covariances give ratios of variances, inner products those of squared norms.
+        max_paths: Largest k.
+
+    Returns:
+        The ratio for k = 1..max_paths, nan where G_pp is 0.
+    """
+    own, pair = _own_and_pair(matrix)
+    if own <= 0:
+        return (math.nan,) * max_paths
+    return tuple(max(0.0, k + k * (k - 1) * pair / own) for k in range(1, max_paths + 1))
+
+
+def shadow_statistics(supernet: nn.Module) -> list[ShadowStatistics]:
+    """Return what each shadow batch norm of a supernet learned, in the order of the network.
+
+    Raises:
+        UsageError: Not a supernet, or it is folded.
+    """
+    check_supernet(supernet)
+    result: list[ShadowStatistics] = []
+    for name, module in supernet.named_modules():
+        if not isinstance(module, ShadowBatchNorm2d) or module.shadows[0].running_mean is None:
+            continue
+
+        def values(of: Callable[[nn.Module], torch.Tensor | None], sbn: ShadowBatchNorm2d = module) -> tuple:
+            tensors = [of(bn) for bn in sbn.shadows]
+            return tuple(math.nan if t is None else t.detach().double().cpu().abs().mean().item() for t in tensors)
+
+        result.append(
+            ShadowStatistics(
+                name,
+                module.num_features,
+                num_batches=tuple(int(bn.num_batches_tracked) for bn in module.shadows),
+                mean_norm=tuple(bn.running_mean.double().norm().item() for bn in module.shadows),
+                var=values(lambda bn: bn.running_var),
+                weight=values(lambda bn: bn.weight),
+                bias=values(lambda bn: bn.bias),
+            )
+        )
+    return result
+
+
+def check_supernet(model: nn.Module, what: str | None = None) -> None:
+    """Check that a model is a supernet that still has its batch norms.
+
+    Args:
+        model: Model.
+        what: What it is called in the message, its type if None.
+
+    Raises:
+        UsageError: It is not.
+    """
+    if not isinstance(model, MixPathSupernet):
+        found = f'{what!r} holds {type(model).__name__}' if what else f'{type(model).__name__} is no supernet'
+        raise UsageError(f'{found}; statistics of paths need a supernet')
+    if any(getattr(module, 'folded', False) for module in model.modules()):
+        raise UsageError('the batch norms of this supernet are folded; pass the supernet it was made of')
+
+
+@contextmanager
+def _left_as_it_was(supernet: MixPathSupernet) -> Iterator[None]:
+    """Within the context the supernet is in eval mode; then every module has its mode, and the arch is back."""
+    modes = [(module, module.training) for module in supernet.modules()]
+    arch = supernet.active_arch
+    supernet.eval()
+    try:
+        yield
+    finally:
+        supernet.active_arch = arch
+        for module, training in modes:
+            module.training = training
+
+
+# ---- From a checkpoint ----------------------------------------------------------------------------------------------
+
+
+def stats_checkpoint(
+    checkpoint: str | os.PathLike,
+    output: str | os.PathLike | None = None,
+    data: SearchData | None = None,
+    *,
+    num_archs: int = 20,
+    batch_size: int = 32,
+    device: str | None = None,
+    workers: int = 2,
+) -> StatsResult:
+    """Compute the statistics of a trained supernet.
+
+    Args:
+        checkpoint: Training checkpoint or model folder of a supernet.
+        output: Folder for `stats.json`, `stats.csv` and `stats.png`, nothing is written if None.
+        data: Where the images come from; 512 images of the search split that the training held out if None.
+        num_archs: See `path_statistics`.
+        batch_size: Images per forward pass. The outputs of all paths of a block are in memory at once.
+        device: Device, the GPU if there is one and None is given.
+        workers: Processes that decode the images, once.
+
+    Returns:
+        The statistics.
+
+    Raises:
+        UsageError: See `path_statistics`, `load_model` and `open_dataset`.
+        RunError: The data or checkpoint can't be read, or the output not be written.
+    """
+    data = data or SearchData(num_images=512)
+    loaded = load_model(checkpoint)
+    check_supernet(loaded.model, str(checkpoint))
+    process = Namespace(device=device)
+    init_device(process)
+    try:
+        if output is not None:
+            output = make_output_dir(output)
+        supernet = loaded.model.to(device=process.device, memory_format=torch.channels_last)
+        # features of images that were trained on are features all the same
+        images, _, source = open_search_split(loaded, data, warn=False)
+        batches = load_batches(
+            images,
+            loaded.data_config,
+            device=process.device,
+            batch_size=batch_size,
+            max_images=data.num_images,
+            workers=workers,
+        )
+        result = StatsResult(
+            supernet.space.name,
+            supernet.space.max_paths,
+            sum(len(x) for x, _ in batches),
+            path_statistics(supernet, batches, num_archs=num_archs),
+            shadow_statistics(supernet),
+            source,
+        )
+    finally:
+        if process.distributed:
+            dist.destroy_process_group()
+    if output is not None:
+        write_stats_json(result, output / 'stats.json')
+        write_stats_csv(result, output / 'stats.csv')
+        try:
+            plot_stats(result, output / 'stats.png')
+        except ImportError as e:
+            _logger.warning(f'no stats.png: {e}')
+    return result
+
+
+# ---- Output ---------------------------------------------------------------------------------------------------------
+
+
+def write_stats_json(result: StatsResult, path: str | os.PathLike) -> None:
+    """Write all statistics as JSON, whole or not at all.
+
+    The names are those of the dataclasses; null stands for what is not defined.
+    """
+    content = dict(
+        protocol=PROTOCOL_NOTE,
+        space=result.space,
+        max_paths=result.max_paths,
+        num_images=result.num_images,
+        source=result.source,
+        verdict=_verdict(result),
+        sites=[dict(asdict(s), cosine_mean=s.cosine_mean, cosine_min=s.cosine_min) for s in result.sites],
+        shadows=[dict(asdict(s), mean_ratio=s.mean_ratio, var_ratio=s.var_ratio) for s in result.shadows],
+    )
+    _write(path, json.dumps(_without_nan(content), indent=2, allow_nan=False) + '\n')
+
+
+def write_stats_csv(result: StatsResult, path: str | os.PathLike) -> None:
+    """Write one row per sum and k, and one per shadow batch norm and k, as CSV, whole or not at all.
+
+    Columns are `kind` (sum or shadow), the `name` of the module, `k`, then `mean_ratio` and `var_ratio` of both kinds,
+    and columns that only one of them has; those of the other, and what is not defined, are empty.
+    """
+    of_sums = ('num_candidates', 'cosine_mean', 'cosine_min', 'cosine_max', 'correlation', 'num_images', 'num_archs')
+    of_shadows = ('num_batches', 'mean_norm', 'var', 'weight', 'bias')
+    rows: list[dict[str, Any]] = []
+    for site in result.sites:
+        common = {name: getattr(site, name) for name in of_sums[1:]}
+        common.update(kind='sum', name=site.name, num_channels=site.num_channels, num_candidates=len(site.paths))
+        for i, (mean, var) in enumerate(zip(site.mean_ratio, site.var_ratio)):
+            rows.append(dict(common, k=i + 1, mean_ratio=mean, var_ratio=var))
+    for sbn in result.shadows:
+        for i, (mean, var) in enumerate(zip(sbn.mean_ratio, sbn.var_ratio)):
+            row = {name: getattr(sbn, name)[i] for name in of_shadows}
+            row.update(kind='shadow', name=sbn.name, num_channels=sbn.num_channels)
+            rows.append(dict(row, k=i + 1, mean_ratio=mean, var_ratio=var))
+    text = io.StringIO()
+    names = ('kind', 'name', 'k', 'mean_ratio', 'var_ratio', 'num_channels', *of_sums, *of_shadows)
+    writer = csv.DictWriter(text, names, restval='', lineterminator='\n')
+    writer.writeheader()
+    writer.writerows({k: '' if v != v else v for k, v in row.items()} for row in rows)
+    _write(path, text.getvalue())
+
+
+def _write(path: str | os.PathLike, text: str) -> None:
+    with write_atomic(path) as temporary:
+        temporary.write_text(text, encoding='utf-8')
+
+
+def _without_nan(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {k: _without_nan(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_without_nan(v) for v in value]
+    return None if isinstance(value, float) and math.isnan(value) else value
+
+
+def format_stats(result: StatsResult) -> str:
+    """Return the statistics as tables for the terminal, with a verdict in plain words."""
+    ks = range(2, result.max_paths + 1)
+
+    def ratios(of: PathStatistics | ShadowStatistics) -> list[str]:
+        # a sum of few candidates ends before m
+        return [_number(r[k - 1], 2) if k <= len(r) else '' for r in (of.mean_ratio, of.var_ratio) for k in ks]
+
+    ratio_names = [f'{name} k={k}' for name in ('mean', 'var') for k in ks]
+    header = ('sum of paths', 'paths', 'cosine', 'lowest', 'correlation', *ratio_names)
+    rows = [
+        (s.name, str(len(s.paths)), *(_number(v, 3) for v in (s.cosine_mean, s.cosine_min, s.correlation)), *ratios(s))
+        for s in result.sites
+    ]
+    parts = [_table(header, rows)]
+    if result.shadows and result.max_paths > 1:
+        header = ('shadow batch norm', 'batches k=1', *[f'k={k}' for k in ks], *ratio_names)
+        parts.append(_table(header, [(s.name, *map(str, s.num_batches), *ratios(s)) for s in result.shadows]))
+    return '\n\n'.join([*parts, '\n'.join([*_verdict(result), PROTOCOL_NOTE])])
+
+
+def _verdict(result: StatsResult) -> list[str]:
+    """What the statistics say, a sentence each."""
+    if not result.sites:
+        return ['no sum has more than one candidate path: there is nothing to compare']
+    cosines = [s.cosine_mean for s in result.sites]
+    lines = [
+        f'cosine similarity of different paths: {_spread(cosines, 3)} over {len(cosines)} sums',
+        f'correlation of different paths: {_spread([s.correlation for s in result.sites], 3)} '
+        '(1 if paths were equal, 0 if uncorrelated)',
+    ]
+    if result.max_paths == 1:
+        return [*lines, 'm = 1: paths are never summed, so there is no sum to compare with one path']
+    for k in range(2, result.max_paths + 1):
+        reached = [s for s in result.sites if len(s.mean_ratio) >= k]
+        if reached:
+            lines.append(
+                f'sum of {k} paths: mean {_spread([s.mean_ratio[k - 1] for s in reached], 2, "x")} ({k} if paths were '
+                f'equal), variance {_spread([s.var_ratio[k - 1] for s in reached], 2, "x")} ({k * k} if equal, '
+                f'{k} if uncorrelated)'
+            )
+    close = sum(s.correlation > 0.5 for s in result.sites)
+    lines.append(f'so a sum is nearer to k equal paths than to k uncorrelated ones at {close} of {len(cosines)} sums')
+    if not result.shadows:
+        return [*lines, 'there are no shadow batch norms: a single batch norm stands behind every sum']
+    for k in range(2, result.max_paths + 1):
+        means, variances = ([r[k - 1] for r in ratios if len(r) >= k] for ratios in (
+            [s.mean_ratio for s in result.shadows], [s.var_ratio for s in result.shadows]
+        ))  # fmt: skip
+        if any(v == v for v in variances):
+            lines.append(
+                f'shadow {k} relative to shadow 1: running mean {_spread(means, 2, "x")}, '
+                f'running variance {_spread(variances, 2, "x")}'
+            )
+    counts = [n for s in result.shadows for n in s.num_batches]
+    if 0 in counts:
+        lines.append(
+            f'{counts.count(0)} of {len(counts)} shadows were never trained (0 batches): they are as initialised, and '
+            'have no ratios'
+        )
+    return lines
+
+
+def _spread(values: Sequence[float], digits: int, unit: str = '') -> str:
+    """Median and range, of what is defined."""
+    values = [v for v in values if not math.isnan(v)]
+    if not values:
+        return 'undefined'
+    if len(values) == 1:
+        return f'{values[0]:.{digits}f}{unit}'
+    return f'{median(values):.{digits}f}{unit} [{min(values):.{digits}f} to {max(values):.{digits}f}]'
+
+
+def _number(value: float, digits: int) -> str:
+    return '-' if math.isnan(value) else f'{value:.{digits}f}'
+
+
+def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    widths = [max(map(len, column)) for column in zip(header, *rows)]
+    return '\n'.join(
+        '  '.join((row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:])))).rstrip()
+        for row in (header, *rows)
+    )
