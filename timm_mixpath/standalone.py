@@ -40,6 +40,7 @@ from .options import default_args
 from .sampling import sample
 from .space import SearchSpace
 from .train import train
+from .version import __version__
 
 __all__ = ['arch_space', 'draw_archs', 'read_archs', 'train_table']
 
@@ -342,6 +343,7 @@ def _train(args: Namespace, table: '_Table', job: '_Job') -> dict[str, Any]:
         'params': sum(p.numel() for p in model.parameters()),
         'macs': sum(count_macs(model, resolve_data(args, model)['input_size']).values()),
         'train_loss': float(summary['train_loss']),
+        'versions': {'timm_mixpath': __version__, 'timm': timm.__version__, 'torch': torch.__version__},
     }
     _write(folder / 'result.json', json.dumps(result, indent=2, allow_nan=False) + '\n')
     return result
