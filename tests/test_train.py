@@ -324,3 +324,15 @@ def test_parts_of_a_split_have_transforms_of_their_own(digits: Path) -> None:
     kept, held = hold_out(open_dataset('', str(digits), 'train'), 0.1)
     kept.transform, held.transform = 'train', 'search'
     assert (kept.transform, held.transform) == ('train', 'search')
+
+
+def test_validation_on_held_out_training_images(digits: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Without the validation split: a test set stays unseen."""
+    caplog.set_level('INFO')
+    shutil.copytree(digits / 'train', tmp_path / 'data' / 'train')
+    options = dict(model='mixpath_nano', epochs=1, val_split='search-holdout')
+    result = train(small_args(tmp_path / 'data', tmp_path, search_holdout=0.25, **options))
+    assert 'Data: 150 training images, 50 validation images' in caplog.text
+    assert result.metrics['eval_top1'] % 2 == pytest.approx(0, abs=1e-4)  # of 50 images
+    with pytest.raises(UsageError, match='needs a --search-holdout SHARE'):
+        train(small_args(tmp_path / 'data', tmp_path, experiment='other', **options))

@@ -32,7 +32,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             from .options import apply_config
             from .recipes import find_recipe
 
-            apply_config(commands['train'], find_recipe(args.config))
+            apply_config(commands[args.command], find_recipe(args.config))
             args = parser.parse_args(argv)
         for module in getattr(args, 'device_modules', None) or []:
             _import(module)
@@ -100,6 +100,7 @@ def _build_parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.Argumen
     add_train_options(
         command('train', _train, "train a supernet or any timm model, with the options of timm's train.py")
     )
+    _add_table(command('table', _table, 'train many archs from scratch into a table of accuracies'))
     _add_search(command('search', _search, 'search a trained supernet'))
     _add_stats(command('stats', _stats, 'do k summed paths of a supernet look like k times one path'))
     _add_export(command('export', _export, 'write a model folder for timm.create_model'))
@@ -161,6 +162,53 @@ def _train(args: argparse.Namespace) -> None:
 
     _setup_logging()
     train(argparse.Namespace(**{k: v for k, v in vars(args).items() if k not in ('run', 'command', 'config')}))
+
+
+def _add_table(parser: argparse.ArgumentParser) -> None:
+    from .options import add_train_options
+
+    parser.description = (
+        'Train many archs of a space from scratch and write their accuracies into a table, the ground truth of a '
+        'ranking. All options of `timm-mixpath train` apply to every training; --model is a sub-network model such as '
+        'mixpath_nano. The accuracy is that of the last epoch, since the best one would be chosen on the images that '
+        'it is measured on. To leave the test set alone, measure on held-out training images: --search-holdout 0.1 '
+        '--val-split search-holdout. The same command goes on with a table that was cut off; archs and seeds can be '
+        'added to one. Under torchrun every process trains archs of its own.'
+    )
+    add = parser.add_argument_group('table').add_argument
+    add('--table-dir', required=True, metavar='DIR', help='folder for table.csv and the trainings')
+    archs = parser.add_mutually_exclusive_group(required=True)
+    archs.add_argument(
+        '--archs', metavar='FILE', help='text file of one arch per line, or .csv with a column arch, cell or ops'
+    )
+    archs.add_argument('--num-archs', type=int, metavar='N', help='draw N archs as the supernet does in training')
+    add('--archs-seed', type=int, default=0, metavar='N', help='seed of --num-archs (default: 0)')
+    add('--archs-m', type=int, metavar='M', help="most paths of --num-archs (default: m of the space's supernet)")
+    add('--seeds', type=int, nargs='+', metavar='SEED', help='train every arch with each of these (default: --seed)')
+    add('--drop-checkpoints', action='store_true', help='delete the checkpoints of trainings that have ended')
+    add('--verbose', action='store_true', help='log what train logs, not one line per training')
+    add_train_options(parser)
+
+
+def _table(args: argparse.Namespace) -> None:
+    from .options import default_args
+    from .standalone import arch_space, draw_archs, read_archs, train_table
+
+    _setup_logging()
+    options = argparse.Namespace(**{name: getattr(args, name) for name in vars(default_args())})
+    space = arch_space(options)
+    if args.archs is not None:
+        archs = read_archs(args.archs, space)
+    else:
+        archs = draw_archs(args.model, args.num_archs, seed=args.archs_seed, m=args.archs_m)
+    train_table(
+        options,
+        archs,
+        args.table_dir,
+        seeds=args.seeds,
+        drop_checkpoints=args.drop_checkpoints,
+        verbose=args.verbose,
+    )
 
 
 def _add_search(parser: argparse.ArgumentParser) -> None:

@@ -13,7 +13,10 @@ from torch.utils.data import Dataset, IterableDataset
 
 from .errors import RunError, UsageError, concise
 
-__all__ = ['Subset', 'class_names', 'hold_out', 'open_dataset', 'read', 'targets']
+__all__ = ['HOLDOUT_SPLIT', 'Subset', 'class_names', 'hold_out', 'open_dataset', 'read', 'targets']
+
+# Name under which the held-out training images are a split to validate on
+HOLDOUT_SPLIT = 'search-holdout'
 
 # The kinds of data sets that timm knows; it takes a folder for any other name
 _KINDS = ('torch', 'hfds', 'hfids', 'tfds', 'wds')

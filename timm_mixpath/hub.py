@@ -14,7 +14,7 @@ from timm.models import save_for_hf
 
 from .card import PLOT, CardDetails, make_card, read_search, read_training
 from .checkpoint import LoadedModel, load_model
-from .data import class_names, open_dataset
+from .data import HOLDOUT_SPLIT, class_names, open_dataset
 from .errors import RunError, UsageError
 from .files import write_dir_atomic
 from .mixpath import MixPath
@@ -181,6 +181,8 @@ def _label_names(loaded: LoadedModel) -> list[str] | None:
     """Return the class names if config.json has none yet and the data set of the training is still there."""
     args = loaded.args
     dataset, split = getattr(args, 'dataset', ''), getattr(args, 'val_split', '') or getattr(args, 'train_split', '')
+    if split == HOLDOUT_SPLIT:
+        split = args.train_split
     if not split or not (dataset or getattr(args, 'data_dir', None)):
         return None
     try:

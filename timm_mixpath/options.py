@@ -10,6 +10,7 @@ from typing import Any
 import yaml
 from timm.utils import ParseKwargs
 
+from .data import HOLDOUT_SPLIT
 from .errors import UsageError
 
 
@@ -32,7 +33,9 @@ def add_data_options(parser: argparse.ArgumentParser) -> None:
     add('--data-dir', metavar='DIR', help='root folder of the data set')
     add('--dataset', default='', metavar='NAME', help='type/name as in timm, a folder or tar of class folders if empty')
     add('--train-split', default='train', metavar='NAME', help='training split (default: train)')
-    add('--val-split', default='validation', metavar='NAME', help='validation split, none if empty')
+    add('--val-split', default='validation', metavar='NAME',
+        help=f'validation split, none if empty; {HOLDOUT_SPLIT} for the images of --search-holdout '
+             '(default: validation)')  # fmt: skip
     add('--dataset-download', action='store_true', help='download torch/ and tfds/ data sets that support it')
     add('--class-map', default='', metavar='FILE', help='file that maps class names to indices')
     add('--input-img-mode', default=None, metavar='MODE', help='PIL mode of the images (default: RGB, L for 1 channel)')

@@ -40,7 +40,7 @@ from torch import nn
 
 from .arch import Arch
 from .checkpoint import AtomicCheckpointSaver, create_model, read_checkpoint, resolve_data
-from .data import hold_out, open_dataset, read
+from .data import HOLDOUT_SPLIT, hold_out, open_dataset, read
 from .device import init_device
 from .errors import RunError, UsageError, as_usage_error
 from .files import make_output_dir, write_atomic
@@ -345,7 +345,12 @@ def _open_data(args: Namespace, model: torch.nn.Module, data_config: dict[str, A
     if args.search_holdout:
         train_set, _ = hold_out(train_set, args.search_holdout)
     val_set = None
-    if args.val_split:
+    if args.val_split == HOLDOUT_SPLIT:
+        if not args.search_holdout:
+            raise UsageError(f'--val-split {HOLDOUT_SPLIT} needs a --search-holdout SHARE, for example 0.1')
+        whole = open_dataset(args.dataset, args.data_dir, args.train_split, is_training=False, **common)
+        _, val_set = hold_out(whole, args.search_holdout)
+    elif args.val_split:
         val_set = open_dataset(args.dataset, args.data_dir, args.val_split, is_training=False, **common)
     return train_set, val_set
 

@@ -1,0 +1,616 @@
+"""Stand-alone training of many archs of a space into a table of accuracies: the ground truth of a ranking.
+
+The folder of a table holds `table.json` (what it is a table of), `runs/` (one training each, with the `result.json` it
+ends with) and `table.csv`, which follows from them. A training counts as done when its result is there, so a run that
+was cut off goes on with the same call and loses nothing.
+
+Under torchrun every process trains archs of its own, alone, so a table does not depend on the number of processes.
+"""
+
+import csv
+import hashlib
+import io
+import itertools
+import json
+import logging
+import math
+import os
+import statistics
+import time
+from argparse import Namespace
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+import torch.distributed as dist
+from timm.utils.distributed import is_distributed_env, world_info_from_env
+
+from .arch import Arch
+from .checkpoint import check_model_name, create_model, resolve_data
+from .cost import count_macs
+from .data import open_dataset
+from .errors import RunError, UsageError, as_usage_error, concise
+from .files import make_output_dir, write_atomic
+from .options import default_args
+from .sampling import sample
+from .space import SearchSpace
+from .train import train
+from .version import __version__
+
+__all__ = ['arch_space', 'draw_archs', 'read_archs', 'train_table']
+
+_logger = logging.getLogger(__name__)
+
+_FORMAT = 'timm-mixpath table'
+
+# Columns of a CSV file that archs are read from, the first that it has
+_ARCH_COLUMNS = ('arch', 'cell', 'ops')
+
+# Options that say where and how a training runs, not what comes out of it
+_HARMLESS = {
+    'checkpoint_hist', 'config', 'data_dir', 'dataset_download', 'device', 'device_modules', 'local_rank',
+    'log_interval', 'pin_mem', 'val_interval', 'workers',
+}  # fmt: skip
+# Options of a single training, with what a table has instead
+_REFUSED = {
+    'resume': 'the same command goes on with what it has begun',
+    'no_resume_opt': 'a training that was cut off goes on exactly',
+    'start_epoch': 'a training that was cut off goes on by itself',
+    'output': 'its folder is --table-dir',
+    'experiment': 'its trainings are named by their archs',
+}
+_SAMPLING_PATIENCE = 100_000  # draws without a new arch after which a space counts as drawn empty
+
+
+# ---- Archs ----------------------------------------------------------------------------------------------------------
+
+
+def arch_space(args: Namespace) -> SearchSpace:
+    """Return the space of the sub-network model that training options describe.
+
+    Raises:
+        UsageError: The model is none that takes an `arch`, or one is given already.
+    """
+    if not args.model:
+        raise UsageError('no model: pass --model NAME, a sub-network model such as mixpath_nano, or a recipe with -c')
+    check_model_name(args.model)
+    base = _base_name(args.model)
+    if base.endswith('_supernet'):
+        raise UsageError(
+            f'{args.model!r} is a supernet, a table is of its sub-networks: pass --model '
+            f'{base.removesuffix("_supernet")}'
+        )
+    if 'arch' in args.model_kwargs:
+        raise UsageError(
+            f'--model-kwargs arch={args.model_kwargs["arch"]} is one arch, a table trains those of its list; leave it '
+            'out'
+        )
+    model = create_model(args, device='meta')
+    space, arch = getattr(model, 'space', None), getattr(model, 'arch', None)
+    if space is None or arch is None:
+        raise UsageError(f'model {args.model!r} takes no arch; pass --model mixpath_nano or that of another space')
+    try:
+        create_model(args, device='meta', arch=str(arch))
+    except UsageError:
+        raise UsageError(f'model {args.model!r} has a fixed arch; pass --model mixpath_{space.name}') from None
+    return space
+
+
+def _base_name(model: str) -> str:
+    return model.partition('.')[0]  # without the tag of pretrained weights
+
+
+def draw_archs(model: str, num_archs: int, *, seed: int = 0, m: int | None = None) -> list[str]:
+    """Draw distinct archs of a space as the training of its supernet does.
+
+    Args:
+        model: Sub-network model of the space, for example `mixpath_nano`.
+        num_archs: Number of archs. Fewer of the same seed are a beginning of more.
+        seed: Seed of the sequence.
+        m: Largest number of paths, the default of the supernet if None.
+
+    Raises:
+        UsageError: A value is out of range, or the space does not hold as many archs.
+    """
+    if num_archs < 1:
+        raise UsageError(f'number of archs {num_archs} must be at least 1')
+    # A sub-network may have more paths than the m its supernet is trained for, which could not rank it then
+    supernet = f'{_base_name(model)}_supernet'
+    with as_usage_error(f'archs of {model!r} can not be drawn'):
+        space = timm.create_model(
+            supernet if timm.is_model(supernet) else model, device='meta', **({} if m is None else {'m': m})
+        ).space
+    archs: dict[str, None] = {}
+    step = last_new = 0
+    while len(archs) < num_archs:
+        arch = str(sample(space, seed=seed, step=step))
+        if arch not in archs:
+            archs[arch], last_new = None, step
+        if step - last_new > _SAMPLING_PATIENCE:
+            raise UsageError(f'{num_archs} archs are too many, only {len(archs)} distinct ones were found')
+        step += 1
+    return list(archs)
+    raise AssertionError  # the count has no end
+
+
+def read_archs(path: str | os.PathLike, space: SearchSpace) -> list[str]:
+    """Read a list of archs.
+
+    Args:
+        path: Text file with one arch per line, without blank lines and lines that start with `#`; or a `.csv` file
+            with a column `arch`, `cell` or `ops`.
+        space: The space they are of.
+
+    Returns:
+        The archs in canonical text, each once.
+
+    Raises:
+        UsageError: The file can't be read, holds no archs, or one that the space does not.
+    """
+    path = Path(path)
+    try:
+        with open(path, encoding='utf-8-sig', newline='') as f:
+            if path.suffix.lower() == '.csv':
+                reader = csv.DictReader(f)
+                names = reader.fieldnames or []
+                column = next((name for name in _ARCH_COLUMNS if name in names), None)
+                if column is None:
+                    found = ', '.join(names) or 'none'
+                    raise UsageError(f'{str(path)!r} has no column {", ".join(_ARCH_COLUMNS)}; it has {found}')
+                lines = [(f'line {reader.line_num}', row[column] or '') for row in reader]
+            else:
+                lines = [(f'line {number}', line.strip()) for number, line in enumerate(f, 1)]
+                lines = [(where, line) for where, line in lines if line and not line.startswith('#')]
+    except (OSError, UnicodeError, csv.Error) as e:
+        raise UsageError(f'list of archs {str(path)!r} can not be read: {getattr(e, "strerror", None) or e}') from None
+    if not lines:
+        raise UsageError(f'list of archs {str(path)!r} is empty')
+    return _check_archs(lines, space, str(path))
+
+
+def _check_archs(lines: Iterable[tuple[str, str]], space: SearchSpace, source: str) -> list[str]:
+    """Bring (where, text) into canonical text, each once."""
+    archs: dict[str, str] = {}
+    problems: list[str] = []
+    duplicates: list[str] = []
+    count = 0
+    for where, text in lines:
+        count += 1
+        try:
+            arch = str(space.arch(text))
+        except ValueError as e:
+            problems.append(f'{where}: {e}')
+            continue
+        if arch in archs:
+            duplicates.append(where)
+        archs.setdefault(arch, where)
+    if problems:
+        first = problems[0] if len(problems) == 1 else f'the first is {problems[0]}'
+        raise UsageError(f'{source}: {len(problems)} of {count} archs can not be used, {first}')
+    if duplicates:
+        _logger.info(f'{source}: {len(duplicates)} duplicate archs are left out ({", ".join(duplicates[:10])})')
+    return list(archs)
+
+
+# ---- The table ------------------------------------------------------------------------------------------------------
+
+
+def train_table(
+    args: Namespace,
+    archs: Sequence[Arch | str],
+    table_dir: str | os.PathLike,
+    *,
+    seeds: Sequence[int] | None = None,
+    drop_checkpoints: bool = False,
+    verbose: bool = False,
+) -> Path:
+    """Train every arch of a list from scratch, once per seed, and write the accuracies of the last epochs.
+
+    The columns of the table are `arch`; `accuracy`, the mean over the seeds of the validation metric in percent, and
+    `accuracy_std`, empty for one seed; `seeds`, those it was trained with; `epochs`, `params`, `macs`, and
+    `train_loss`, that of the last epoch.
+
+    A call that was cut off goes on where it stopped when it is repeated; the list and the seeds may grow. Under
+    torchrun every process trains archs of its own.
+
+    Args:
+        args: Options of every training, as for `train`; the model is a sub-network model such as `mixpath_nano`.
+        archs: The archs.
+        table_dir: Folder of the table.
+        seeds: Seeds to train every arch with, `args.seed` alone if None.
+        drop_checkpoints: Delete the checkpoints of trainings that have ended.
+        verbose: Log what `train` logs, not one line per training alone.
+
+    Returns:
+        The path of `table.csv`.
+
+    Raises:
+        UsageError: An option or an arch is wrong, the folder holds a table of other options, or another process is
+            at it.
+        RunError: Trainings failed; all others are in the table, and the same call tries those again.
+    """
+    args = Namespace(**vars(args))
+    _check_options(args)
+    space = arch_space(args)
+    archs = _check_archs([(f'arch {i}', str(arch)) for i, arch in enumerate(archs)], space, 'list of archs')
+    if not archs:
+        raise UsageError('the list of archs is empty')
+    seeds = list(dict.fromkeys([args.seed] if seeds is None else seeds))
+    for seed in seeds:
+        if not 0 <= seed < 2**31:
+            raise UsageError(f'seed {seed} is out of range, allowed are 0 to {2**31 - 1}')
+    table = _Table(Path(table_dir), args, archs, seeds)
+    team = _Team()
+    args.device = team.device(args.device)
+
+    with ExitStack() as stack:
+
+        def open_table() -> dict[str, Any]:
+            if args.dataset_download and team.world_size > 1:  # one process downloads, the others find the files
+                open_dataset(args.dataset, args.data_dir, args.train_split, download=True)
+            return _open(table, stack)
+
+        todo = team.from_first(open_table)
+        jobs = table.jobs(todo['archs'])
+        pending = [jobs[i] for i in todo['pending']]
+        if team.rank == 0:
+            if drop_checkpoints:
+                for job in jobs:
+                    if table.result(job) is not None:
+                        table.drop_checkpoints(job)
+            done = f', {len(jobs) - len(pending)} of them done' if len(pending) < len(jobs) else ''
+            _logger.info(f'{len(jobs)} trainings{done}, output in {table.folder}')
+
+        failures: list[str] = []
+        started = time.monotonic()
+        with team.alone(), nullcontext() if verbose else _quiet():
+            for trained, index in enumerate(team.share(len(pending))):
+                job, start = pending[index], time.monotonic()
+                line = f'{jobs.index(job) + 1}/{len(jobs)}  {job.short}  seed {job.seed}'
+                try:
+                    result = _train(args, table, job)
+                except (OSError, RuntimeError) as e:  # one arch may need more memory than there is
+                    failures.append(f'{job.arch}, seed {job.seed}: {concise(e)}')
+                    _logger.error(f'{line}  failed: {concise(e)}', exc_info=not isinstance(e, RunError))
+                    continue
+                table.write()
+                if drop_checkpoints:
+                    table.drop_checkpoints(job)
+                now = time.monotonic()
+                left = math.ceil((len(pending) - index - 1) / team.world_size) * (now - started) / (trained + 1)
+                rest = f', about {_duration(left)} left' if left else ''
+                metric = args.eval_metric.replace('top', 'top-')
+                _logger.info(f'{line}  {metric} {result["accuracy"]:.2f} %  ({_duration(now - start)}{rest})')
+        failures = team.gather(failures)
+        if team.rank == 0:
+            table.write()  # a kill may have come between a result and its line
+    if failures:
+        raise RunError(
+            f'{len(failures)} of {len(pending)} trainings failed, the first is {failures[0]} (the same command tries '
+            'them again)'
+        )
+    return table.path
+
+
+def _open(table: '_Table', stack: ExitStack) -> dict[str, Any]:
+    """Lock a table for as long as the stack lasts, and find what is left to do."""
+    make_output_dir(table.folder)
+    stack.enter_context(_lock(table.folder))
+    archs = table.open()
+    return {'archs': archs, 'pending': [i for i, job in enumerate(table.jobs(archs)) if table.result(job) is None]}
+
+
+def _check_options(args: Namespace) -> None:
+    default = default_args()
+    for name, reason in _REFUSED.items():
+        if getattr(args, name) != getattr(default, name):
+            raise UsageError(f'--{name.replace("_", "-")} can not be used for a table: {reason}')
+    if args.sched == 'plateau':
+        raise UsageError('--sched plateau can not be resumed, which a table needs; choose another one')
+    if not args.val_split:
+        raise UsageError('a table needs images to measure accuracies with: --val-split must not be empty')
+    if args.eval_metric == 'loss':
+        raise UsageError('--eval-metric loss is no accuracy, a table can be of top1 or top5')
+
+
+def _train(args: Namespace, table: '_Table', job: '_Job') -> dict[str, Any]:
+    """Train one arch, or go on with it, and write its result."""
+    folder = table.run_dir(job)
+    args = Namespace(**vars(args))
+    args.seed = job.seed
+    args.model_kwargs = {**args.model_kwargs, 'arch': job.arch}
+    args.output, args.experiment = str(folder.parent), folder.name
+    last = folder / 'last.pth.tar'
+    if last.exists():
+        args.resume = str(last)
+    train(args)
+
+    # A training that was cut off behind its last epoch has nothing left to do, so its own summary is asked
+    with open(folder / 'summary.csv', newline='') as f:
+        summary = list(csv.DictReader(f))[-1]
+    model = create_model(args, device='meta').to('meta').eval()
+    result = {
+        'arch': job.arch,
+        'seed': job.seed,
+        'metric': args.eval_metric,
+        'accuracy': float(summary[f'eval_{args.eval_metric}']),
+        'epochs': int(summary['epoch']) + 1,
+        'params': sum(p.numel() for p in model.parameters()),
+        'macs': sum(count_macs(model, resolve_data(args, model)['input_size']).values()),
+        'train_loss': float(summary['train_loss']),
+        'versions': {'timm_mixpath': __version__, 'timm': timm.__version__, 'torch': torch.__version__},
+    }
+    _write(folder / 'result.json', json.dumps(result, indent=2, allow_nan=False) + '\n')
+    return result
+
+
+@dataclass(frozen=True)
+class _Job:
+    """One training: an arch, its place in the table, and a seed."""
+
+    index: int
+    arch: str
+    seed: int
+
+    @property
+    def short(self) -> str:
+        return self.arch if len(self.arch) <= 48 else f'{self.arch[:45]}...'
+
+    @property
+    def name(self) -> str:
+        return f'{self.index:03d}-{hashlib.sha1(self.arch.encode()).hexdigest()[:8]}-seed{self.seed}'
+
+
+class _Table:
+    """The files of a table."""
+
+    def __init__(self, folder: Path, args: Namespace, archs: list[str], seeds: list[int]) -> None:
+        self.folder, self.path = folder, folder / 'table.csv'
+        self.archs, self.seeds = archs, seeds
+        names = vars(default_args()).keys() - _HARMLESS - _REFUSED.keys() - {'seed'}
+        options = {name: getattr(args, name) for name in sorted(names)}
+        # Compared with what comes back from the file
+        self.options = json.loads(json.dumps(options, default=str))
+        self.data_dir = os.path.abspath(args.data_dir) if args.data_dir else None
+        self._jobs: list[_Job] = []
+
+    def open(self) -> list[str]:
+        """Make the table, or check that it is of the same trainings.
+
+        Returns:
+            Its archs: those that it had, then those that have been added.
+
+        Raises:
+            UsageError: It is a table of other trainings, or of archs or seeds that are missing now.
+        """
+        path, archs = self.folder / 'table.json', self.archs
+        runs = self.folder / 'runs'
+        if path.exists():
+            # Until something has been trained, a command may be corrected
+            if any(runs.glob('*/last.pth.tar')) or any(runs.glob('*/result.json')):
+                archs = self._merge(path)
+        elif self.path.exists() or runs.exists():
+            raise UsageError(
+                f'{str(self.folder)!r} holds a table.csv or runs of something else and is not overwritten; choose '
+                'another --table-dir'
+            )
+        content = dict(format=_FORMAT, data_dir=self.data_dir, options=self.options, seeds=self.seeds, archs=archs)
+        _write(path, json.dumps(content, indent=2) + '\n')
+        return archs
+
+    def _merge(self, path: Path) -> list[str]:
+        try:
+            content = json.loads(path.read_text(encoding='utf-8'))
+            if content['format'] != _FORMAT:
+                raise ValueError
+            options, data_dir = dict(content['options']), content['data_dir']
+            seeds, archs = list(content['seeds']), list(content['archs'])
+        except (ValueError, KeyError, TypeError):
+            raise UsageError(f'{str(path)!r} is damaged; choose another --table-dir') from None
+        remedy = 'choose another --table-dir'
+        default = vars(default_args())
+        for name, now in self.options.items():
+            before = options.get(name, default[name])  # an option that is newer than the table was at its default
+            if before != now:
+                raise UsageError(
+                    f'{str(self.folder)!r} holds a table of trainings with --{name.replace("_", "-")} {before}, now '
+                    f'it is {now}; {remedy}'
+                )
+        for what, before, now in (('seed', seeds, self.seeds), ('arch', archs, self.archs)):
+            missing = [value for value in before if value not in set(now)]
+            if missing:
+                raise UsageError(
+                    f'{str(self.folder)!r} holds a table with {what} {missing[0]}, which is not in the list now, and '
+                    f'the list of {what}s can only grow; add it, or {remedy}'
+                )
+        if data_dir != self.data_dir:
+            _logger.warning(f'The images of the table were in {data_dir}, now they are read from {self.data_dir}')
+        known = set(archs)
+        return archs + [arch for arch in self.archs if arch not in known]
+
+    def jobs(self, archs: list[str]) -> list[_Job]:
+        """Return all trainings: all archs with the first seed, then all with the next."""
+        self._jobs = [_Job(index, arch, seed) for seed in self.seeds for index, arch in enumerate(archs)]
+        return self._jobs
+
+    def run_dir(self, job: _Job) -> Path:
+        return self.folder / 'runs' / job.name
+
+    def result(self, job: _Job) -> dict[str, Any] | None:
+        """Return the result of a training, None if it has not ended."""
+        try:
+            result = json.loads((self.run_dir(job) / 'result.json').read_text(encoding='utf-8'))
+            return result if (result['arch'], result['seed']) == (job.arch, job.seed) else None
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
+
+    def drop_checkpoints(self, job: _Job) -> None:
+        for path in self.run_dir(job).glob('*.pth.tar'):
+            path.unlink(missing_ok=True)
+
+    def write(self) -> None:
+        """Write table.csv of all results there are."""
+        written: list[dict[str, Any]] = []
+        # Processes of a torchrun write the same file. Each looks again after it has written: the last one to do so
+        # has either seen all results, or finds the missing one then.
+        jobs = sorted(self._jobs, key=lambda job: job.index)
+        while (results := [result for result in map(self.result, jobs) if result is not None]) != written:
+            _write(self.path, _format(results))
+            written = results
+
+
+def _format(results: list[dict[str, Any]]) -> str:
+    by_arch: dict[str, list[dict[str, Any]]] = {}
+    for result in results:
+        by_arch.setdefault(result['arch'], []).append(result)
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator='\n')
+    writer.writerow(('arch', 'accuracy', 'accuracy_std', 'seeds', 'epochs', 'params', 'macs', 'train_loss'))
+    for arch, group in by_arch.items():
+        accuracies = [result['accuracy'] for result in group]
+        writer.writerow(
+            (
+                arch,
+                # Equal counts of right images must stay equal, which their sums in floating point need not be
+                round(statistics.fmean(accuracies), 6),
+                round(statistics.stdev(accuracies), 6) if len(group) > 1 else '',
+                ' '.join(str(result['seed']) for result in group),
+                *(group[0][name] for name in ('epochs', 'params', 'macs')),
+                round(statistics.fmean(result['train_loss'] for result in group), 6),
+            )
+        )
+    return text.getvalue()
+
+
+def _write(path: Path, content: str) -> None:
+    with write_atomic(path) as temporary, open(temporary, 'w', encoding='utf-8', newline='') as f:
+        f.write(content)
+        f.flush()
+        os.fsync(f.fileno())
+
+
+@contextmanager
+def _lock(folder: Path) -> Iterator[None]:
+    """Refuse a second command on a table; the lock ends with the process."""
+    with open(folder / '.lock', 'a') as file:
+        try:
+            import fcntl
+
+            # Of this kind a lock does not pass to the loaders' processes, which outlive a killed one for a moment
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):
+            raise UsageError(
+                f'another command is working on {str(folder)!r}; wait for it, or choose another --table-dir'
+            ) from None
+        except (ImportError, OSError):  # Windows; a file system without locks
+            pass
+        yield
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep what a training says to itself, but for warnings."""
+    loggers = [logging.getLogger(name) for name in ('timm', 'timm_mixpath.train')]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.WARNING)
+    try:
+        yield
+    finally:
+        for logger, level in zip(loggers, levels):
+            logger.setLevel(level)
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 90:
+        return f'{seconds:.0f} s'
+    return f'{seconds / 60:.0f} min' if seconds < 90 * 60 else f'{seconds / 3600:.1f} h'
+
+
+# ---- Processes ------------------------------------------------------------------------------------------------------
+
+_calls = itertools.count()  # keys of two tables in one program must differ
+
+
+class _Team:
+    """The processes of a torchrun, which share a list of work and otherwise know nothing of each other.
+
+    There is no process group: its timeouts are not made for hours of silence, and readers of streamed data sets would
+    take one for a sign that the images are shared out.
+    """
+
+    _FOREVER = timedelta(days=365)  # torchrun ends the others when one dies
+
+    def __init__(self) -> None:
+        self.local_rank, self.rank, self.world_size = 0, 0, 1
+        self._store: Any = None
+        if is_distributed_env():
+            self.local_rank, self.rank, self.world_size = world_info_from_env()
+            store, _, _ = next(dist.rendezvous('env://', self.rank, self.world_size, timeout=self._FOREVER))
+            self._store = dist.PrefixStore(f'timm_mixpath/table/{next(_calls)}', store)
+
+    def device(self, device: str | None) -> str | None:
+        """Return the device of this process."""
+        if self.world_size == 1:
+            return device
+        kind = (device or ('cuda' if torch.cuda.is_available() else 'cpu')).partition(':')[0]
+        return kind if kind == 'cpu' else f'{kind}:{self.local_rank}'
+
+    def from_first(self, call: Callable[[], Any]) -> Any:
+        """Call in rank 0 and return the result, or raise the error, in all ranks; it must be JSON."""
+        if self._store is None:
+            return call()
+        if self.rank > 0:
+            answer = json.loads(self._store.get('first'))
+            if 'error' in answer:
+                raise (UsageError if answer['usage'] else RunError)(answer['error'])
+            return answer['result']
+        try:
+            result = call()
+        except Exception as e:
+            answer = {'error': str(e), 'usage': isinstance(e, UsageError)}
+            self._store.set('first', json.dumps(answer))
+            raise
+        self._store.set('first', json.dumps({'result': result}))
+        return result
+
+    def share(self, count: int) -> Iterator[int]:
+        """Give every number below `count` to one process, the next to the one that asks first."""
+        if self._store is None:
+            yield from range(count)
+            return
+        while (index := self._store.add('next', 1) - 1) < count:
+            yield index
+
+    def gather(self, lines: list[str]) -> list[str]:
+        """Return the lines of all in rank 0, which waits for the others, and none in the others.
+
+        A rank that ends with a failure makes torchrun end the others, so none may before all are through.
+        """
+        if self._store is None:
+            return lines
+        self._store.set(f'done/{self.rank}', json.dumps(lines))
+        if self.rank > 0:
+            return []
+        keys = [f'done/{rank}' for rank in range(self.world_size)]
+        self._store.wait(keys, self._FOREVER)
+        return [line for key in keys for line in json.loads(self._store.get(key))]
+
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """Let a training not see that there are other processes."""
+        before = os.environ.get('WORLD_SIZE')
+        if self.world_size > 1:
+            os.environ['WORLD_SIZE'] = '1'
+        try:
+            yield
+        finally:
+            if self.world_size > 1:
+                os.environ.pop('WORLD_SIZE')
+                if before is not None:
+                    os.environ['WORLD_SIZE'] = before
