@@ -42,6 +42,10 @@ def add_data_options(parser: argparse.ArgumentParser) -> None:
     add('--search-holdout', type=float, default=None, metavar='SHARE',
         help='share of the training images kept away from a supernet, for the search '
              '(default: 0.1 for a supernet, 0 for other models; not an option of timm\'s train.py)')  # fmt: skip
+    add('--cache-images', action='store_true',
+        help='decode the training images once and keep them in memory, at the input size; the augmentation is a shift '
+             'by up to an eighth and --hflip, other augmentation options are refused or have no effect (for small '
+             'images on a CPU; not an option of timm\'s train.py)')  # fmt: skip
     add('-j', '--workers', type=int, default=4, metavar='N', help='data loading processes')
 
 

@@ -35,7 +35,7 @@ from .layers import ShadowBatchNorm2d
 from .pipeline import SearchData, open_search_split
 from .plots import plot_stats
 from .sampling import sample
-from .supernet import MixPathSupernet
+from .supernet import Supernet
 
 __all__ = [
     'PROTOCOL_NOTE',
@@ -404,7 +404,7 @@ def check_supernet(model: nn.Module, what: str | None = None) -> None:
     Raises:
         UsageError: It is not.
     """
-    if not isinstance(model, MixPathSupernet):
+    if not isinstance(model, Supernet):
         found = f'{what!r} holds {type(model).__name__}' if what else f'{type(model).__name__} is no supernet'
         raise UsageError(f'{found}; statistics of paths need a supernet')
     if any(getattr(module, 'folded', False) for module in model.modules()):
@@ -412,7 +412,7 @@ def check_supernet(model: nn.Module, what: str | None = None) -> None:
 
 
 @contextmanager
-def _left_as_it_was(supernet: MixPathSupernet) -> Iterator[None]:
+def _left_as_it_was(supernet: Supernet) -> Iterator[None]:
     """Within the context the supernet is in eval mode; then every module has its mode, and the arch is back."""
     modes = [(module, module.training) for module in supernet.modules()]
     arch = supernet.active_arch

@@ -40,7 +40,7 @@ from torch import nn
 
 from .arch import Arch
 from .checkpoint import AtomicCheckpointSaver, create_model, read_checkpoint, resolve_data
-from .data import HOLDOUT_SPLIT, hold_out, open_dataset, read
+from .data import HOLDOUT_SPLIT, CachedLoader, hold_out, open_dataset, read
 from .device import init_device
 from .errors import RunError, UsageError, as_usage_error
 from .files import make_output_dir, write_atomic
@@ -272,6 +272,11 @@ def _check_values(args: Namespace) -> None:
         raise UsageError(f'--workers {args.workers} must not be negative')
     if _mixup_active(args) and args.batch_size % 2:
         raise UsageError(f'--batch-size {args.batch_size} must be even with --mixup or --cutmix, which mix pairs')
+    if args.cache_images and (_mixup_active(args) or args.aa or args.reprob or args.vflip):
+        raise UsageError(
+            '--cache-images shifts and flips images and does nothing else; leave it out, or --mixup, --cutmix, --aa, '
+            '--reprob and --vflip'
+        )
     if not 0 <= args.seed < 2**31:
         raise UsageError(f'--seed {args.seed} is out of range, allowed are 0 to {2**31 - 1}')
     if args.clip_grad is not None and args.clip_grad <= 0:
@@ -396,6 +401,20 @@ def _create_loaders(
     interpolation = args.train_interpolation
     if args.no_aug or not interpolation:
         interpolation = data_config['interpolation']
+    if args.cache_images:
+        loader_train = CachedLoader(
+            train_set,
+            data_config,
+            batch_size=args.batch_size,
+            device=device,
+            hflip=args.hflip,
+            augment=not args.no_aug,
+            seed=args.seed,
+            rank=args.rank,
+            world_size=args.world_size,
+            workers=args.workers,
+        )
+        return loader_train, _create_val_loader(args, data_config, val_set, common), None
     loader_train = create_loader(
         train_set,
         batch_size=args.batch_size,
@@ -420,18 +439,21 @@ def _create_loaders(
         persistent_workers=False,  # workers that live on keep random state that a resumed run could not restore
         **common,
     )
-    loader_val = None
-    if val_set is not None:
-        loader_val = create_loader(
-            val_set,
-            batch_size=args.validation_batch_size or args.batch_size,
-            is_training=False,
-            interpolation=data_config['interpolation'],
-            crop_pct=data_config['crop_pct'],
-            persistent_workers=False,
-            **common,
-        )
-    return loader_train, loader_val, mixup_fn
+    return loader_train, _create_val_loader(args, data_config, val_set, common), mixup_fn
+
+
+def _create_val_loader(args: Namespace, data_config: dict[str, Any], val_set: Any, common: dict[str, Any]) -> Any:
+    if val_set is None:
+        return None
+    return create_loader(
+        val_set,
+        batch_size=args.validation_batch_size or args.batch_size,
+        is_training=False,
+        interpolation=data_config['interpolation'],
+        crop_pct=data_config['crop_pct'],
+        persistent_workers=False,
+        **common,
+    )
 
 
 def _resolve_lr(args: Namespace) -> None:
@@ -462,7 +484,7 @@ def _start_epoch(args: Namespace, loader: Any, epoch: int) -> None:
     # Seeded by epoch, so that an epoch's data order and augmentation do not depend on the ones before it: that is
     # what makes a resumed run equal to an unbroken one.
     utils.random_seed((args.seed * 1_000_003 + epoch * 7_919) % 2**31, args.rank)
-    for owner in (loader.dataset, loader.sampler):
+    for owner in (loader, loader.dataset, loader.sampler):
         if hasattr(owner, 'set_epoch'):
             owner.set_epoch(epoch)
 
@@ -500,7 +522,7 @@ def _train_one_epoch(
     start = time.monotonic()
     progress = _progress_bar(primary, updates_per_epoch, f'Epoch {epoch}')
     for batch_index, (input, target) in enumerate(read(loader)):
-        if args.no_prefetcher:
+        if args.no_prefetcher and not args.cache_images:
             input, target = input.to(task.device), target.to(task.device)
             if mixup_fn is not None:
                 input, target = mixup_fn(input, target)
