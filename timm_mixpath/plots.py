@@ -4,17 +4,23 @@ Figures are drawn on matplotlib's objects, not through pyplot: no window system,
 """
 
 import os
+import statistics
 from typing import TYPE_CHECKING
 
 from .files import write_atomic
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+    from .ranking import RankResult
     from .search import SearchResult
 
-__all__ = ['plot_pareto']
+__all__ = ['plot_pareto', 'plot_ranking']
 
 _GREY = '0.72'
 _ACCENT = '#c1272d'
+_BLUE = '#3b6fb5'
 
 
 def plot_pareto(result: 'SearchResult', path: str | os.PathLike, *, title: str | None = None) -> None:
@@ -33,15 +39,8 @@ def plot_pareto(result: 'SearchResult', path: str | os.PathLike, *, title: str |
     Raises:
         ImportError: matplotlib is not installed.
     """
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError as e:
-        raise ImportError(f"plots need matplotlib ({e}): pip install 'timm-mixpath[plots]'") from e
-
     front, chosen = result.front, result.chosen
-    figure = Figure(figsize=(8.0, 5.0), dpi=150, layout='constrained')
-    FigureCanvasAgg(figure)
+    figure = _new_figure(8.0, 5.0)
     ax = figure.add_subplot()
 
     ax.scatter(
@@ -70,7 +69,7 @@ def plot_pareto(result: 'SearchResult', path: str | os.PathLike, *, title: str |
         points = ax.scatter(x, y, c=[c.params / 1e6 for c in front], cmap='viridis', **style)
         figure.colorbar(points, ax=ax, label='parameters (M)', pad=0.02)
     else:
-        ax.scatter(x, y, color='#3b6fb5', **style)
+        ax.scatter(x, y, color=_BLUE, **style)
 
     at = (chosen.macs / 1e6, chosen.error)
     ax.scatter(*at, s=190, marker='o', facecolors='none', edgecolors=_ACCENT, linewidths=1.8, label='chosen', zorder=4)
@@ -96,14 +95,71 @@ def plot_pareto(result: 'SearchResult', path: str | os.PathLike, *, title: str |
         counts = f'archs evaluated: {len(result.evaluations)}, on the Pareto front: {len(front)}'
         title = f'Search in {result.space.name}, {counts}'
     ax.set_title(title, fontsize=11)
-    ax.grid(color='0.92', linewidth=0.8)
-    ax.set_axisbelow(True)
-    for side in ('top', 'right'):
-        ax.spines[side].set_visible(False)
+    _style(ax)
     legend = ax.legend(loc='upper right', fontsize=9, frameon=True, framealpha=0.9, edgecolor='none')
     for handle in legend.legend_handles:
         if hasattr(handle, 'set_sizes'):
             handle.set_sizes([40])  # the ring of the chosen one would be larger than the line of text
 
+    _save(figure, path)
+
+
+def plot_ranking(result: 'RankResult', path: str | os.PathLike) -> None:
+    """Draw the supernet's scores of archs against their stand-alone accuracies as PNG, whole or not at all.
+
+    One panel for the batch norm statistics of the training and, where there are such scores, one for recalibrated
+    ones. Better is up in both, also where the score is a loss. The grey line is the median, to the right of it lies
+    the top half.
+
+    Args:
+        result: Result of a ranking.
+        path: PNG file to write.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+    """
+    names = [name for name in ('trained', 'recalibrated') if name in result.statistics]
+    figure = _new_figure(5.2 * len(names), 4.8)
+    accuracies = [r.accuracy for r in result.archs]
+    for ax, name in zip(figure.subplots(1, len(names), squeeze=False)[0], names):
+        scores = [getattr(r, result.score_name(name)) for r in result.archs]
+        # Many archs have the same accuracy on few images, so points are translucent
+        ax.scatter(accuracies, scores, s=16, color=_BLUE, alpha=0.45, linewidths=0, zorder=2)
+        ax.axvline(statistics.median(accuracies), color=_GREY, linewidth=1.0, zorder=1)
+        if result.config.score == 'loss':
+            ax.invert_yaxis()
+        ax.set_xlabel('stand-alone accuracy (%)')
+        ax.set_ylabel({'top1': 'top-1 in the supernet (%)', 'loss': 'loss in the supernet (nats)'}[result.config.score])
+        parts = result.statistics[name]
+        bn = {'trained': 'BN as trained', 'recalibrated': 'BN recalibrated'}[name]
+        ax.set_title(
+            f'{bn}, {parts["all"].n} archs\n'
+            f'Kendall tau {parts["all"].kendall_tau.text(2)}, top half {parts["top_half"].kendall_tau.text(2)}',
+            fontsize=10,
+        )
+        _style(ax)
+    _save(figure, path)
+
+
+def _new_figure(width: float, height: float) -> 'Figure':
+    """Make a figure, sizes in inches."""
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError as e:
+        raise ImportError(f"plots need matplotlib ({e}): pip install 'timm-mixpath[plots]'") from e
+    figure = Figure(figsize=(width, height), dpi=150, layout='constrained')
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def _style(ax: 'Axes') -> None:
+    ax.grid(color='0.92', linewidth=0.8)
+    ax.set_axisbelow(True)
+    for side in ('top', 'right'):
+        ax.spines[side].set_visible(False)
+
+
+def _save(figure: 'Figure', path: str | os.PathLike) -> None:
     with write_atomic(path) as temporary:
         figure.savefig(temporary, format='png')
