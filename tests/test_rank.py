@@ -9,19 +9,19 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import small_args
+import torch
 from PIL import Image
 from test_train import environment
 
-from timm_mixpath import cli, get_space, sample
+from timm_mixpath import cli, get_space, pipeline, sample
 from timm_mixpath.checkpoint import load_model
 from timm_mixpath.cost import CostTable
 from timm_mixpath.data import hold_out, open_dataset
 from timm_mixpath.errors import RunError, UsageError
 from timm_mixpath.evaluate import SupernetEvaluator, evaluate, load_batches, recalibrate_bn
+from timm_mixpath.export import export
 from timm_mixpath.pipeline import SearchData, rank_checkpoint, recalibration_batches
 from timm_mixpath.ranking import RankConfig
-from timm_mixpath.train import train
 
 NANO = get_space('nano')
 FAST = dict(recalibration_images=64, workers=0, device='cpu')
@@ -39,6 +39,14 @@ def table(tmp_path_factory: pytest.TempPathFactory) -> Path:
         writer.writerows((a, round(0.5 + cost.params(a) / 2e6 + 0.02 * rng.random(), 4)) for a in archs)
         writer.writerows([(sample(NANO, seed=1, step=24), ''), ('k3_e6', 0.5)])
     return path
+
+
+@pytest.fixture
+def scores_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For tests of many runs: counting costs and drawing take longer than scoring a few archs."""
+    cost = CostTable(NANO)
+    monkeypatch.setattr(pipeline, '_cost_table', lambda *args: cost)
+    monkeypatch.setattr(pipeline, 'plot_ranking', lambda *args: None)
 
 
 class Stop:
@@ -95,6 +103,7 @@ def test_files_hold_what_evaluation_gives(supernet_run: Path, table: Path, tmp_p
     assert list(content['statistics']['trained']['all']['top_k_overlap']) == ['3', '5']
 
 
+@pytest.mark.usefixtures('scores_only')
 def test_cut_off_goes_on(supernet_run: Path, table: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     last, config = supernet_run / 'last.pth.tar', RankConfig(num_archs=10, num_resamples=10)
     with monkeypatch.context() as patch:
@@ -130,16 +139,19 @@ def test_cut_off_goes_on(supernet_run: Path, table: Path, tmp_path: Path, monkey
         rank_checkpoint(last, table, tmp_path / 'cut', RankConfig(num_archs=13), **FAST)
 
 
-def test_other_runs_do_not_go_on(supernet_run: Path, table: Path, digits: Path, tmp_path: Path) -> None:
+@pytest.mark.usefixtures('scores_only')
+def test_other_runs_do_not_go_on(supernet_run: Path, table: Path, tmp_path: Path) -> None:
     last, config = supernet_run / 'last.pth.tar', RankConfig(num_archs=10, num_resamples=10)
     output = tmp_path / 'r'
     rank_checkpoint(last, table, output, config, **FAST)
     before = (output / 'archive.jsonl').read_bytes()
     lines = table.read_text().splitlines(keepends=True)
     (tmp_path / 'other.csv').write_text(''.join(lines[:-3]))
-    other = train(small_args(digits, tmp_path, epochs=1, seed=1)).output_dir
+    checkpoint = torch.load(last, weights_only=False)
+    checkpoint['state_dict']['classifier.bias'] += 1
+    torch.save(checkpoint, tmp_path / 'other.pth.tar')
     for entry, arguments, kwargs in (
-        ('checkpoint_sha256', (other / 'last.pth.tar', table, output, config), {}),
+        ('checkpoint_sha256', (tmp_path / 'other.pth.tar', table, output, config), {}),
         ('table_sha256', (last, tmp_path / 'other.csv', output, config), {}),
         ('images_sha256', (last, table, output, config, SearchData(num_images=10)), {}),
         ('recalibration_sha256', (last, table, output, config), dict(recalibration_images=32)),
@@ -192,7 +204,7 @@ def test_wrong_input_is_one_sentence(supernet_run: Path, table: Path, tmp_path: 
         assert err.startswith('timm-mixpath: error: ') and err.count('\n') == 1 and message in err
 
 
-def test_not_a_supernet(digits: Path, table: Path, tmp_path: Path) -> None:
-    run = train(small_args(digits, tmp_path, model='mixpath_nano', epochs=1, val_split='')).output_dir
+def test_not_a_supernet(supernet_run: Path, table: Path, tmp_path: Path) -> None:
+    export(supernet_run / 'last.pth.tar', tmp_path / 'm', str(NANO.default_arch))
     with pytest.raises(UsageError, match='holds MixPath, a ranking needs a supernet'):
-        rank_checkpoint(run / 'last.pth.tar', table)
+        rank_checkpoint(tmp_path / 'm', table)
