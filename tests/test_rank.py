@@ -85,7 +85,7 @@ def test_files_hold_what_evaluation_gives(supernet_run: Path, table: Path, tmp_p
     for ranked in result.archs[:2]:
         model = loaded.model.extract(ranked.arch)
         found = evaluate(model, batches)
-        assert ranked.accuracy == 100 * float(accuracies[ranked.arch])
+        assert ranked.accuracy == pytest.approx(100 * float(accuracies[ranked.arch]))
         assert ranked.top1 == pytest.approx(found['top1']) and ranked.loss == pytest.approx(found['loss'], rel=1e-4)
         with recalibrate_bn(loaded.model, ranked.arch, calibration) as supernet:
             found = evaluate(supernet, batches)

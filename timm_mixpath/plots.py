@@ -125,7 +125,9 @@ def plot_ranking(result: 'RankResult', path: str | os.PathLike) -> None:
         scores = [getattr(r, result.score_name(name)) for r in result.archs]
         # Many archs have the same accuracy on few images, so points are translucent
         ax.scatter(accuracies, scores, s=16, color=_BLUE, alpha=0.45, linewidths=0, zorder=2)
-        ax.axvline(statistics.median(accuracies), color=_GREY, linewidth=1.0, zorder=1)
+        median = statistics.median(accuracies)
+        ax.axvline(median, color=_GREY, linewidth=1.0, zorder=1)
+        ax.text(median, 0.01, ' median', transform=ax.get_xaxis_transform(), color='0.4', fontsize=8)
         if result.config.score == 'loss':
             ax.invert_yaxis()
         ax.set_xlabel('stand-alone accuracy (%)')

@@ -626,21 +626,14 @@ def format_ranking(result: RankResult) -> str:
         for name, parts in result.statistics.items():
             s = parts[part]
             overlaps = (estimate.text(2) for estimate in s.top_k_overlap.values())
-            rows.append(
-                (LABELS[name], s.kendall_tau.text(3), s.spearman_rho.text(3), *overlaps, s.regret.text(2))
-            )  # fmt: skip
-        widths = [max(map(len, column)) for column in zip(*rows)]
-        blocks.append(
-            '\n'.join('  '.join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows)
-        )
-    gains = [
-        f'Kendall tau of {LABELS[name]} above that of {LABELS[yardstick]}: {gain.text(3)}'
-        for name, by_yardstick in result.tau_gains.items()
-        for yardstick, gain in by_yardstick.items()
-        if math.isfinite(gain.value)
-    ]
+            rows.append((LABELS[name], s.kendall_tau.text(3), s.spearman_rho.text(3), *overlaps, s.regret.text(2)))
+        blocks.append(_format_rows(rows))
+    gains = {name: by_yardstick for name, by_yardstick in result.tau_gains.items() if by_yardstick}
     if gains:
-        blocks.append('\n'.join(gains))
+        rows = [('Kendall tau above that of', *(LABELS[yardstick] for yardstick in next(iter(gains.values()))))]
+        for name, by_yardstick in gains.items():
+            rows.append((LABELS[name], *(gain.text(3) for gain in by_yardstick.values())))
+        blocks.append(_format_rows(rows))
     notes = [
         f'{LABELS[name]} gives all {len(result.archs)} archs the same {result.config.score}, so correlations are '
         'undefined; is the supernet trained?'
@@ -654,3 +647,8 @@ def format_ranking(result: RankResult) -> str:
     )
     blocks.append('\n'.join(notes))
     return '\n\n'.join(blocks)
+
+
+def _format_rows(rows: Sequence[Sequence[str]]) -> str:
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    return '\n'.join('  '.join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows)

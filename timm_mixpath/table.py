@@ -227,13 +227,15 @@ def read_table(
             f'{str(path)!r} has {num_rows} rows of which {len(found)} can be used, a ranking needs {MIN_ARCHS}: '
             f'{reasons}'
         )
-    scale = 100.0 if max(found.values()) <= 1 else 1.0
+    if max(found.values()) <= 1:
+        # Rounded, so that 0.88111 is 88.111 and not 88.11099999999999
+        found = {arch: round(100 * share, 10) for arch, share in found.items()}
     return AccuracyTable(
         path=path,
         arch_column=header[arch_at],
         accuracy_column=header[accuracy_at],
         archs=tuple(found),
-        accuracies=tuple(accuracy * scale for accuracy in found.values()),
+        accuracies=tuple(found.values()),
         num_rows=num_rows,
         left_out=left_out.all(),
     )
