@@ -206,12 +206,15 @@ def test_tau_difference() -> None:
     x = rng.normal(size=200)
     y = x + 0.5 * rng.normal(size=200)
     z = y + 0.3 * rng.normal(size=200)
-    difference = tau_difference(x, y, z)
-    a, b = rank_correlation(x, y).kendall_tau, rank_correlation(x, z).kendall_tau
+    first, second = rank_correlation(x, y), rank_correlation(x, z)
+    difference = tau_difference(first, second)
+    a, b = first.kendall_tau, second.kendall_tau
     assert difference.value == pytest.approx(a.value - b.value)
     assert difference.low < difference.value < difference.high
     assert difference.high - difference.low < a.high - a.low  # y and z err alike
-    assert tau_difference(x, y, y) == Estimate(0, 0, 0)
+    assert tau_difference(first, first) == Estimate(0, 0, 0)
+    with pytest.raises(ValueError, match='the same archs and resamples'):
+        tau_difference(first, rank_correlation(x[:100], y[:100]))
 
 
 def test_without_scipy(monkeypatch: pytest.MonkeyPatch) -> None:

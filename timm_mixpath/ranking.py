@@ -134,6 +134,7 @@ class RankStatistics:
         spearman_rho: Spearman's rho. NaN if all scores or all accuracies are equal.
         top_k_overlap: For each k, the share of the k best archs by accuracy that are among the k best by score.
         regret: Accuracy of the best arch less that of the arch with the best score, in percentage points.
+        tau_samples: Kendall's tau-b of each bootstrap resample, [num_resamples].
     """
 
     n: int
@@ -141,9 +142,10 @@ class RankStatistics:
     spearman_rho: Estimate
     top_k_overlap: dict[int, Estimate]
     regret: Estimate
+    tau_samples: np.ndarray = field(repr=False, compare=False)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return a JSON-ready dict."""
+        """Return a JSON-ready dict, without the samples."""
         return dict(
             n=self.n,
             kendall_tau=self.kendall_tau.to_dict(),
@@ -228,42 +230,27 @@ def rank_correlation(
             k: _estimate(float(_overlap(places, places_by_score, once, k)[0]), samples[k], level) for k in top_k
         },
         regret=_estimate(float(_regret(truth, places_by_score, once)[0]), samples['regret'], level),
+        tau_samples=samples['tau'],
     )
 
 
-def tau_difference(
-    accuracies: Sequence[float],
-    scores: Sequence[float],
-    others: Sequence[float],
-    *,
-    num_resamples: int = 1000,
-    level: float = 0.95,
-    seed: int = 0,
-) -> Estimate:
-    """Return by how much Kendall's tau of scores is above that of other scores of the same archs.
+def tau_difference(first: RankStatistics, second: RankStatistics, *, level: float = 0.95) -> Estimate:
+    """Return by how much one Kendall's tau is above another of the same archs.
 
     Both are taken from the same resamples, so the interval is narrower than those of the two on their own suggest.
 
     Args:
-        accuracies: Stand-alone accuracies of the archs.
-        scores: Scores of the archs, more is better.
-        others: Other scores of the archs, more is better.
-        num_resamples: Bootstrap resamples.
+        first: Statistics of scores of the archs.
+        second: Statistics of other scores of the same archs, with the same seed and number of resamples.
         level: Share of the resamples inside the interval.
-        seed: Seed of the resamples.
 
     Raises:
-        ValueError: See `rank_correlation`.
+        ValueError: They are not of as many archs and resamples.
     """
-    _, places, first = _check_series(accuracies, scores)
-    _, _, second = _check_series(accuracies, others)
-    pairs = _BootstrapPairs(places)
-
-    def difference(weights: np.ndarray) -> np.ndarray:
-        return pairs.tau(first, weights) - pairs.tau(second, weights)
-
-    samples = np.concatenate([difference(weights) for weights in _resamples(len(places), num_resamples, seed)])
-    return _estimate(float(difference(np.ones((1, len(places))))[0]), samples, level)
+    if (first.n, first.tau_samples.shape) != (second.n, second.tau_samples.shape):
+        raise ValueError('a difference needs the same archs and resamples on both sides')
+    value = first.kendall_tau.value - second.kendall_tau.value
+    return _estimate(value, first.tau_samples - second.tau_samples, level)
 
 
 def _check_series(accuracies: Sequence[float], scores: Sequence[float]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -565,7 +552,9 @@ def summarize(
         }
     for name in supernet:
         result.tau_gains[name] = {
-            yardstick: tau_difference(accuracies, result.scores(name), result.scores(yardstick), **bootstrap)
+            yardstick: tau_difference(
+                result.statistics[name]['all'], result.statistics[yardstick]['all'], level=config.level
+            )
             for yardstick in yardsticks
         }
     return result
