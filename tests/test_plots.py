@@ -5,9 +5,10 @@ import sys
 
 import numpy as np
 import pytest
+from test_ranking import make_result as make_ranking
 
 from timm_mixpath import get_space
-from timm_mixpath.plots import _short_names, plot_pareto, plot_stats
+from timm_mixpath.plots import _short_names, plot_pareto, plot_ranking, plot_stats
 from timm_mixpath.search import Candidate, SearchConfig, SearchResult
 from timm_mixpath.stats import PathStatistics, ShadowStatistics, StatsResult
 
@@ -182,3 +183,26 @@ def test_short_names_stay_different():
     assert _short_names(['blocks.1.0.e6.paths.g0', 'blocks.1.0.e3.paths.g1']) == ['1.0.e6.g0', '1.0.e3.g1']
     assert _short_names(['a.b', 'b.a']) == ['a.b', 'b.a']
     assert _short_names(['only.one']) == ['only.one'] and _short_names([]) == []
+
+
+@pytest.mark.parametrize('kwargs', [{}, dict(score='loss'), dict(recalibrated=False), dict(equal=True)], ids=str)
+def test_plot_ranking(tmp_path, monkeypatch, kwargs):
+    from matplotlib.figure import Figure
+
+    figures = []
+    save = Figure.savefig
+    monkeypatch.setattr(
+        Figure, 'savefig', lambda self, *args, **kwargs: (figures.append(self), save(self, *args, **kwargs))
+    )
+    result = make_ranking(**kwargs)
+    plot_ranking(result, tmp_path / 'ranking.png')
+    assert [p.name for p in tmp_path.iterdir()] == ['ranking.png']
+    axes = figures[0].axes
+    assert len(axes) == (1 if kwargs.get('recalibrated') is False else 2)
+    for ax, name in zip(axes, result.statistics):
+        scores = [getattr(r, result.score_name(name)) for r in result.archs]
+        points = np.array([[r.accuracy, score] for r, score in zip(result.archs, scores)])
+        drawn = np.ma.filled(ax.collections[0].get_offsets(), np.nan)  # a loss that is NaN masks its point
+        np.testing.assert_array_equal(drawn[np.isfinite(drawn).all(axis=1)], points[np.isfinite(points).all(axis=1)])
+        assert result.statistics[name]['all'].kendall_tau.text(2) in ax.get_title()
+        assert ax.yaxis_inverted() == (result.config.score == 'loss')  # better is up

@@ -121,15 +121,23 @@ class ChoiceNode(CellNode):
         x = sum_paths([self.paths[name](xs) for name in self.active])
         return self.norm(x, len(self.active)) if isinstance(self.norm, ShadowBatchNorm2d) else self.norm(x)
 
+
+class NB201ChoiceNode(ChoiceNode):
+    """A node of a NAS-Bench-201 supernet, see `ChoiceNode`.
+
+    Attributes:
+        max_paths: Number of paths that may be active at once.
+    """
+
+    max_paths: int
+
     def path_outputs(self, xs: list[torch.Tensor | None]) -> dict[str, torch.Tensor]:
-        """Return the output of every candidate path, active or not, whose source has one.
+        """Return the output of every candidate path, active or not; nothing if a source has none.
 
         Args:
             xs: What `forward` takes.
         """
-        return {
-            name: path(xs) for name, path in self.paths.items() if path.source < len(xs) and xs[path.source] is not None
-        }
+        return {} if any(x is None for x in xs) else {name: path(xs) for name, path in self.paths.items()}
 
 
 class NB201Cell(nn.Module):
@@ -209,6 +217,15 @@ class NB101ChoiceCell(NB101Cell):
         num_paths = len(self.node.active)  # the paths of an arch are in the first nodes
         return self.behind[self.active](self.node([projection(x) for projection in self.projections[:num_paths]]))
 
+    def path_outputs(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Return the output of every candidate path in front of the sum, active or not.
+
+        Args:
+            x: What `forward` takes.
+        """
+        xs = [projection(x) for projection in self.projections]
+        return {name: path(xs) for name, path in self.node.paths.items()}
+
 
 class CellNet(nn.Module):
     """A network of one repeated cell: stem, three stages of cells, head.
@@ -233,6 +250,7 @@ class CellNet(nn.Module):
     default_width: ClassVar[int]
     default_num_cells: ClassVar[int]
     _sum_norms: ClassVar[tuple[str, ...]] = ('bn', 'none')
+    _node_cls: ClassVar[type[CellNode]] = CellNode
 
     def __init__(
         self,
@@ -314,14 +332,13 @@ class CellNet(nn.Module):
 
     def _make_node(self, paths: dict[str, CellPath], chs: int, max_paths: int, **dd) -> CellNode:
         """Make a node with `sum_norm` behind it; `max_paths` of its paths may be active at once."""
-        node_cls = ChoiceNode if isinstance(self, Supernet) else CellNode
         if self.sum_norm == 'sbn':
             norm = ShadowBatchNorm2d(chs, max_paths, **self._bn_kwargs(), **dd)
         elif self.sum_norm == 'bn':
             norm = self._norm_layer(chs, **dd)
         else:
             norm = nn.Identity()
-        return node_cls(paths, norm)
+        return self._node_cls(paths, norm)
 
     def _bn_kwargs(self) -> dict[str, Any]:
         # eps and momentum that timm binds to the norm layer are those of the shadows too
@@ -441,7 +458,10 @@ class NB201Net(CellNet):
 
     def _make_nb201_node(self, edges: list[tuple[int, str]], node: int, chs: int, **dd) -> CellNode:
         paths = {path_name(op, i): CellPath(i, self._make_op(op, chs, **dd)) for i, op in edges}
-        return self._make_node(paths, chs, min(node, self.space.max_paths), **dd)
+        max_paths = min(node, self.space.max_paths)
+        made = self._make_node(paths, chs, max_paths, **dd)
+        made.max_paths = max_paths
+        return made
 
     def _edges(self) -> list[list[tuple[int, str]]]:
         return self.space.live_edges(self.arch)
@@ -579,6 +599,8 @@ class CellSupernet(Supernet):
 class NB201Supernet(CellSupernet, NB201Net):
     """Supernet of NAS-Bench-201. See `CellSupernet` for arguments."""
 
+    _node_cls = NB201ChoiceNode
+
     def _edges(self) -> list[list[tuple[int, str]]]:
         return [[(i, op) for i in range(node) for op in self.space.OPS[1:]] for node in (1, 2, 3)]
 
@@ -598,6 +620,8 @@ class NB201Supernet(CellSupernet, NB201Net):
 
 class NB101Supernet(CellSupernet, NB101Net):
     """Supernet of the NAS-Bench-101 sub-space. See `CellSupernet` for arguments."""
+
+    _node_cls = ChoiceNode
 
     def _ops(self) -> tuple[list[tuple[str, ...]], tuple[str, ...]]:
         return [self.space.OPS] * self.space.max_paths, self.space.OPS

@@ -102,6 +102,7 @@ def _build_parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.Argumen
     )
     _add_table(command('table', _table, 'train many archs from scratch into a table of accuracies'))
     _add_search(command('search', _search, 'search a trained supernet'))
+    _add_rank(command('rank', _rank, 'tell how well a supernet ranks archs of known accuracy'))
     _add_stats(command('stats', _stats, 'do k summed paths of a supernet look like k times one path'))
     _add_export(command('export', _export, 'write a model folder for timm.create_model'))
     _add_push(command('push', _push, 'publish a model or a supernet on the Hugging Face Hub'))
@@ -224,16 +225,7 @@ def _add_search(parser: argparse.ArgumentParser) -> None:
     )
     add('--output', required=True, metavar='DIR', help='folder for archive, front and plot')
     add('--device-modules', nargs='+', metavar='MODULE', help='Python modules to import first, for a space of your own')
-
-    add = parser.add_argument_group('images (default: as in the training of the supernet)').add_argument
-    add('--data-dir', metavar='DIR')
-    add('--dataset', metavar='NAME', help='type/name as in timm')
-    add('--dataset-download', action='store_true')
-    add('--train-split', metavar='NAME')
-    add('--class-map', metavar='FILE')
-    add('--search-holdout', type=float, metavar='SHARE', help='share of the training images that was held out')
-    add('--search-split', metavar='NAME', help='use this split whole instead')
-    add('--num-images', type=int, metavar='N', help='score with this many images')
+    _add_images(parser)
 
     add = parser.add_argument_group('search').add_argument
     add('--algorithm', default=default.algorithm, choices=ALGORITHMS)
@@ -253,7 +245,22 @@ def _add_search(parser: argparse.ArgumentParser) -> None:
         help='channels, height, width to count MACs for (default: as in the training)')  # fmt: skip
     add('--cost-num-classes', type=int, metavar='N', help='classes to count costs for (default: as in the training)')
     add('--latency', action='store_true', help='measure the latency of the archs on the front')
+    _add_device(parser)
 
+
+def _add_images(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument_group('images (default: as in the training of the supernet)').add_argument
+    add('--data-dir', metavar='DIR')
+    add('--dataset', metavar='NAME', help='type/name as in timm')
+    add('--dataset-download', action='store_true')
+    add('--train-split', metavar='NAME')
+    add('--class-map', metavar='FILE')
+    add('--search-holdout', type=float, metavar='SHARE', help='share of the training images that was held out')
+    add('--search-split', metavar='NAME', help='use this split whole instead')
+    add('--num-images', type=int, metavar='N', help='score with this many images')
+
+
+def _add_device(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group('device').add_argument
     add('-b', '--batch-size', type=int, default=100, metavar='N')
     add('--device', metavar='NAME', help='default: cuda if there is a GPU, else cpu')
@@ -261,8 +268,6 @@ def _add_search(parser: argparse.ArgumentParser) -> None:
 
 
 def _search(args: argparse.Namespace) -> None:
-    from timm.utils.distributed import is_distributed_env, world_info_from_env
-
     from .pipeline import SearchData, print_result, search_checkpoint
     from .search import SearchConfig
 
@@ -280,8 +285,72 @@ def _search(args: argparse.Namespace) -> None:
         workers=args.workers,
         latency=args.latency,
     )
-    if not is_distributed_env() or world_info_from_env()[1] == 0:
+    if _is_first_process():
         print_result(result, args.output)
+
+
+def _is_first_process() -> bool:
+    from timm.utils.distributed import is_distributed_env, world_info_from_env
+
+    return not is_distributed_env() or world_info_from_env()[1] == 0
+
+
+def _add_rank(parser: argparse.ArgumentParser) -> None:
+    from .ranking import SCORES, RankConfig
+
+    default = RankConfig()
+    add = parser.add_argument
+    add(
+        '--checkpoint',
+        required=True,
+        metavar='PATH',
+        help='last.pth.tar of a supernet, a model folder, or hf-hub:ORG/NAME',
+    )
+    add('--table', required=True, metavar='FILE', help='CSV of archs and the accuracies that they reach on their own')
+    add('--output', metavar='DIR', help='folder for archive, statistics and plot; without it nothing is kept, and a '
+        'run that is cut off starts again')  # fmt: skip
+    add('--device-modules', nargs='+', metavar='MODULE', help='Python modules to import first, for a space of your own')
+
+    add = parser.add_argument_group('table').add_argument
+    add('--arch-column', metavar='NAME', help='default: the first of arch, cell, ops')
+    add('--accuracy-column', metavar='NAME', help='default: accuracy, or what NAS-Bench-101 and -201 call it')
+    add('--num-archs', type=int, metavar='N', help='draw N archs of the table at random (default: all)')
+    add('--seed', type=int, default=default.seed, help='of the draw and of the bootstrap')
+
+    add = parser.add_argument_group('ranking').add_argument
+    add('--recalibration-images', type=int, default=1024, metavar='N',
+        help='score a second time, with batch norms of every arch recalibrated with N training images (default: '
+        '%(default)s, 0 for not)')  # fmt: skip
+    add('--score', default=default.score, choices=SCORES, help='what the supernet ranks by (default: %(default)s)')
+    add('--top-k', nargs='+', type=int, default=default.top_k, metavar='K',
+        help='report how many of the k best archs are among the k best of the supernet (default: 10 50)')  # fmt: skip
+    add('--num-resamples', type=int, default=default.num_resamples, metavar='N',
+        help='bootstrap resamples behind an interval (default: %(default)s)')  # fmt: skip
+    add('--level', type=float, default=default.level, metavar='SHARE', help='of the intervals (default: %(default)s)')
+    _add_images(parser)
+    _add_device(parser)
+
+
+def _rank(args: argparse.Namespace) -> None:
+    from .pipeline import SearchData, print_ranking, rank_checkpoint
+    from .ranking import RankConfig
+
+    _setup_logging()
+    result = rank_checkpoint(
+        args.checkpoint,
+        args.table,
+        args.output,
+        _from_args(RankConfig, args),
+        _from_args(SearchData, args),
+        arch_column=args.arch_column,
+        accuracy_column=args.accuracy_column,
+        recalibration_images=args.recalibration_images,
+        batch_size=args.batch_size,
+        device=args.device,
+        workers=args.workers,
+    )
+    if _is_first_process():
+        print_ranking(result, args.output)
 
 
 def _add_stats(parser: argparse.ArgumentParser) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from .errors import RunError, UsageError
 
-__all__ = ['make_output_dir', 'write_atomic', 'write_dir_atomic']
+__all__ = ['make_output_dir', 'write_atomic', 'write_dir_atomic', 'write_text']
 
 
 @contextmanager
@@ -26,6 +26,19 @@ def write_atomic(path: str | os.PathLike) -> Iterator[Path]:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def write_text(path: str | os.PathLike, content: str) -> None:
+    """Write text as UTF-8, whole or not at all, and wait until it is on the disk.
+
+    Args:
+        path: File to write.
+        content: The text, whose line ends are kept as they are.
+    """
+    with write_atomic(path) as temporary, open(temporary, 'w', encoding='utf-8', newline='') as f:
+        f.write(content)
+        f.flush()
+        os.fsync(f.fileno())
 
 
 @contextmanager

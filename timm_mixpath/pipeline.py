@@ -1,4 +1,4 @@
-"""The search of a trained supernet from its checkpoint: data, evaluator, search, outputs."""
+"""From the checkpoint of a supernet to outputs: its search, and how well it ranks archs."""
 
 import hashlib
 import logging
@@ -7,7 +7,7 @@ import os
 import sys
 from argparse import Namespace
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +15,24 @@ import torch
 import torch.distributed as dist
 
 from .checkpoint import LoadedModel, load_model
-from .cost import cost_table, measure_latency
+from .cost import CellCostTable, CostTable, cost_table, measure_latency
 from .data import Subset, hold_out, open_dataset
 from .device import init_device
 from .errors import UsageError, as_usage_error
 from .evaluate import SupernetEvaluator, load_batches
 from .files import make_output_dir
-from .plots import plot_pareto
+from .plots import plot_pareto, plot_ranking
+from .ranking import (
+    RankConfig,
+    RankedArch,
+    RankResult,
+    evaluate_table,
+    format_ranking,
+    require_scipy,
+    summarize,
+    write_ranking_csv,
+    write_ranking_json,
+)
 from .search import (
     Candidate,
     SearchConfig,
@@ -34,11 +45,14 @@ from .search import (
     write_front_json,
 )
 from .supernet import Supernet
+from .table import read_table
 
 __all__ = [
     'SearchData',
     'open_search_split',
+    'print_ranking',
     'print_result',
+    'rank_checkpoint',
     'recalibration_batches',
     'search_checkpoint',
     'state_dict_sha256',
@@ -117,14 +131,9 @@ def search_checkpoint(
         UsageError: See `search`, `load_model` and `open_dataset`; or the checkpoint is not of a supernet.
         RunError: The data, checkpoint or archive can't be read, or the output not be written.
     """
-    if recalibration_images < 0:
-        raise UsageError(f'number of recalibration images {recalibration_images} must not be negative')
-    data = data or SearchData()
     if config.algorithm == 'nsga2':
         require_pymoo()
-    loaded = load_model(checkpoint)
-    if not isinstance(loaded.model, Supernet):
-        raise UsageError(f'{str(checkpoint)!r} holds {type(loaded.model).__name__}, a search needs a supernet')
+    loaded = _load_supernet(checkpoint, 'search', recalibration_images)
     process = Namespace(device=device)
     init_device(process)
     rank = process.rank
@@ -133,47 +142,25 @@ def search_checkpoint(
         supernet = loaded.model.to(device=process.device, memory_format=torch.channels_last)
         if cost_num_classes is not None and cost_num_classes < 0:
             raise UsageError(f'number of classes {cost_num_classes} to count costs for must not be negative')
-        with as_usage_error('costs can not be counted'):
-            cost = cost_table(supernet, cost_input_size or loaded.data_config['input_size'], cost_num_classes)
+        cost = _cost_table(supernet, cost_input_size or loaded.data_config['input_size'], cost_num_classes)
         check_limits(config, cost)
-        search_set, train_set, source = open_search_split(loaded, data)
-        batches = load_batches(
-            search_set,
-            loaded.data_config,
-            device=process.device,
-            batch_size=batch_size,
-            max_images=data.num_images,
-            workers=workers,
-        )
-        recalibration = None
-        if recalibration_images:
-            recalibration = recalibration_batches(train_set, loaded, recalibration_images, process.device, workers)
+        images = _load_images(loaded, data, recalibration_images, batch_size, process.device, workers)
         fingerprint = dict(
-            checkpoint_sha256=state_dict_sha256(supernet.state_dict()),
-            images_sha256=state_dict_sha256(
-                {f'{i} {j}': t for i, batch in enumerate(batches) for j, t in enumerate(batch)}
-            ),
-            recalibration_sha256=state_dict_sha256({str(i): x for i, (x, _) in enumerate(recalibration or [])}),
-            space=supernet.space.name,
-            max_paths=supernet.space.max_paths,
-            input_size=list(loaded.data_config['input_size']),
+            **images.fingerprint,
             cost_input_size=list(cost.input_size),
             cost_num_classes=cost.num_classes,
-            num_images=sum(len(y) for _, y in batches),
-            recalibration_images=recalibration_images,
-            **source,
         )
         if rank == 0:
             _logger.info(
                 f'Searching space {supernet.space.name} (m = {supernet.space.max_paths}, {supernet.space.size:.3g} '
                 f'archs): {config.num_evaluations} evaluations on {fingerprint["num_images"]} images of split '
-                f'{source["split"]!r}'
+                f'{fingerprint["split"]!r}'
             )
-        show, close = _progress(progress and rank == 0, config.num_evaluations)
+        show = _search_progress(config.num_evaluations) if progress and rank == 0 else None
         result = search(
             supernet.space,
             cost,
-            SupernetEvaluator(supernet, batches, recalibration),
+            SupernetEvaluator(supernet, images.batches, images.recalibration),
             config,
             archive_path=output / 'archive.jsonl',
             fingerprint=fingerprint,
@@ -181,7 +168,8 @@ def search_checkpoint(
             rank=rank,
             world_size=process.world_size,
         )
-        close()
+        if show is not None:
+            show.close()
         if rank == 0:
             if latency:
                 _measure_front(result, supernet)
@@ -195,6 +183,187 @@ def search_checkpoint(
     finally:
         if process.distributed:
             dist.destroy_process_group()
+
+
+def rank_checkpoint(
+    checkpoint: str | os.PathLike,
+    table: str | os.PathLike,
+    output: str | os.PathLike | None = None,
+    config: RankConfig | None = None,
+    data: SearchData | None = None,
+    *,
+    arch_column: str | None = None,
+    accuracy_column: str | None = None,
+    recalibration_images: int = 1024,
+    batch_size: int = 100,
+    device: str | None = None,
+    workers: int = 2,
+    progress: bool = True,
+) -> RankResult:
+    """Compare the scores that a trained supernet gives to archs with the accuracies that they reach on their own.
+
+    Under torchrun the evaluations are shared among the ranks.
+
+    Args:
+        checkpoint: Training checkpoint or model folder of a supernet.
+        table: Stand-alone accuracies, see `read_table`.
+        output: Folder for `archive.jsonl`, `ranking.csv`, `ranking.json`, `ranking.png`. A ranking that was cut off
+            goes on where it stopped when it is called with the same arguments; the number of archs may grow, and the
+            score, the top k and the bootstrap may change without new evaluations. Nothing is kept if None.
+        config: What to rank and to report.
+        data: Images to score archs with, as in a search.
+        arch_column: Column of the table that holds the archs, see `read_table`.
+        accuracy_column: Column of the table that holds the accuracies, see `read_table`.
+        recalibration_images: Training images to recalibrate the batch norms of every arch with, for a second score
+            beside that with the statistics of the training; 0 for none.
+        batch_size: Images per forward pass.
+        device: Device, the GPU if there is one and None is given.
+        workers: Processes that decode the images, once.
+        progress: Show a progress bar on a terminal, lines elsewhere.
+
+    Returns:
+        The result, the same in all ranks.
+
+    Raises:
+        UsageError: See `evaluate_table`, `read_table`, `load_model` and `open_dataset`; or the checkpoint is not of a
+            supernet.
+        RunError: The data, checkpoint or archive can't be read, or the output not be written.
+        ImportError: scipy is not installed.
+    """
+    config = config or RankConfig()
+    require_scipy()
+    loaded = _load_supernet(checkpoint, 'ranking', recalibration_images)
+    supernet = loaded.model
+    accuracies = read_table(table, supernet.space, arch_column=arch_column, accuracy_column=accuracy_column)
+    chosen = accuracies.choose(config.num_archs, seed=config.seed)
+    process = Namespace(device=device)
+    init_device(process)
+    rank = process.rank
+    try:
+        if output is not None:
+            output = make_output_dir(output)
+        supernet = supernet.to(device=process.device, memory_format=torch.channels_last)
+        cost = _cost_table(supernet, loaded.data_config['input_size'])
+        images = _load_images(loaded, data, recalibration_images, batch_size, process.device, workers)
+        fingerprint = dict(**images.fingerprint, table_sha256=accuracies.sha256, table_archs=len(accuracies))
+        if rank == 0:
+            for left_out in accuracies.left_out:
+                _logger.info(f'{accuracies.path.name}: left out {left_out}')
+            if config.num_archs is not None and config.num_archs > len(chosen):
+                _logger.warning(
+                    f'{accuracies.path.name} has {len(chosen)} archs that can be used, fewer than the '
+                    f'{config.num_archs} asked for: all are taken'
+                )
+            _logger.info(
+                f'Ranking {len(chosen)} of the {len(accuracies)} archs of {accuracies.path.name}, column '
+                f'{accuracies.accuracy_column!r}, on {fingerprint["num_images"]} images of split '
+                f'{fingerprint["split"]!r}'
+            )
+        evaluators = {'': SupernetEvaluator(supernet, images.batches)}
+        if images.recalibration:
+            evaluators['_recalibrated'] = SupernetEvaluator(supernet, images.batches, images.recalibration)
+
+        def evaluate(arch: str) -> dict[str, float]:
+            found = {suffix: evaluator(arch) for suffix, evaluator in evaluators.items()}
+            return {f'{name}{suffix}': found[suffix][name] for suffix in found for name in ('top1', 'loss')}
+
+        show = _rank_progress(len(chosen)) if progress and rank == 0 else None
+        archs = evaluate_table(
+            chosen,
+            evaluate,
+            config,
+            archive_path=None if output is None else output / 'archive.jsonl',
+            fingerprint=fingerprint,
+            progress=show,
+            rank=rank,
+            world_size=process.world_size,
+        )
+        if show is not None:
+            show.close()
+        archs = [replace(r, macs=cost.cost('macs', r.arch), params=cost.cost('params', r.arch)) for r in archs]
+        result = summarize(accuracies, config, fingerprint, archs)
+        if rank == 0 and output is not None:
+            write_ranking_csv(result, output / 'ranking.csv')
+            write_ranking_json(result, output / 'ranking.json')
+            try:
+                plot_ranking(result, output / 'ranking.png')
+            except ImportError as e:
+                _logger.warning(f'no ranking.png: {e}')
+        return result
+    finally:
+        if process.distributed:
+            dist.destroy_process_group()
+
+
+def _load_supernet(checkpoint: str | os.PathLike, what: str, recalibration_images: int) -> LoadedModel:
+    """Load the supernet that a search or ranking is of."""
+    if recalibration_images < 0:
+        raise UsageError(f'number of recalibration images {recalibration_images} must not be negative')
+    loaded = load_model(checkpoint)
+    if not isinstance(loaded.model, Supernet):
+        raise UsageError(f'{str(checkpoint)!r} holds {type(loaded.model).__name__}, a {what} needs a supernet')
+    return loaded
+
+
+def _cost_table(
+    supernet: Supernet, input_size: tuple[int, int, int], num_classes: int | None = None
+) -> CostTable | CellCostTable:
+    with as_usage_error('costs can not be counted'):
+        return cost_table(supernet, input_size, num_classes)
+
+
+@dataclass
+class _Images:
+    """What archs are scored with.
+
+    Attributes:
+        batches: Images of the search split.
+        recalibration: Training images to recalibrate batch norms with, None for none.
+        fingerprint: What the scores of archs depend on: weights, images and where they come from.
+    """
+
+    batches: list[tuple[torch.Tensor, torch.Tensor]]
+    recalibration: list[tuple[torch.Tensor, torch.Tensor]] | None
+    fingerprint: dict[str, Any]
+
+
+def _load_images(
+    loaded: LoadedModel,
+    data: SearchData | None,
+    recalibration_images: int,
+    batch_size: int,
+    device: str,
+    workers: int,
+) -> _Images:
+    """Decode the search split, and the training images for recalibration."""
+    data = data or SearchData()
+    search_set, train_set, source = open_search_split(loaded, data)
+    batches = load_batches(
+        search_set,
+        loaded.data_config,
+        device=device,
+        batch_size=batch_size,
+        max_images=data.num_images,
+        workers=workers,
+    )
+    recalibration = None
+    if recalibration_images:
+        recalibration = recalibration_batches(train_set, loaded, recalibration_images, device, workers)
+    supernet = loaded.model
+    fingerprint = dict(
+        checkpoint_sha256=state_dict_sha256(supernet.state_dict()),
+        images_sha256=state_dict_sha256(
+            {f'{i} {j}': t for i, batch in enumerate(batches) for j, t in enumerate(batch)}
+        ),
+        recalibration_sha256=state_dict_sha256({str(i): x for i, (x, _) in enumerate(recalibration or [])}),
+        space=supernet.space.name,
+        max_paths=supernet.space.max_paths,
+        input_size=list(loaded.data_config['input_size']),
+        num_images=sum(len(y) for _, y in batches),
+        recalibration_images=recalibration_images,
+        **source,
+    )
+    return _Images(batches, recalibration, fingerprint)
 
 
 def open_search_split(loaded: LoadedModel, data: SearchData, *, warn: bool = True) -> tuple[Any, Any, dict[str, Any]]:
@@ -277,27 +446,57 @@ def state_dict_sha256(tensors: dict[str, torch.Tensor]) -> str:
     return digest.hexdigest()
 
 
-def _progress(enabled: bool, total: int) -> tuple[Callable[[Candidate, int], None] | None, Callable[[], None]]:
-    if not enabled:
-        return None, lambda: None
-    if sys.stderr.isatty():
-        from tqdm import tqdm
+class _Progress:
+    """A bar on a terminal, ten lines elsewhere.
 
-        bar = tqdm(total=total, desc='Search', dynamic_ncols=True)
-        best = [100.0]
+    Args:
+        name: What makes progress.
+        total: Number of evaluations.
+        line: Says what was found for an evaluated arch, in a log.
+        status: Says the same behind the bar.
+    """
 
-        def show(candidate: Candidate, _: int) -> None:
-            best[0] = min(best[0], candidate.error)
-            bar.update(candidate.index + 1 - bar.n)
-            bar.set_postfix_str(f'lowest error {best[0]:.2f} %')
+    def __init__(self, name: str, total: int, line: Callable[[Any], str], status: Callable[[Any], str]) -> None:
+        self._name = name
+        self._line = line
+        self._status = status
+        self._bar = None
+        if sys.stderr.isatty():
+            from tqdm import tqdm
 
-        return show, bar.close
+            self._bar = tqdm(total=total, desc=name, dynamic_ncols=True)
 
-    def log(candidate: Candidate, total: int) -> None:
-        if (candidate.index + 1) % max(1, total // 10) == 0 or candidate.index + 1 == total:
-            _logger.info(f'Search: {candidate.index + 1}/{total}  error {candidate.error:.2f} %  {candidate.arch}')
+    def __call__(self, evaluated: Candidate | RankedArch, total: int) -> None:
+        done = evaluated.index + 1
+        if self._bar is not None:
+            self._bar.update(done - self._bar.n)
+            self._bar.set_postfix_str(self._status(evaluated))
+        elif done % max(1, total // 10) == 0 or done == total:
+            _logger.info(f'{self._name}: {done}/{total}  {self._line(evaluated)}')
 
-    return log, lambda: None
+    def close(self) -> None:
+        if self._bar is not None:
+            self._bar.close()
+
+
+def _search_progress(total: int) -> _Progress:
+    lowest = 100.0
+
+    def status(candidate: Candidate) -> str:
+        nonlocal lowest
+        lowest = min(lowest, candidate.error)
+        return f'lowest error {lowest:.2f} %'
+
+    return _Progress('Search', total, lambda c: f'error {c.error:.2f} %  {c.arch}', status)
+
+
+def _rank_progress(total: int) -> _Progress:
+    def status(ranked: RankedArch) -> str:
+        if ranked.top1_recalibrated is None:
+            return f'top-1 {ranked.top1:.2f} %'
+        return f'top-1 {ranked.top1:.2f} %, recalibrated {ranked.top1_recalibrated:.2f} %'
+
+    return _Progress('Rank', total, lambda r: f'{status(r)}, alone {r.accuracy:.2f} %  {r.arch}', status)
 
 
 def _measure_front(result: SearchResult, supernet: Supernet) -> None:
@@ -316,3 +515,14 @@ def print_result(result: SearchResult, output: str | os.PathLike) -> None:
         f'{chosen.params / 1e6:.3f} M params\n{chosen.arch}\n'
         f'{len(result.evaluations)} evaluations and the front are in {Path(output)}'
     )
+
+
+def print_ranking(result: RankResult, output: str | os.PathLike | None = None) -> None:
+    """Print the statistics and where they were written."""
+    table, fingerprint = result.table, result.fingerprint
+    print(
+        f'{len(result.archs)} archs of {table.path.name}, column {table.accuracy_column!r}; supernet scored on '
+        f'{fingerprint["num_images"]} images of split {fingerprint["split"]!r}\n\n{format_ranking(result)}'
+    )
+    if output is not None:
+        print(f'scores, statistics and plot are in {Path(output)}')

@@ -15,10 +15,11 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+    from .ranking import RankResult
     from .search import SearchResult
     from .stats import StatsResult
 
-__all__ = ['plot_pareto', 'plot_stats']
+__all__ = ['plot_pareto', 'plot_ranking', 'plot_stats']
 
 _GREY = '0.72'
 _ACCENT = '#c1272d'
@@ -119,6 +120,49 @@ def plot_pareto(result: 'SearchResult', path: str | os.PathLike, *, title: str |
         if hasattr(handle, 'set_sizes'):
             handle.set_sizes([40])  # the ring of the chosen one would be larger than the line of text
 
+    _save(figure, path)
+
+
+def plot_ranking(result: 'RankResult', path: str | os.PathLike) -> None:
+    """Draw the supernet's scores of archs against their stand-alone accuracies as PNG, whole or not at all.
+
+    One panel for the batch norm statistics of the training and, where there are such scores, one for recalibrated
+    ones. Better is up in both, also where the score is a loss. The grey line is the median, to the right of it lies
+    the top half.
+
+    Args:
+        result: Result of a ranking.
+        path: PNG file to write.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+    """
+    names = [name for name in ('trained', 'recalibrated') if name in result.statistics]
+    figure = _new_figure(5.2 * len(names), 4.8)
+    accuracies = [r.accuracy for r in result.archs]
+    for ax, name in zip(figure.subplots(1, len(names), squeeze=False)[0], names):
+        scores = [getattr(r, result.score_name(name)) for r in result.archs]
+        # Many archs have the same accuracy on few images, so points are translucent
+        ax.scatter(accuracies, scores, s=16, color=_BLUE, alpha=0.45, linewidths=0, zorder=2)
+        middle = median(accuracies)
+        ax.axvline(middle, color=_GREY, linewidth=1.0, zorder=1)
+        ax.text(middle, 0.01, ' median', transform=ax.get_xaxis_transform(), color='0.4', fontsize=8)
+        if result.config.score == 'loss':
+            ax.invert_yaxis()
+        ax.set_xlabel('stand-alone accuracy (%)')
+        ax.set_ylabel({'top1': 'top-1 in the supernet (%)', 'loss': 'loss in the supernet (nats)'}[result.config.score])
+        parts = result.statistics[name]
+        bn = {'trained': 'BN as trained', 'recalibrated': 'BN recalibrated'}[name]
+        ax.set_title(
+            f'{bn}, {parts["all"].n} archs\n'
+            f'Kendall tau {parts["all"].kendall_tau.text(2)}, top half {parts["top_half"].kendall_tau.text(2)}',
+            fontsize=10,
+        )
+        _tidy(ax)
+    _save(figure, path)
+
+
+def _save(figure: 'Figure', path: str | os.PathLike) -> None:
     with write_atomic(path) as temporary:
         figure.savefig(temporary, format='png')
 
@@ -174,8 +218,7 @@ def plot_stats(result: 'StatsResult', path: str | os.PathLike, *, title: str | N
     figure.suptitle(title, fontsize=12)
     figure.supxlabel(PROTOCOL_NOTE, fontsize=8, color='0.4', x=0.99, ha='right')
 
-    with write_atomic(path) as temporary:
-        figure.savefig(temporary, format='png')
+    _save(figure, path)
 
 
 def _plot_cosines(ax: 'Axes', result: 'StatsResult') -> None:

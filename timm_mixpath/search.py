@@ -15,18 +15,19 @@ import math
 import os
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from numbers import Real
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch.distributed as dist
 
 from .arch import Arch
+from .archive import Archive, plain_metrics
 from .errors import RunError, UsageError
-from .files import write_atomic
+from .files import write_text
+from .ranks import Ranks
 from .sampling import sample
 from .space import SearchSpace
+from .version import __version__
 
 if TYPE_CHECKING:
     from .cost import CostTable
@@ -46,9 +47,6 @@ __all__ = [
 ALGORITHMS = ('nsga2', 'random')
 OBJECTIVES = ('error', 'macs', 'params')
 LIMITED = ('macs', 'params')
-
-_ARCHIVE_FORMAT = 'timm-mixpath search archive'
-_ARCHIVE_VERSION = 1
 
 # How the operators of NSGA-II work: nine pairs of parents out of ten are crossed, and on average one gene per child is
 # drawn anew, the customary rates for genes that are independent of each other.
@@ -279,8 +277,15 @@ def search(
     if config.algorithm == 'nsga2':
         require_pymoo()
     check_limits(config, cost)
-    ranks = _Ranks(rank, world_size)
-    archive = _Archive(archive_path, config, fingerprint)
+    ranks = Ranks(rank, world_size)
+    archive = Archive(
+        archive_path,
+        'search',
+        config=config.to_dict(),
+        fingerprint=fingerprint,
+        versions=_versions(config),
+        grows='generations',
+    )
     pool = _Pool(space, cost, config)
     propose = (_propose_nsga2 if config.algorithm == 'nsga2' else _propose_random)(pool, config)
 
@@ -292,7 +297,7 @@ def search(
 
     def keep(found: list[Candidate]) -> None:
         for candidate in found:
-            archive.append(candidate)
+            archive.append(_record(candidate))
             if progress is not None:
                 progress(candidate, config.num_evaluations)
 
@@ -651,25 +656,13 @@ def _propose_nsga2(pool: _Pool, config: SearchConfig) -> _Proposals:
         candidates = yield archs + extra
 
 
-# ---- Metrics and archive --------------------------------------------------------------------------------------------
+# ---- Metrics and records --------------------------------------------------------------------------------------------
 
 
 def _with_metrics(candidate: Candidate, metrics: Mapping[str, Any]) -> Candidate:
     """Complete a candidate with what `evaluate` returned."""
-    values: dict[str, Any] = {}
-    for name, value in metrics.items():
-        if hasattr(value, 'item'):  # numpy and torch scalars
-            value = value.item()
-        if isinstance(value, Real) and not math.isfinite(value):
-            value = None  # JSON has no NaN
-        if not isinstance(value, (int, float, str, type(None))):
-            raise UsageError(f'metric {name!r} of arch {str(candidate.arch)!r} is {value!r}, not a number or text')
-        values[name] = value
-    if missing := {'top1', 'loss'} - values.keys():
-        raise UsageError(f'evaluate returned no {" and no ".join(sorted(missing))} for arch {str(candidate.arch)!r}')
+    values = plain_metrics(metrics, candidate.arch)
     top1, loss = values.pop('top1'), values.pop('loss')
-    if top1 is None or not 0 <= top1 <= 100:
-        raise UsageError(f'top1 of arch {str(candidate.arch)!r} is {metrics["top1"]!r}, not a percentage')
     return Candidate(
         arch=candidate.arch,
         top1=float(top1),
@@ -712,112 +705,7 @@ def _diverged(path: Path, how: str) -> str:
     )
 
 
-class _Archive:
-    """The evaluations of a search on disk: a header line, then one line of JSON per evaluation."""
-
-    def __init__(self, path: str | os.PathLike, config: SearchConfig, fingerprint: Mapping[str, Any]) -> None:
-        self.path = Path(path)
-        header = dict(
-            format=_ARCHIVE_FORMAT,
-            version=_ARCHIVE_VERSION,
-            fingerprint=dict(fingerprint),
-            config=config.to_dict(),
-            versions=_versions(config),
-        )
-        try:
-            # What comes back from disk has lists for tuples and text for keys
-            self.header: dict[str, Any] = json.loads(json.dumps(header, allow_nan=False))
-        except (TypeError, ValueError) as e:
-            raise UsageError(f'the fingerprint can not be saved as JSON: {e}') from None
-        self._file: io.TextIOWrapper | None = None
-
-    def open(self) -> list[dict[str, Any]]:
-        """Make the file if there is none, make it ready to be appended to, and return the records in it."""
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        self._open()  # and lock, before anything is read
-        text = self.path.read_bytes().decode(errors='replace')
-        *lines, torn = text.split('\n')  # what is written last ends with a newline unless it was cut off
-        if not lines and torn and not json.dumps(self.header).startswith(torn):
-            raise UsageError(f'{str(self.path)!r} is not a search archive, choose another output')
-        records: list[dict[str, Any]] = []
-        header = self.header
-        if lines:
-            header = self._check_header(lines[0])
-            for number, line in enumerate(lines[1:], 2):
-                record = _parse(line)
-                if record is None or not isinstance(record.get('metrics'), dict):
-                    if number == len(lines):
-                        torn = line  # a crash of the machine can leave rubbish of the full length
-                        break
-                    raise RunError(
-                        f'archive {str(self.path)!r} is damaged in line {number}, delete that and later lines'
-                    )
-                records.append(record)
-        if not lines or torn or header != self.header:
-            content = ''.join(json.dumps(entry) + '\n' for entry in (self.header, *records))
-            _write(self.path, content)
-            self.close()
-            self._open()  # it is a new file
-        return records
-
-    def _open(self) -> None:
-        self._file = open(self.path, 'a', encoding='utf-8', newline='\n')  # noqa: SIM115, closed by `close`
-        _lock(self._file, self.path)
-
-    def _check_header(self, line: str) -> dict[str, Any]:
-        header = _parse(line)
-        if header is None or header.get('format') != _ARCHIVE_FORMAT:
-            raise UsageError(f'{str(self.path)!r} is not a search archive, choose another output')
-        remedy = f'choose another output or delete {str(self.path)!r}'
-        if header.get('version') != _ARCHIVE_VERSION:
-            raise UsageError(
-                f'archive has format version {header.get("version")}, this is {_ARCHIVE_VERSION}: {remedy}'
-            )
-        for part in ('fingerprint', 'config'):
-            old, new = header.get(part) or {}, self.header[part]
-            for name in dict.fromkeys([*old, *new]):
-                before, now = (json.dumps(d[name]) if name in d else 'not given' for d in (old, new))
-                if before == now:
-                    continue
-                if name == 'generations' and part == 'config':
-                    if new[name] > old[name]:
-                        continue
-                    raise UsageError(
-                        f'the archive is of a search with {before} generations, now it is {now}, but the number can '
-                        f'only grow: {remedy}'
-                    )
-                raise UsageError(f'{part} entry {name!r} was {before} in the archive and is {now} now: {remedy}')
-        # Versions are told, not compared: most new versions change nothing here, and a change that does is noticed
-        self.header['versions'] = header.get('versions')
-        return header
-
-    def append(self, candidate: Candidate) -> None:
-        self._file.write(json.dumps(_record(candidate), allow_nan=False) + '\n')
-        self._file.flush()
-        os.fsync(self._file.fileno())
-
-    def close(self) -> None:
-        if self._file is not None:
-            self._file.close()
-
-
-def _lock(file: Any, path: Path) -> None:
-    """Refuse a second search on an archive; the lock ends with the process."""
-    try:
-        import fcntl
-    except ImportError:  # Windows
-        return
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise UsageError(f'another search is writing to {str(path)!r}, wait for it or choose another output') from None
-    except OSError:  # a file system without locks
-        pass
-
-
 def _versions(config: SearchConfig) -> dict[str, str]:
-    from .version import __version__
-
     versions = {'timm_mixpath': __version__, 'numpy': np.__version__}
     if config.algorithm == 'nsga2':
         import pymoo
@@ -826,77 +714,7 @@ def _versions(config: SearchConfig) -> dict[str, str]:
     return versions
 
 
-def _parse(line: str) -> dict[str, Any] | None:
-    try:
-        value = json.loads(line)
-    except ValueError:
-        return None
-    return value if isinstance(value, dict) else None
-
-
-# ---- Ranks ----------------------------------------------------------------------------------------------------------
-
-
-class _Ranks:
-    """Work shared among processes, such that an error in one of them is raised in all instead of blocking them."""
-
-    def __init__(self, rank: int, world_size: int) -> None:
-        if world_size > 1:
-            if not (dist.is_available() and dist.is_initialized()):
-                raise RunError(f'world_size={world_size} needs torch.distributed to be initialised')
-            if (rank, world_size) != (dist.get_rank(), dist.get_world_size()):
-                raise RunError(
-                    f'rank {rank} of {world_size} was given, torch.distributed has {dist.get_rank()} of '
-                    f'{dist.get_world_size()}'
-                )
-        self.rank = rank
-        self.world_size = world_size
-
-    def from_first(self, call: Callable[[], Any]) -> Any:
-        """Call in rank 0 and return the result, or raise the error, in all ranks."""
-        if self.world_size == 1:
-            return call()
-        box: list[Any] = [None, None]
-        if self.rank == 0:
-            try:
-                box[0] = call()
-            except Exception as e:  # raised below
-                box[1] = e
-        dist.broadcast_object_list(box, src=0)
-        if box[1] is not None:
-            raise box[1]
-        return box[0]
-
-    def map(self, evaluate: Callable[[Arch], Mapping[str, Any]], archs: Sequence[Arch]) -> list[Mapping[str, Any]]:
-        """Evaluate at most one arch per rank, and return all results in all ranks."""
-        if self.world_size == 1:
-            return [evaluate(arch) for arch in archs]
-        result: Any = None
-        failure: tuple[str, Exception] | None = None
-        if self.rank < len(archs):
-            try:
-                result = dict(evaluate(archs[self.rank]))
-            except Exception as e:  # raised below
-                text = f'rank {self.rank} failed to evaluate {str(archs[self.rank])!r}: {type(e).__name__}: {e}'
-                failure = (text, e)
-        answers: list[Any] = [None] * self.world_size
-        dist.all_gather_object(answers, (result, failure and failure[0]))
-        if failure is not None:
-            raise failure[1]
-        for _, text in answers:
-            if text is not None:
-                raise RunError(text)
-        return [answer for answer, _ in answers[: len(archs)]]
-
-
 # ---- Outputs --------------------------------------------------------------------------------------------------------
-
-
-def _write(path: str | os.PathLike, content: str) -> None:
-    with write_atomic(path) as temporary, open(temporary, 'w', encoding='utf-8', newline='') as f:
-        f.write(content)
-        f.flush()
-        os.fsync(f.fileno())
 
 
 def write_front_csv(result: SearchResult, path: str | os.PathLike) -> None:
@@ -913,7 +731,7 @@ def write_front_csv(result: SearchResult, path: str | os.PathLike) -> None:
     for candidate in result.front:
         row = (candidate.extra.get(name) for name in latency)
         writer.writerow((int(candidate is result.chosen), *row, *(getattr(candidate, name) for name in names)))
-    _write(path, text.getvalue())
+    write_text(path, text.getvalue())
 
 
 def write_front_json(result: SearchResult, path: str | os.PathLike) -> None:
@@ -939,7 +757,7 @@ def write_front_json(result: SearchResult, path: str | os.PathLike) -> None:
             for c in result.front
         ],
     )
-    _write(path, json.dumps(content, indent=2, allow_nan=False) + '\n')
+    write_text(path, json.dumps(content, indent=2, allow_nan=False) + '\n')
 
 
 def _hypervolume(result: SearchResult) -> float | None:

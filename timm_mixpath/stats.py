@@ -65,7 +65,9 @@ class SumSite(Protocol):
     """A module that sums paths. `path_statistics` looks at every module of a supernet that has this method."""
 
     def path_outputs(self, *args: Any, **kwargs: Any) -> dict[str, torch.Tensor]:
-        """Return the outputs of all candidate paths, not only of the active ones.
+        """Return the outputs of all candidate paths, not only of the active ones; nothing if a path has no input.
+
+        A module of which fewer than the space's m paths may be active at once has a `max_paths`.
 
         Args:
             *args: What the module's `forward` gets; it must be left as it is.
@@ -257,14 +259,16 @@ def path_statistics(
             'one; more archs would reach them'
         )
     return [
-        site.result(name, supernet.space.max_paths, num_images)
+        site.result(name, getattr(modules[name], 'max_paths', supernet.space.max_paths), num_images)
         for name, site in sites.items()
         if site.num_archs and len(site.paths) > 1
     ]
 
 
 def _look(site: '_Site', module: SumSite, args: tuple, kwargs: dict[str, Any]) -> None:
-    site.add(module.path_outputs(*args, **kwargs))
+    outputs = module.path_outputs(*args, **kwargs)
+    if outputs:
+        site.add(outputs)
 
 
 class _Site:
