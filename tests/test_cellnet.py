@@ -1,6 +1,7 @@
 """Networks and supernets of the benchmark cell spaces."""
 
 import copy
+import csv
 import functools
 
 import pytest
@@ -9,14 +10,18 @@ import timm
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from conftest import small_args
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_nasbench import rows
 from timm.utils import reparameterize_model
 
-from timm_mixpath import ShadowBatchNorm2d, SupernetTask, get_space, sample
+from timm_mixpath import ShadowBatchNorm2d, SupernetTask, cli, get_space, sample
+from timm_mixpath.checkpoint import load_model
 from timm_mixpath.cost import cost_table, count_macs
 from timm_mixpath.evaluate import recalibrate_bn
+from timm_mixpath.stats import path_statistics
+from timm_mixpath.train import train
 
 SMALL = {'nb201': dict(width=4, num_cells=2), 'nb101': dict(width=8, num_cells=2)}
 SPACES = list(SMALL)
@@ -252,6 +257,71 @@ def test_training_steps(name):
         assert all(torch.equal(p, before[n]) for n, p in model.named_parameters() if n not in moved)
         losses.append(loss.item())
     assert sum(losses[-10:]) < 0.8 * sum(losses[:10])
+
+
+@pytest.mark.parametrize('name', SPACES)
+def test_path_outputs_are_what_is_summed(name):
+    model = supernet(name, 'none')
+    arch = model.active_arch = sample(model.space, seed=4, step=1)
+    cell = model.stages[0][0]
+    x = torch.randn(2, model.width, 6, 6, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        if name == 'nb101':
+            outputs = cell.path_outputs(x)
+            assert len(outputs) == 4 * 3
+            torch.testing.assert_close(cell.behind[cell.active](sum(outputs[p] for p in cell.node.active)), cell(x))
+            return
+        xs = [x]
+        for index, node in enumerate(cell.nodes):
+            outputs = node.path_outputs(xs)
+            assert len(outputs) == (4 * (index + 1) if None not in xs else 0), arch
+            y = node(xs)
+            if outputs and y is not None:
+                torch.testing.assert_close(sum(outputs[p] for p in node.active), y)
+            xs.append(y)
+
+
+@pytest.mark.parametrize('name', SPACES)
+def test_statistics_of_paths(name):
+    model = copy.deepcopy(supernet(name))
+    sites = path_statistics(model, [(images(8), None)], num_archs=6)
+    cells = model.get_cells()
+    if name == 'nb101':
+        assert [(s.name, s.paths[:2], len(s.mean_ratio)) for s in sites] == [
+            (cell, ('conv1x1_bn_relu_0', 'conv3x3_bn_relu_0'), 4) for cell in cells
+        ]
+    else:
+        expected = [(f'{cell}.nodes.{i}', 4 * (i + 1), i + 1) for cell in cells for i in range(3)]
+        assert [(s.name, len(s.paths), len(s.mean_ratio)) for s in sites] == expected
+    assert all(-1 <= s.cosine_mean <= 1 and s.var_ratio[0] == pytest.approx(1) for s in sites)
+
+
+@pytest.mark.parametrize('name', SPACES)
+def test_from_training_to_ranking(name, digits, tmp_path):
+    """Training, search, export and ranking with small real images, through the commands."""
+    options = dict(model=f'mixpath_{name}_supernet', model_kwargs=dict(SMALL[name]), cache_images=True, reprob=0.0)
+    run = train(small_args(digits, tmp_path, **options)).output_dir
+    checkpoint = str(run / 'last.pth.tar')
+    space = get_space(name)
+    archs = list(dict.fromkeys(sample(space, seed=0, step=i) for i in range(14)))
+    with open(tmp_path / 'table.csv', 'w', newline='') as f:
+        csv.writer(f).writerows([('arch', 'accuracy'), *((a, 80 + i) for i, a in enumerate(archs))])
+    rank = ['rank', '--checkpoint', checkpoint, '--table', str(tmp_path / 'table.csv'), '--output', str(tmp_path / 'r')]
+    assert cli.main([*rank, '--recalibration-images', '64', '--num-resamples', '20', '-j', '0']) == 0
+    ranked = list(csv.DictReader((tmp_path / 'r' / 'ranking.csv').read_text().splitlines()))
+    assert sorted(row['arch'] for row in ranked) == sorted(archs)
+
+    search = ['search', '--checkpoint', checkpoint, '--output', str(tmp_path / 's'), '--algorithm', 'random']
+    assert cli.main([*search, '--population', '4', '--generations', '0', '-j', '0']) == 0
+    found = list(csv.DictReader((tmp_path / 's' / 'front.csv').read_text().splitlines()))
+    export = ['export', '--checkpoint', checkpoint, '--arch', found[0]['arch'], '--output', str(tmp_path / 'm')]
+    assert cli.main(export) == 0
+    model = timm.create_model(f'local-dir:{tmp_path / "m"}', pretrained=True).eval()
+    assert (model.arch, num_params(model)) == (found[0]['arch'], int(found[0]['params']))
+    supernet = load_model(checkpoint).model
+    supernet.active_arch = model.arch
+    with torch.no_grad():
+        torch.testing.assert_close(model(images()), supernet(images()))
 
 
 # ---- Costs ----------------------------------------------------------------------------------------------------------

@@ -23,7 +23,7 @@ one() {
     if [ ! -e "$folder/trained" ]; then
         [ -e "$folder/last.pth.tar" ] && resume=(--resume "$folder/last.pth.tar")
         # shellcheck disable=SC2086
-        timm-mixpath train -c "$RECIPES/${space}_supernet.yaml" $DATA --seed "$seed" "${resume[@]}" \
+        timm-mixpath train -c "$RECIPES/${space}_supernet.yaml" --cache-images $DATA --seed "$seed" "${resume[@]}" \
             --model-kwargs "${kwargs[@]}" sum_norm="$norm" sampling="$sampling" \
             --output "$OUTPUT" --experiment "$run" > "$OUTPUT/$run.log" 2>&1
         touch "$folder/trained"
