@@ -94,10 +94,10 @@ def test_equals_every_arch_of_a_space(brute_force):
     'kwargs,input_size',
     [
         (dict(m=1), (3, 65, 48)),
-        (dict(m=3, sbn=False, width_mult=0.5), None),
+        (dict(m=3, sum_norm='bn', width_mult=0.5), None),
         (dict(in_chans=1), None),
         (dict(in_chans=1, width_mult=0.75, num_classes=100), (1, 28, 28)),
-        (dict(num_classes=0, norm_layer='groupnorm1', sbn=False), None),
+        (dict(num_classes=0, norm_layer='groupnorm1', sum_norm='bn'), None),
         (dict(act_layer='prelu', width_mult=1.3), None),
         (dict(act_layer='hard_swish', output_stride=4, global_pool='catavgmax', drop_path_rate=0.1), None),
         (dict(bn_eps=1e-3, dtype=torch.bfloat16, pretrained_cfg_overlay=dict(input_size=(3, 40, 40))), (3, 40, 40)),

@@ -288,7 +288,7 @@ WRONG = {
     ),
     'no tensor': (changed('stem.1.weight', 1.0), dict(m=2), "'stem.1.weight' .* has type float"),
     'larger m': (dict, dict(m=3), 'has m=2, this mixpath_s1_supernet m=3: create it with m=2'),
-    'sbn': (dict, dict(m=2, sbn=False), 'create it with sbn=True'),
+    'sbn': (dict, dict(m=2, sum_norm='bn'), "create it with sum_norm='sbn'"),
     'width': (dict, dict(m=2, width_mult=0.5), r"'stem.1.weight' .* has shape \(32,\), .* needs shape \(16,\)"),
     'no supernet': (dict, dict(model_name='mixpath_s1'), 'does not fit mixpath_s1: load it into mixpath_s1_supernet'),
     'space': (

@@ -120,7 +120,7 @@ def plain_statistics(supernet: MixPathSupernet, batches: Batches) -> dict[str, d
 
 @pytest.mark.parametrize(('space', 'sbn'), [(SUMS, True), (GROUPS, True), (GROUPS, False), (FULL, False)])
 def test_statistics_are_those_of_sums_that_are_made(space: SearchSpace, sbn: bool, batches: Batches) -> None:
-    supernet = make_supernet(space, sbn=sbn).double()
+    supernet = make_supernet(space, sum_norm='sbn' if sbn else 'bn').double()
     batches = [(x.double(), y) for x, y in batches]
     sites = path_statistics(supernet, batches)
     assert [s.name for s in sites] == [n for n, m in supernet.named_modules() if isinstance(m, ActivePathSum)]
@@ -316,7 +316,7 @@ def test_untrained_shadows_have_no_ratio(batches: Batches) -> None:
 
 
 def test_supernet_without_shadows_says_so(batches: Batches) -> None:
-    result = result_of(make_supernet(GROUPS, sbn=False), batches)
+    result = result_of(make_supernet(GROUPS, sum_norm='bn'), batches)
     assert result.shadows == [] and 'a single batch norm stands behind every sum' in format_stats(result)
     assert 'sum of 2 paths: mean' in format_stats(result)
 

@@ -59,7 +59,7 @@ def archs_of_steps(supernet: MixPathSupernet, num_steps: int) -> list[Arch]:
 
 @pytest.mark.parametrize('sbn', [True, False], ids=['sbn', 'bn'])
 def test_training_equals_reference(sbn):
-    supernet = make_supernet(m=3, sbn=sbn).double().train()
+    supernet = make_supernet(m=3, sum_norm='sbn' if sbn else 'bn').double().train()
     tensors = reference.leaf_tensors(supernet)
     x = make_input().double()
     y = supernet(x)
@@ -105,7 +105,11 @@ IMAGENET_LIKE = SearchSpace(
 @pytest.mark.parametrize('m', [1, 2])
 def test_channel_groups_equal_reference(m, sbn):
     torch.manual_seed(0)
-    supernet = reference.perturb(MixPathSupernet(IMAGENET_LIKE, m=m, sbn=sbn, num_classes=10)).double().train()
+    supernet = (
+        reference.perturb(MixPathSupernet(IMAGENET_LIKE, m=m, sum_norm='sbn' if sbn else 'bn', num_classes=10))
+        .double()
+        .train()
+    )
     for _ in range(3):
         tensors = reference.leaf_tensors(supernet)
         supernet.zero_grad()
@@ -129,7 +133,7 @@ def test_channel_groups_equal_reference(m, sbn):
         torch.testing.assert_close(supernet(x), y_ref, rtol=1e-8, atol=1e-8)
 
 
-@pytest.mark.parametrize('kwargs', [dict(), dict(m=2), dict(m=2, sbn=False), dict(m=4, width_mult=0.6)], ids=str)
+@pytest.mark.parametrize('kwargs', [dict(), dict(m=2), dict(m=2, sum_norm='bn'), dict(m=4, width_mult=0.6)], ids=str)
 @pytest.mark.parametrize('name', ['s2', 's3'])
 def test_extracted_imagenet_network_equals_supernet(name, kwargs):
     torch.manual_seed(0)
@@ -150,7 +154,7 @@ def test_extracted_imagenet_network_equals_supernet(name, kwargs):
     'kwargs',
     [
         dict(m=3),
-        dict(m=3, sbn=False),
+        dict(m=3, sum_norm='bn'),
         dict(m=3, width_mult=0.5, num_classes=7),
         dict(m=3, in_chans=1, bn_eps=1e-2, act_layer='silu', global_pool='avgmax'),
         dict(m=3, output_stride=4, drop_path_rate=0.2, drop_rate=0.2),
@@ -175,7 +179,7 @@ def test_extracted_network_equals_supernet(kwargs):
 @pytest.mark.parametrize('m', [1, 2, 3])
 @pytest.mark.parametrize('sbn', [True, False], ids=['sbn', 'bn'])
 def test_extract_for_every_m(m, sbn):
-    supernet = make_supernet(m=m, sbn=sbn).eval()
+    supernet = make_supernet(m=m, sum_norm='sbn' if sbn else 'bn').eval()
     supernet.active_arch = arch = {1: ONE_PATH, 2: TWO_PATHS, 3: THREE_PATHS}[m]
     torch.testing.assert_close(supernet.extract(arch)(make_input()), supernet(make_input()), rtol=1e-5, atol=1e-5)
 
@@ -251,7 +255,7 @@ def test_number_of_parameters_of_s1(num_classes):
 
 @pytest.mark.parametrize(('m', 'sbn', 'num_shadows'), [(None, True, 2), (1, True, 1), (3, True, 3), (3, False, 0)])
 def test_one_shadow_for_every_number_of_paths(m, sbn, num_shadows):
-    supernet = timm.create_model('mixpath_nano_supernet', m=m, sbn=sbn, device='meta')
+    supernet = timm.create_model('mixpath_nano_supernet', m=m, sum_norm='sbn' if sbn else 'bn', device='meta')
     sbns = [module for module in supernet.modules() if isinstance(module, ShadowBatchNorm2d)]
     assert len(sbns) == (16 if sbn else 0)
     assert all(len(s.shadows) == num_shadows for s in sbns)
@@ -266,7 +270,7 @@ def test_m_out_of_range(m):
 
 @pytest.mark.parametrize('sbn', [True, False], ids=['sbn', 'bn'])
 def test_unsampled_parameters_do_not_move(sbn):
-    supernet = make_supernet(sbn=sbn)
+    supernet = make_supernet(sum_norm='sbn' if sbn else 'bn')
     optimizer = torch.optim.SGD(supernet.parameters(), lr=0.05, momentum=0.9, weight_decay=0.1)
     moved_before: set[str] = set()
     rested = 0
@@ -356,7 +360,7 @@ def test_a_resumed_supernet_continues_the_sequence(assign):
 
 
 def test_saved_supernet_is_rebuilt_and_continues(tmp_path):
-    supernet = make_supernet(m=3, seed=4, sbn=False, bn_eps=1e-3)
+    supernet = make_supernet(m=3, seed=4, sum_norm='bn', bn_eps=1e-3)
     archs_of_steps(supernet, 2)
     save_for_hf(supernet, tmp_path, safe_serialization=True)
     loaded = timm.create_model(f'local-dir:{tmp_path}', pretrained=True)
@@ -454,7 +458,7 @@ def test_sync_batch_norm_conversion():
 
 @pytest.mark.parametrize('sbn', [True, False], ids=['sbn', 'bn'])
 def test_folded_batch_norms_serve_every_arch(sbn):
-    supernet = make_supernet(m=3, sbn=sbn).eval()
+    supernet = make_supernet(m=3, sum_norm='sbn' if sbn else 'bn').eval()
     folded = reparameterize_model(supernet)
     assert sum(isinstance(m, nn.BatchNorm2d) for m in folded.blocks.modules()) == 0
     for arch in (ONE_PATH, TWO_PATHS, THREE_PATHS):

@@ -133,7 +133,7 @@ def _check_shadows(released: dict[str, Any], expected: dict[str, torch.Tensor], 
     if not any('.bn3.shadows.' in key for key in expected):
         raise RunError(
             f"the checkpoint of the authors' code has a batch norm per number of paths, this {name} has none: "
-            'create it with sbn=True'
+            "create it with sum_norm='sbn'"
         )
     matches = (re.match(rf'{_MARK}\d+\.mix_bn\.\d+\.(\d+)\.', key) for key in released)
     released_m = max((int(match[1]) + 1 for match in matches if match), default=0)

@@ -161,7 +161,8 @@ class MixPathSupernet(Supernet, MixPath):
         space: Search space.
         arch: The arch that eval mode runs at first, the space's `default_arch` if None.
         m: Largest number of active paths per block, the space's own if None.
-        sbn: Shadow Batch Normalization behind the sum; one batch norm for all numbers of paths if False.
+        sum_norm: What normalises a sum of paths: `'sbn'`, Shadow Batch Normalization, or `'bn'`, one batch norm for all
+            numbers of paths.
         seed: Seed of the sampled sequence.
         sampling: How archs are drawn, see `timm_mixpath.sample`.
         nested_init: Start all kernels of a sum from the smallest one, padded with zeros, so that all archs compute
@@ -171,17 +172,17 @@ class MixPathSupernet(Supernet, MixPath):
         **kwargs: See `MixPath`.
 
     Raises:
-        ValueError: m is out of range, the space does not hold the arch, or the sampling is unknown.
+        ValueError: m is out of range, the space does not hold the arch, or a name is unknown.
     """
 
-    _supernet_args: ClassVar[tuple[str, ...]] = (*Supernet._supernet_args, 'sbn', 'nested_init')
+    _supernet_args: ClassVar[tuple[str, ...]] = (*Supernet._supernet_args, 'sum_norm', 'nested_init')
 
     def __init__(
         self,
         space: SearchSpace,
         arch: Arch | str | None = None,
         m: int | None = None,
-        sbn: bool = True,
+        sum_norm: str = 'sbn',
         seed: int = 0,
         sampling: str = 'paths',
         nested_init: bool = False,
@@ -190,7 +191,9 @@ class MixPathSupernet(Supernet, MixPath):
         width_mult: float = 1.0,
         **kwargs: Any,
     ) -> None:
-        self._num_shadows = space.with_max_paths(m).max_paths if sbn else None
+        if sum_norm not in ('sbn', 'bn'):
+            raise ValueError(f'unknown sum_norm {sum_norm!r}, known are sbn, bn')
+        self._num_shadows = space.with_max_paths(m).max_paths if sum_norm == 'sbn' else None
         super().__init__(
             space.with_max_paths(m),
             arch,
