@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Trains the supernets of README.md beside this file and ranks with them: two spaces, three norms behind the sums, three
-# seeds, and two more ways of sampling. What is done is skipped and what was cut off goes on, so run it as often as you like.
+# seeds, and one more way of sampling. What is done is skipped and what was cut off goes on: run it as often as you like.
 #
 #   recipes/ranking/run.sh TABLES OUTPUT [PROCESSES] [DATA OPTIONS of timm-mixpath train ...]
 #
@@ -25,11 +25,12 @@ one() {
         # shellcheck disable=SC2086
         timm-mixpath train -c "$RECIPES/${space}_supernet.yaml" --cache-images $DATA --seed "$seed" "${resume[@]}" \
             --model-kwargs "${kwargs[@]}" sum_norm="$norm" sampling="$sampling" \
-            --output "$OUTPUT" --experiment "$run" > "$OUTPUT/$run.log" 2>&1
+            --output "$OUTPUT" --experiment "$run" >> "$OUTPUT/$run.log" 2>&1 || return 1
         touch "$folder/trained"
     fi
     timm-mixpath rank --checkpoint "$folder/last.pth.tar" --table "$table" "${archs[@]}" \
-        --num-images 2000 --recalibration-images 512 --batch-size 250 --output "$folder/rank" > "$folder/rank.log" 2>&1
+        --num-images 2000 --recalibration-images 512 --batch-size 250 --output "$folder/rank" > "$folder/rank.log" 2>&1 ||
+        return 1
     echo "$run done"
 }
 export -f one

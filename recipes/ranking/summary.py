@@ -1,0 +1,160 @@
+"""Tables and figures of README.md beside this file, from the runs that run.sh left.
+
+python recipes/ranking/summary.py output/ranking recipes/ranking
+"""
+
+import argparse
+import csv
+import json
+import re
+from collections import defaultdict
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+NORMS = {'sbn': ('#3b6fb5', 'SBN'), 'bn': ('#c1272d', 'one BN'), 'none': ('0.45', 'none')}
+SPACES = {'nb201': 'NAS-Bench-201', 'nb101': 'NAS-Bench-101 sub-space'}
+
+
+def read_runs(folder: Path) -> list[dict[str, Any]]:
+    """One row per run that has a ranking."""
+    runs = []
+    for path in sorted(folder.glob('*/rank/ranking.json')):
+        name = path.parts[-3]
+        space, norm, sampling, seed = name.split('-')
+        ranking = json.loads(path.read_text())
+        with open(path.with_name('ranking.csv'), newline='') as f:
+            archs = list(csv.DictReader(f))
+        runs.append(
+            dict(
+                space=space,
+                norm=norm,
+                sampling=sampling,
+                seed=int(seed),
+                ranking=ranking,
+                losses=read_losses(folder / f'{name}.log'),
+                top1={k: mean(float(a[k]) for a in archs) for k in ('top1', 'top1_recalibrated')},
+            )
+        )
+    return runs
+
+
+def read_losses(log: Path) -> list[float]:
+    """Mean training loss of every epoch, from the last line of each; a resumed epoch counts once."""
+    losses = {}
+    for line in log.read_text().splitlines():
+        if match := re.match(r'Train: (\d+) \[.*Loss: ([\d.]+)', line):
+            losses[int(match[1])] = float(match[2])
+    return [losses[epoch] for epoch in sorted(losses)]
+
+
+def interval(statistic: dict[str, float]) -> str:
+    """Value and bootstrap interval."""
+    return f'{statistic["value"]:.2f} [{statistic["low"]:.2f}, {statistic["high"]:.2f}]'
+
+
+def write_csv(runs: list[dict[str, Any]], path: Path) -> None:
+    """One line per run and way of scoring."""
+    with open(path, 'w', newline='') as f:
+        writer = csv.writer(f, lineterminator='\n')
+        head = ['space', 'sum_norm', 'sampling', 'seed', 'score', 'part', 'n']
+        for name in ('kendall_tau', 'spearman_rho', 'regret'):
+            head += [name, f'{name}_low', f'{name}_high']
+        writer.writerow([*head, 'top_k_overlap', 'mean_top1', 'train_loss'])
+        for run in runs:
+            for score, parts in run['ranking']['statistics'].items():
+                for part, values in parts.items():
+                    row = [run['space'], run['norm'], run['sampling'], run['seed'], score, part, values['n']]
+                    for name in ('kendall_tau', 'spearman_rho', 'regret'):
+                        row += [round(values[name][k], 4) for k in ('value', 'low', 'high')]
+                    overlap = ' '.join(f'{k}:{round(v["value"], 3)}' for k, v in values['top_k_overlap'].items())
+                    top1 = run['top1'].get({'trained': 'top1', 'recalibrated': 'top1_recalibrated'}.get(score))
+                    writer.writerow([*row, overlap, top1 and round(top1, 2), run['losses'][-1]])
+
+
+def print_markdown(runs: list[dict[str, Any]]) -> None:
+    """One row per setting: each seed's Kendall tau with its interval, and the mean over seeds."""
+    groups = defaultdict(list)
+    for run in runs:
+        groups[run['space'], run['norm'], run['sampling']].append(run)
+    print(
+        '| space | norm | sampling | seeds | loss | top-1 | tau, BN as trained | mean | tau, BN recalibrated | mean |'
+    )
+    print('|---|---|---|---|---|---|---|---|---|---|')
+    for (space, norm, sampling), members in sorted(
+        groups.items(), key=lambda g: (g[0][0] != 'nb201', g[0][2] != 'paths')
+    ):
+        members.sort(key=lambda run: run['seed'])
+        cells = [space, norm, sampling, ' '.join(str(r['seed']) for r in members)]
+        cells.append(f'{mean(r["losses"][-1] for r in members):.3f}')
+        cells.append(f'{mean(r["top1_recalibrated"] for r in (m["top1"] for m in members)):.1f}')
+        for score in ('trained', 'recalibrated'):
+            taus = [r['ranking']['statistics'][score]['all']['kendall_tau'] for r in members]
+            cells += ['; '.join(map(interval, taus)), f'**{mean(t["value"] for t in taus):.2f}**']
+        print('| ' + ' | '.join(cells) + ' |')
+
+
+def draw(runs: list[dict[str, Any]], path: Path) -> None:
+    """Training loss above, Kendall tau of every seed below, a column per space."""
+    figure = Figure(figsize=(10, 7), dpi=130, layout='constrained')
+    FigureCanvasAgg(figure)
+    axes = figure.subplots(2, 2, squeeze=False)
+    for column, (space, title) in enumerate(SPACES.items()):
+        of_space = [r for r in runs if r['space'] == space]
+        loss, tau = axes[0][column], axes[1][column]
+        seen = set()
+        for run in of_space:
+            if run['sampling'] != 'paths':
+                continue
+            color, label = NORMS[run['norm']]
+            epochs = range(1, len(run['losses']) + 1)
+            loss.plot(epochs, run['losses'], color=color, linewidth=1.2, label=None if label in seen else label)
+            seen.add(label)
+        loss.set(title=title, xlabel='epoch', ylabel='training loss (nats)')
+        loss.legend(frameon=False)
+
+        settings = sorted({(r['sampling'] != 'paths', r['sampling'], list(NORMS).index(r['norm'])) for r in of_space})
+        labels = []
+        for x, (_, sampling, index) in enumerate(settings):
+            norm = list(NORMS)[index]
+            color, label = NORMS[norm]
+            labels.append(label if sampling == 'paths' else f'{label},\n{sampling} sampling')
+            members = [r for r in of_space if r['norm'] == norm and r['sampling'] == sampling]
+            for shift, score, marker in ((-0.15, 'trained', 'o'), (0.15, 'recalibrated', 's')):
+                for i, run in enumerate(members):
+                    value = run['ranking']['statistics'][score]['all']['kendall_tau']
+                    at = x + shift + 0.06 * (i - (len(members) - 1) / 2)
+                    tau.plot([at, at], [value['low'], value['high']], color=color, linewidth=1, alpha=0.5)
+                    tau.plot(at, value['value'], marker=marker, color=color, markersize=5)
+        yardstick = of_space[0]['ranking']['statistics']['params']['all']['kendall_tau']['value']
+        tau.axhline(yardstick, color='0.5', linestyle='--', linewidth=1)
+        tau.text(len(settings) - 0.5, yardstick, 'more parameters = better', ha='right', va='bottom', fontsize=8)
+        tau.axhline(0, color='0.8', linewidth=0.8)
+        n = of_space[0]['ranking']['num_archs']
+        tau.set(ylabel=f'Kendall tau over {n} archs', xticks=range(len(settings)), xticklabels=labels, ylim=(-0.4, 1))
+        tau.plot([], [], 'o', color='0.3', label='BN as trained')
+        tau.plot([], [], 's', color='0.3', label='BN recalibrated')
+        tau.legend(frameon=False, loc='upper left', fontsize=8, ncols=2)
+        for ax in (loss, tau):
+            ax.spines[['top', 'right']].set_visible(False)
+    figure.savefig(path)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument('runs', type=Path, help='OUTPUT of run.sh')
+    parser.add_argument('output', type=Path, help='folder for results.csv and results.png')
+    args = parser.parse_args()
+    runs = read_runs(args.runs)
+    if not runs:
+        parser.error(f'no ranking.json below {args.runs}, run run.sh first')
+    write_csv(runs, args.output / 'results.csv')
+    draw(runs, args.output / 'results.png')
+    print_markdown(runs)
+
+
+if __name__ == '__main__':
+    main()
