@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from .errors import RunError, UsageError
-from .files import write_text
+from .files import lock_file, write_text
 
 __all__ = ['Archive', 'plain_metrics']
 
@@ -116,18 +116,10 @@ class Archive:
 
     def _lock(self) -> None:
         """Refuse a second run on an archive; the lock ends with the process."""
-        try:
-            import fcntl
-        except ImportError:  # Windows
-            return
-        try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+        if not lock_file(self._file):
             raise UsageError(
                 f'another {self._kind} is writing to {str(self.path)!r}, wait for it or choose another output'
-            ) from None
-        except OSError:  # a file system without locks
-            pass
+            )
 
     def _no_archive(self) -> UsageError:
         return UsageError(f'{str(self.path)!r} is not a {self._kind} archive, choose another output')

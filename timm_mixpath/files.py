@@ -6,10 +6,11 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import IO
 
 from .errors import RunError, UsageError
 
-__all__ = ['make_output_dir', 'write_atomic', 'write_dir_atomic', 'write_text']
+__all__ = ['lock_file', 'make_output_dir', 'write_atomic', 'write_dir_atomic', 'write_text']
 
 
 @contextmanager
@@ -39,6 +40,29 @@ def write_text(path: str | os.PathLike, content: str) -> None:
         f.write(content)
         f.flush()
         os.fsync(f.fileno())
+
+
+def lock_file(file: IO, *, inherited: bool = True) -> bool:
+    """Lock an open file until it is closed or the process ends.
+
+    Args:
+        file: File that is open for writing.
+        inherited: Child processes hold the lock, too. Without, closing any other handle of the file loses it.
+
+    Returns:
+        False if another process has locked it. True also where there are no locks: on Windows, on some file systems.
+    """
+    try:
+        import fcntl
+    except ImportError:
+        return True
+    try:
+        (fcntl.flock if inherited else fcntl.lockf)(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        return False
+    except OSError:
+        pass
+    return True
 
 
 @contextmanager

@@ -35,10 +35,11 @@ from .checkpoint import check_model_name, create_model, resolve_data
 from .cost import count_macs
 from .data import open_dataset
 from .errors import RunError, UsageError, as_usage_error, concise
-from .files import make_output_dir, write_atomic
+from .files import lock_file, make_output_dir, write_text
 from .options import default_args
 from .sampling import sample
-from .space import SearchSpace
+from .space import Space
+from .table import ARCH_COLUMNS
 from .train import train
 from .version import __version__
 
@@ -47,9 +48,6 @@ __all__ = ['arch_space', 'draw_archs', 'read_archs', 'train_table']
 _logger = logging.getLogger(__name__)
 
 _FORMAT = 'timm-mixpath table'
-
-# Columns of a CSV file that archs are read from, the first that it has
-_ARCH_COLUMNS = ('arch', 'cell', 'ops')
 
 # Options that say where and how a training runs, not what comes out of it
 _HARMLESS = {
@@ -70,7 +68,7 @@ _SAMPLING_PATIENCE = 100_000  # draws without a new arch after which a space cou
 # ---- Archs ----------------------------------------------------------------------------------------------------------
 
 
-def arch_space(args: Namespace) -> SearchSpace:
+def arch_space(args: Namespace) -> Space:
     """Return the space of the sub-network model that training options describe.
 
     Raises:
@@ -138,7 +136,7 @@ def draw_archs(model: str, num_archs: int, *, seed: int = 0, m: int | None = Non
     raise AssertionError  # the count has no end
 
 
-def read_archs(path: str | os.PathLike, space: SearchSpace) -> list[str]:
+def read_archs(path: str | os.PathLike, space: Space) -> list[str]:
     """Read a list of archs.
 
     Args:
@@ -158,10 +156,10 @@ def read_archs(path: str | os.PathLike, space: SearchSpace) -> list[str]:
             if path.suffix.lower() == '.csv':
                 reader = csv.DictReader(f)
                 names = reader.fieldnames or []
-                column = next((name for name in _ARCH_COLUMNS if name in names), None)
+                column = next((name for name in ARCH_COLUMNS if name in names), None)
                 if column is None:
                     found = ', '.join(names) or 'none'
-                    raise UsageError(f'{str(path)!r} has no column {", ".join(_ARCH_COLUMNS)}; it has {found}')
+                    raise UsageError(f'{str(path)!r} has no column {", ".join(ARCH_COLUMNS)}; it has {found}')
                 lines = [(f'line {reader.line_num}', row[column] or '') for row in reader]
             else:
                 lines = [(f'line {number}', line.strip()) for number, line in enumerate(f, 1)]
@@ -173,7 +171,7 @@ def read_archs(path: str | os.PathLike, space: SearchSpace) -> list[str]:
     return _check_archs(lines, space, str(path))
 
 
-def _check_archs(lines: Iterable[tuple[str, str]], space: SearchSpace, source: str) -> list[str]:
+def _check_archs(lines: Iterable[tuple[str, str]], space: Space, source: str) -> list[str]:
     """Bring (where, text) into canonical text, each once."""
     archs: dict[str, str] = {}
     problems: list[str] = []
@@ -345,7 +343,7 @@ def _train(args: Namespace, table: '_Table', job: '_Job') -> dict[str, Any]:
         'train_loss': float(summary['train_loss']),
         'versions': {'timm_mixpath': __version__, 'timm': timm.__version__, 'torch': torch.__version__},
     }
-    _write(folder / 'result.json', json.dumps(result, indent=2, allow_nan=False) + '\n')
+    write_text(folder / 'result.json', json.dumps(result, indent=2, allow_nan=False) + '\n')
     return result
 
 
@@ -400,7 +398,7 @@ class _Table:
                 'another --table-dir'
             )
         content = dict(format=_FORMAT, data_dir=self.data_dir, options=self.options, seeds=self.seeds, archs=archs)
-        _write(path, json.dumps(content, indent=2) + '\n')
+        write_text(path, json.dumps(content, indent=2) + '\n')
         return archs
 
     def _merge(self, path: Path) -> list[str]:
@@ -460,7 +458,7 @@ class _Table:
         # has either seen all results, or finds the missing one then.
         jobs = sorted(self._jobs, key=lambda job: job.index)
         while (results := [result for result in map(self.result, jobs) if result is not None]) != written:
-            _write(self.path, _format(results))
+            write_text(self.path, _format(results))
             written = results
 
 
@@ -487,28 +485,15 @@ def _format(results: list[dict[str, Any]]) -> str:
     return text.getvalue()
 
 
-def _write(path: Path, content: str) -> None:
-    with write_atomic(path) as temporary, open(temporary, 'w', encoding='utf-8', newline='') as f:
-        f.write(content)
-        f.flush()
-        os.fsync(f.fileno())
-
-
 @contextmanager
 def _lock(folder: Path) -> Iterator[None]:
     """Refuse a second command on a table; the lock ends with the process."""
     with open(folder / '.lock', 'a') as file:
-        try:
-            import fcntl
-
-            # Of this kind a lock does not pass to the loaders' processes, which outlive a killed one for a moment
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except (BlockingIOError, PermissionError):
+        # The loaders' processes outlive a killed one for a moment, and must not keep the lock
+        if not lock_file(file, inherited=False):
             raise UsageError(
                 f'another command is working on {str(folder)!r}; wait for it, or choose another --table-dir'
-            ) from None
-        except (ImportError, OSError):  # Windows; a file system without locks
-            pass
+            )
         yield
 
 

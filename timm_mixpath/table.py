@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from .errors import UsageError, concise
 
 if TYPE_CHECKING:
-    from .space import SearchSpace
+    from .space import Space
 
 __all__ = ['MIN_ARCHS', 'AccuracyTable', 'LeftOut', 'read_table']
 
@@ -145,7 +145,7 @@ _UNKNOWN = 'an arch that is not in the space'
 
 def read_table(
     path: str | os.PathLike,
-    space: 'SearchSpace',
+    space: 'Space',
     *,
     arch_column: str | None = None,
     accuracy_column: str | None = None,
