@@ -176,6 +176,7 @@ def test_without_output_and_recalibration(
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_two_processes_rank_as_one(supernet_run: Path, table: Path, tmp_path: Path) -> None:
     words = ['rank', '--checkpoint', str(supernet_run / 'last.pth.tar'), '--table', str(table), '--num-archs', '11']
     words += ['--recalibration-images', '64', '--num-resamples', '10', '-j', '0', '--device', 'cpu']

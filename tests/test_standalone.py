@@ -192,6 +192,7 @@ def test_failed_training_does_not_stop_the_others(
     assert [row['arch'] for row in rows(tmp_path)] == ARCHS[:2]
 
 
+@pytest.mark.slow
 def test_processes_share_the_trainings(digits: Path, table: Path, tmp_path: Path) -> None:
     """torchrun: the same table as from one process, and a failure in one rank does not end the other."""
     (tmp_path / 'archs.txt').write_text('\n'.join(ARCHS))
