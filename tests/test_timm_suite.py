@@ -100,7 +100,7 @@ def test_timm_tests_of_the_small_models(timm_sdist: Path, tmp_path: Path) -> Non
 @pytest.mark.slow
 def test_timm_tests_of_every_model(timm_sdist: Path, tmp_path: Path) -> None:
     outcomes = run_timm_tests(timm_sdist, tmp_path, 'mixpath')
-    spaces = ('s1', 's2', 's3', 'nano')
+    spaces = ('s1', 's2', 's3', 'nano', 'nb101', 'nb201')
     names = {f'mixpath_{space}{suffix}' for space in spaces for suffix in ('', '_supernet')}
     assert set(outcomes) >= names | {'mixpath_a', 'mixpath_b', 'mixpath_c'}
     check(outcomes)

@@ -12,7 +12,15 @@ from typing import Any, ClassVar
 import torch
 import torch.nn as nn
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.layers import ConvNormAct, LayerType, create_classifier, create_conv2d, get_norm_act_layer, get_norm_layer
+from timm.layers import (
+    ConvNormAct,
+    LayerType,
+    create_classifier,
+    create_conv2d,
+    get_device_dtype,
+    get_norm_act_layer,
+    get_norm_layer,
+)
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from timm.models._efficientnet_builder import resolve_bn_args
 from timm.models._features import feature_take_indices
@@ -300,9 +308,10 @@ class CellNet(nn.Module):
             stages.append(nn.Sequential(*blocks))
             self.feature_info.append(dict(module=f'stages.{stage}', num_chs=chs, reduction=2**stage))
         self.stages = nn.ModuleList(stages)
-        self.num_features = self.head_hidden_size = in_chs
+        self.num_features = in_chs
         self.norm = self._make_final_norm(in_chs, **dd)
         self.global_pool, self.fc = create_classifier(in_chs, num_classes, pool_type=global_pool, **dd)
+        self.head_hidden_size = in_chs * self.global_pool.feat_mult()
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode='fan_out', nonlinearity='relu')
@@ -362,13 +371,15 @@ class CellNet(nn.Module):
         """Return the classifier."""
         return self.fc
 
-    def reset_classifier(self, num_classes: int, global_pool: str = 'avg') -> None:
-        """Replace the classifier, see timm."""
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        """Replace the classifier, and the pooling unless that is None, see timm."""
         self.num_classes = num_classes
-        reference = next(self.parameters())
-        self.global_pool, self.fc = create_classifier(
-            self.num_features, num_classes, pool_type=global_pool, device=reference.device, dtype=reference.dtype
-        )
+        pool_type = self.global_pool.pool_type if global_pool is None else global_pool
+        dd = get_device_dtype(self)
+        self.global_pool, self.fc = create_classifier(self.num_features, num_classes, pool_type=pool_type, **dd)
+        self.head_hidden_size = self.num_features * self.global_pool.feat_mult()
+        self.global_pool.train(self.training)
+        self.fc.train(self.training)
 
     def forward_intermediates(
         self,
