@@ -3,6 +3,7 @@
 import copy
 import csv
 import functools
+from collections import Counter
 
 import pytest
 import reference
@@ -159,7 +160,12 @@ def test_only_sampled_parameters_get_a_gradient(name):
         network = model.extract(model.sampled_arch)
         trained = {n.replace(f'.shadows.{i}', '') for i in range(4) for n, p in model.named_parameters()
                    if p.grad is not None and (f'.shadows.{i}' in n or '.shadows.' not in n)}  # fmt: skip
-        assert trained == dict(network.named_parameters()).keys()
+        if name == 'nb201':
+            assert trained == dict(network.named_parameters()).keys()
+        else:  # the nodes are placed at random, but what is trained is as much
+            sizes = {n: p.numel() for n, p in model.named_parameters() if p.grad is not None}
+            assert sum(sizes.values()) == num_params(network)
+            assert len(sizes) == len(list(network.parameters()))
         for module_name, sbn in model.named_modules():
             if isinstance(sbn, ShadowBatchNorm2d):
                 assert sum(bn.weight.grad is not None for bn in sbn.shadows) <= 1, module_name
@@ -177,6 +183,26 @@ def test_the_shadow_in_use_is_that_of_the_number_of_paths(name):
         expected = {f'node.norm.shadows.{len(model.sampled_arch.ops) - 2}.'}
     for buffer, count in used.items():
         assert count == any(part in buffer for part in expected), (buffer, model.sampled_arch)
+
+
+def test_parallel_nodes_are_placed_at_random_in_training():
+    model = make('nb101_supernet', width=4, num_cells=1).train()
+    again = make('nb101_supernet', width=4, num_cells=1).train()
+    counts = Counter()
+    for _ in range(400):
+        model._sample()
+        again._sample()
+        cell = model._cells[0]
+        assert cell.node.active == again._cells[0].node.active
+        assert sorted(p.rpartition('_')[0].replace('_', '-') for p in cell.node.active) == sorted(
+            model.sampled_arch.ops[:-1]
+        )
+        assert [int(p[-1]) for p in cell.node.active] == list(cell.active_nodes)
+        counts.update(cell.node.active)
+    # k is 2.5 on average, so each of the 12 paths is active in 2.5 / 12 of the steps
+    assert len(counts) == 12 and all(abs(n - 83) < 5 * 83**0.5 for n in counts.values())
+    model.eval()
+    assert model._cells[0].active_nodes == tuple(range(len(model.active_arch.ops) - 1))
 
 
 def test_a_cell_that_nothing_gets_through_is_a_constant():
@@ -256,7 +282,7 @@ def test_training_steps(name):
         optimizer.zero_grad()
         assert all(torch.equal(p, before[n]) for n, p in model.named_parameters() if n not in moved)
         losses.append(loss.item())
-    assert sum(losses[-10:]) < 0.8 * sum(losses[:10])
+    assert sum(losses[-10:]) < 0.92 * sum(losses[:10])
 
 
 @pytest.mark.parametrize('name', SPACES)
@@ -357,6 +383,9 @@ def test_features_and_classifier(name):
         last, intermediates = model.forward_intermediates(x, norm=True)
         torch.testing.assert_close(last, intermediates[-1])
         torch.testing.assert_close(model.forward_head(last), model(x))
+        pruned = copy.deepcopy(model)
+        pruned.prune_intermediate_layers([0])
+        assert pruned(images()).shape == (2, width, 16, 16)
         model.reset_classifier(7)
         assert model(x).shape == (2, 7)
         model.reset_classifier(0)
@@ -367,6 +396,10 @@ def test_features_and_classifier(name):
 def test_script_and_export_of_networks(name):
     model = supernet(name).extract()
     scripted = torch.jit.script(model)
+    features = make(name, features_only=True, out_indices=(0, 1)).eval()
+    with torch.no_grad():
+        for a, b in zip(torch.jit.script(features)(images()), features(images())):
+            torch.testing.assert_close(a, b)
     exported = torch.export.export(model, (images(),)).module()
     with torch.no_grad():
         torch.testing.assert_close(scripted(images()), model(images()))
@@ -381,6 +414,8 @@ def test_a_checkpointed_pass_is_equal(name):
         model.set_grad_checkpointing(enable)
         model(images()).sum().backward()
         grads.append({n: p.grad for n, p in model.named_parameters() if p.grad is not None})
+        passes = [int(b) for n, b in model.named_buffers() if n.startswith('stages') and 'num_batches_tracked' in n]
+        assert set(passes) == {0, 2 if enable else 1}  # recomputed, or not
     assert grads[0].keys() == grads[1].keys()
     for n, grad in grads[0].items():
         torch.testing.assert_close(grads[1][n], grad, msg=n)
@@ -395,6 +430,7 @@ def test_a_checkpointed_pass_is_equal(name):
         (dict(sampling='random'), "unknown sampling 'random', known are paths, uniform, fair"),
         (dict(arch='k3_e6'), 'looks like'),
         (dict(m=9), 'm=9 is out of range for space'),
+        (dict(norm_layer='groupnorm1'), 'norm_layer is no batch norm and has no shadows'),
     ],
 )
 @pytest.mark.parametrize('name', SPACES)

@@ -1,10 +1,13 @@
 """Networks and supernets of the benchmark cell spaces, NAS-Bench-201 and MixPath's sub-space of NAS-Bench-101.
 
-With `sum_norm='none'`, the default of the stand-alone networks, they are what the benchmarks trained. The supernets add
-what MixPath adds: a batch norm behind every sum of paths, one per number of active paths (SBN). Where exactly it stands
-in these cells is a reconstruction: the released code of MixPath builds it for NAS-Bench-101, but never applies it.
+With `sum_norm='none'`, the default of the stand-alone networks, they have the layers and parameters of the benchmarks'
+networks; initialisation and training are timm's. The supernets add what MixPath adds: a batch norm behind every sum of
+paths, one per number of active paths (SBN). Where exactly it stands in these cells is a reconstruction: the released
+code of MixPath builds it for NAS-Bench-101, but never applies it.
 """
 
+import random
+from collections.abc import Sequence
 from contextlib import nullcontext
 from functools import partial
 from typing import Any, ClassVar
@@ -30,6 +33,7 @@ from .blocks import fold_bn, sum_paths
 from .layers import ShadowBatchNorm2d
 from .nasbench import CellArch, CellSpace
 from .pretrained import add_weights, check_state_dict, locate_weights, readable
+from .sampling import shuffled
 from .space import get_space
 from .supernet import Supernet
 
@@ -123,7 +127,7 @@ class ChoiceNode(CellNode):
         self.active = tuple(paths)[:1]
 
     def forward(self, xs: list[torch.Tensor | None]) -> torch.Tensor | None:
-        """Outputs of the nodes so far, each [B, C, H, W] -> [B, C, H, W]; None stands for a node without paths."""
+        """Outputs of the sources, each [B, C, H, W] -> [B, C, H, W]; None stands for one that has none."""
         if not self.active:
             return None
         x = sum_paths([self.paths[name](xs) for name in self.active])
@@ -216,14 +220,20 @@ class NB101Cell(nn.Module):
 
 
 class NB101ChoiceCell(NB101Cell):
-    """Cell of a NAS-Bench-101 supernet; `active` is the operation behind the sum."""
+    """Cell of a NAS-Bench-101 supernet.
+
+    Attributes:
+        active: The operation behind the sum.
+        active_nodes: The parallel nodes that the active paths are in.
+    """
 
     active: str
+    active_nodes: tuple[int, ...]
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[B, C_in, H, W] -> [B, C, H, W]."""
-        num_paths = len(self.node.active)  # the paths of an arch are in the first nodes
-        return self.behind[self.active](self.node([projection(x) for projection in self.projections[:num_paths]]))
+        xs = [p(x) if i in self.active_nodes else None for i, p in enumerate(self.projections)]
+        return self.behind[self.active](self.node(xs))
 
     def path_outputs(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
         """Return the output of every candidate path in front of the sum, active or not.
@@ -342,6 +352,10 @@ class CellNet(nn.Module):
     def _make_node(self, paths: dict[str, CellPath], chs: int, max_paths: int, **dd) -> CellNode:
         """Make a node with `sum_norm` behind it; `max_paths` of its paths may be active at once."""
         if self.sum_norm == 'sbn':
+            if not issubclass(getattr(self._norm_layer, 'func', self._norm_layer), nn.BatchNorm2d):
+                raise ValueError(
+                    'norm_layer is no batch norm and has no shadows; use a batch norm, or another sum_norm'
+                )
             norm = ShadowBatchNorm2d(chs, max_paths, **self._bn_kwargs(), **dd)
         elif self.sum_norm == 'bn':
             norm = self._norm_layer(chs, **dd)
@@ -392,11 +406,14 @@ class CellNet(nn.Module):
     ) -> list[torch.Tensor] | tuple[torch.Tensor, list[torch.Tensor]]:
         """Return the outputs of stages, and the final features unless `intermediates_only`, see timm."""
         if output_fmt != 'NCHW':
-            raise ValueError(f'output_fmt {output_fmt!r} is not NCHW')
+            raise ValueError(f'output_fmt {output_fmt} is not NCHW')
         intermediates: list[torch.Tensor] = []
         take_indices, max_index = feature_take_indices(len(self.stages), indices)
         x = self.stem(x)
-        stages = self.stages[: max_index + 1] if stop_early and not torch.jit.is_scripting() else self.stages
+        if torch.jit.is_scripting() or not stop_early:  # noqa: SIM108, TorchScript can not slice
+            stages = self.stages
+        else:
+            stages = self.stages[: max_index + 1]
         last = len(self.stages) - 1
         for index, stage in enumerate(stages):
             if self.grad_checkpointing and not torch.jit.is_scripting():  # noqa: SIM108, TorchScript wants the statement
@@ -416,9 +433,9 @@ class CellNet(nn.Module):
     ) -> list[int]:
         """Remove what is not needed for these stages, see timm."""
         take_indices, max_index = feature_take_indices(len(self.stages), indices)
-        self.stages = self.stages[: max_index + 1]
-        if prune_norm:
+        if prune_norm or max_index < len(self.stages) - 1:  # the norm is as wide as the last stage
             self.norm = nn.Identity()
+        self.stages = self.stages[: max_index + 1]
         if prune_head:
             self.reset_classifier(0, '')
         return take_indices
@@ -576,6 +593,12 @@ class CellSupernet(Supernet):
         """Return the cells by module name."""
         return {name: module for name, module in self.named_modules() if isinstance(module, (NB101Cell, NB201Cell))}
 
+    def prune_intermediate_layers(self, *args: Any, **kwargs: Any) -> list[int]:
+        """See `CellNet`."""
+        take_indices = super().prune_intermediate_layers(*args, **kwargs)
+        self._cells = list(self.get_cells().values())
+        return take_indices
+
     def cell_parts(self, arch: CellArch | str) -> list[str]:
         """Return the names of the modules of a cell that are part of the sub-network of an arch."""
         raise NotImplementedError
@@ -630,7 +653,11 @@ class NB201Supernet(CellSupernet, NB201Net):
 
 
 class NB101Supernet(CellSupernet, NB101Net):
-    """Supernet of the NAS-Bench-101 sub-space. See `CellSupernet` for arguments."""
+    """Supernet of the NAS-Bench-101 sub-space. See `CellSupernet` for arguments.
+
+    The parallel nodes of an arch are interchangeable. In training they are put on random nodes of the supernet, as the
+    released code of MixPath draws them, so that all weights are trained alike; `active_arch` takes the first nodes.
+    """
 
     _node_cls = ChoiceNode
 
@@ -638,10 +665,19 @@ class NB101Supernet(CellSupernet, NB101Net):
         return [self.space.OPS] * self.space.max_paths, self.space.OPS
 
     def _activate(self, arch: CellArch) -> None:
+        self._place(arch, range(len(arch.ops) - 1))
+
+    def _sample(self) -> None:
+        draw = random.Random(f'{self.seed}/{self._step}/nodes').random
+        super()._sample()
+        self._place(self.sampled_arch, shuffled(range(self.space.max_paths), draw))
+
+    def _place(self, arch: CellArch, nodes: Sequence[int]) -> None:
+        """Activate an arch with its parallel operations on the first of these nodes."""
         *parallel, behind = arch.ops
-        active = tuple(path_name(op, i) for i, op in enumerate(parallel))
+        active = tuple(path_name(op, node) for op, node in zip(parallel, nodes))
         for cell in self._cells:
-            cell.node.active, cell.active = active, behind
+            cell.node.active, cell.active, cell.active_nodes = active, behind, tuple(nodes[: len(parallel)])
 
     def cell_parts(self, arch: CellArch | str) -> list[str]:
         *parallel, behind = self.space.arch(arch).ops
