@@ -21,6 +21,7 @@ from timm_mixpath import ShadowBatchNorm2d, SupernetTask, cli, get_space, sample
 from timm_mixpath.checkpoint import load_model
 from timm_mixpath.cost import cost_table, count_macs
 from timm_mixpath.evaluate import recalibrate_bn
+from timm_mixpath.hub import write_repo
 from timm_mixpath.stats import path_statistics
 from timm_mixpath.train import train
 
@@ -28,6 +29,12 @@ SMALL = {'nb201': dict(width=4, num_cells=2), 'nb101': dict(width=8, num_cells=2
 SPACES = list(SMALL)
 ALL_3X3 = '|nor_conv_3x3~0|+|nor_conv_3x3~0|nor_conv_3x3~1|+|nor_conv_3x3~0|nor_conv_3x3~1|nor_conv_3x3~2|'
 ALL_SKIP = ALL_3X3.replace('nor_conv_3x3', 'skip_connect')
+NB101_PARAMS = {  # some of the benchmark
+    'input|maxpool3x3|maxpool3x3|output': 882_570,
+    'input|conv1x1-bn-relu|conv3x3-bn-relu|output': 11_215_242,
+    'input|conv3x3-bn-relu|conv3x3-bn-relu|conv1x1-bn-relu|output': 21_384_074,
+    'input|conv1x1-bn-relu|maxpool3x3|maxpool3x3|output': 2_793_866,
+}
 NONE = ALL_3X3.replace('nor_conv_3x3', 'none')
 
 
@@ -51,6 +58,8 @@ def num_params(model: nn.Module) -> int:
 
 
 def test_parameters_are_those_of_nas_bench_101():
+    for arch, params in NB101_PARAMS.items():
+        assert num_params(timm.create_model('mixpath_nb101', arch=arch, device='meta')) == params
     for row in rows('nb101_multipath.csv'):
         assert num_params(timm.create_model('mixpath_nb101', arch=row['ops'], device='meta')) == int(row['params'])
 
@@ -337,13 +346,18 @@ def test_from_training_to_ranking(name, digits, tmp_path):
     ranked = list(csv.DictReader((tmp_path / 'r' / 'ranking.csv').read_text().splitlines()))
     assert sorted(row['arch'] for row in ranked) == sorted(archs)
 
-    search = ['search', '--checkpoint', checkpoint, '--output', str(tmp_path / 's'), '--algorithm', 'random']
-    assert cli.main([*search, '--population', '4', '--generations', '0', '-j', '0']) == 0
+    search = ['search', '--checkpoint', checkpoint, '--output', str(tmp_path / 's'), '--population', '6']
+    assert cli.main([*search, '--offspring', '4', '--generations', '2', '-j', '0']) == 0
     found = list(csv.DictReader((tmp_path / 's' / 'front.csv').read_text().splitlines()))
     export = ['export', '--checkpoint', checkpoint, '--arch', found[0]['arch'], '--output', str(tmp_path / 'm')]
     assert cli.main(export) == 0
     model = timm.create_model(f'local-dir:{tmp_path / "m"}', pretrained=True).eval()
     assert (model.arch, num_params(model)) == (found[0]['arch'], int(found[0]['params']))
+    for source, text in ((checkpoint, 'paths per sum'), (str(tmp_path / 'm'), str(model.arch))):
+        folder = tmp_path / f'repo-{len(text)}'
+        assert 'README.md' in write_repo(source, f'me/mixpath_{name}', folder)
+        card = (folder / 'README.md').read_text()
+        assert text in card and f'Three stages of 2 cells, {SMALL[name]["width"]} channels' in card
     supernet = load_model(checkpoint).model
     supernet.active_arch = model.arch
     with torch.no_grad():

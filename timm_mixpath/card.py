@@ -153,7 +153,7 @@ def _number(text: str | None) -> float | None:
         return None
 
 
-def read_search(folder: Path, model: MixPath, weights_sha256: str) -> SearchRecord:
+def read_search(folder: Path, model: MixPath | CellNet, weights_sha256: str) -> SearchRecord:
     """Read the output folder of the search that found a model, or that searched a supernet.
 
     Args:
@@ -262,7 +262,9 @@ def _dataset_id(training: TrainingRecord | None) -> str | None:
     return name if kind in ('hfds', 'hfids') and name else None
 
 
-def _what(model: MixPath, loaded: LoadedModel, training: TrainingRecord | None, dataset_name: str | None) -> str:
+def _what(
+    model: MixPath | CellNet, loaded: LoadedModel, training: TrainingRecord | None, dataset_name: str | None
+) -> str:
     architecture = model.pretrained_cfg['architecture']
     size = _size(loaded)
     on = f' on {dataset_name}' if dataset_name else ''
@@ -275,7 +277,7 @@ def _what(model: MixPath, loaded: LoadedModel, training: TrainingRecord | None, 
             bn = 'no norm behind the sum of paths'
         return (
             f'A one-shot supernet (`{architecture}`) that holds all {model.space.size:.3g} networks of search space '
-            f'`{model.space.name}` with up to m = {model.space.max_paths} paths per block, with {bn}, after '
+            f'`{model.space.name}` with up to m = {model.space.max_paths} paths per sum, with {bn}, after '
             f'[MixPath]({_PAPER}).{" Trained" + on + "." if training and on else ""} It is made to be searched, '
             f'not to classify images as it is. {model.num_classes} classes, images of {size}.'
         )
@@ -286,7 +288,7 @@ def _what(model: MixPath, loaded: LoadedModel, training: TrainingRecord | None, 
     )
 
 
-def _notes(model: MixPath) -> str:
+def _notes(model: MixPath | CellNet) -> str:
     architecture = model.pretrained_cfg['architecture']
     notes = []
     if architecture in _RECONSTRUCTIONS:
@@ -302,7 +304,7 @@ def _notes(model: MixPath) -> str:
     return '\n\n'.join(note for note in notes if note)
 
 
-def _usage(model: MixPath, source: str, training: TrainingRecord | None) -> str:
+def _usage(model: MixPath | CellNet, source: str, training: TrainingRecord | None) -> str:
     lines = ['import timm_mixpath  # registers the models with timm', 'import timm', '']
     if model.space.name not in BUILTIN_SPACES:  # repr of a dataclass is the expression that makes it
         lines[0] = 'import timm_mixpath'
@@ -335,7 +337,7 @@ def _usage(model: MixPath, source: str, training: TrainingRecord | None) -> str:
     return '```python\n' + '\n'.join(lines) + '\n```'
 
 
-def _architecture(model: MixPath, loaded: LoadedModel) -> str:
+def _architecture(model: MixPath | CellNet, loaded: LoadedModel) -> str:
     params = sum(p.numel() for p in model.parameters())
     rows = []
     if isinstance(model, Supernet):
@@ -369,7 +371,7 @@ def _cells(model: CellNet) -> str:
     )
 
 
-def _results(model: MixPath, training: TrainingRecord, dataset_name: str | None) -> str:
+def _results(model: MixPath | CellNet, training: TrainingRecord, dataset_name: str | None) -> str:
     split = f'split `{training.args.val_split}`' + (f' of {dataset_name}' if dataset_name else '')
     names = {'top1': 'top-1 (%)', 'top5': 'top-5 (%)', 'loss': 'cross-entropy'}
     metrics = {names[name]: f'{value:.2f}' for name, value in training.metrics.items()}
@@ -479,7 +481,7 @@ def _search(searched: SearchRecord) -> str:
     return text
 
 
-def _limits(model: MixPath, loaded: LoadedModel, training: TrainingRecord | None) -> str:
+def _limits(model: MixPath | CellNet, loaded: LoadedModel, training: TrainingRecord | None) -> str:
     text = (
         f'It knows the {model.num_classes} classes that it was trained on and images of {_size(loaded)} as they were '
         'prepared for the training. Its robustness, its calibration and its behaviour on other images have not been '

@@ -52,7 +52,7 @@ class CachedLoader:
 
     Args:
         dataset: Map-style data set; an image takes C * 1.25 * H * 1.25 * W bytes.
-        data_config: See `timm.data.resolve_data_config`; images are resized to its input size, uncropped.
+        data_config: See `timm.data.resolve_data_config`; images are resized to its input size; of those that are not square the middle is taken.
         batch_size: Images per batch; an incomplete last one is dropped.
         device: Where the batches go.
         hflip: Probability of a flip.
@@ -127,7 +127,7 @@ class CachedLoader:
         """Give batches of normalised images [B, C, H, W], in the channels-last format, and class indices [B]."""
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self._epoch)
         order = torch.randperm(len(self._targets), generator=generator)  # the same in all ranks
-        generator.manual_seed((self.seed * 1_000_003 + self._epoch) * 65_537 + self.rank)
+        generator.manual_seed(((self.seed * 1_000_003 + self._epoch) * 65_537 + self.rank) % 2**63)
         order = order[self.rank :: self.world_size]
         _, height, width = self._size
         rows, cols = torch.arange(height), torch.arange(width)

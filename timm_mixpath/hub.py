@@ -13,6 +13,7 @@ from huggingface_hub.utils import HFValidationError, validate_repo_id
 from timm.models import save_for_hf
 
 from .card import PLOT, CardDetails, make_card, read_search, read_training
+from .cellnet import CellNet
 from .checkpoint import LoadedModel, load_model
 from .data import HOLDOUT_SPLIT, class_names, open_dataset
 from .errors import RunError, UsageError
@@ -78,7 +79,7 @@ def write_repo(
     details = details or CardDetails()
     loaded = load_model(checkpoint)
     model = loaded.model
-    if not isinstance(model, MixPath):
+    if not isinstance(model, (MixPath, CellNet)):
         raise UsageError(
             f'{str(checkpoint)!r} holds {type(model).__name__}, which is not of timm-mixpath; publish it with '
             'timm.models.push_to_hf_hub'

@@ -360,8 +360,11 @@ def register_space(space: SearchSpace) -> None:
         space: The space. Registering an equal one again does nothing.
 
     Raises:
-        ValueError: A different space or a model of that name exists, or the name can't be part of a model name.
+        ValueError: A different space or a model of that name exists, the name can't be part of a model name, or it is
+            not a `SearchSpace`: the benchmarks' spaces of cells are registered as they are.
     """
+    if not isinstance(space, SearchSpace):
+        raise ValueError(f'{space!r} is no SearchSpace, no other spaces can be registered')
     if not re.fullmatch('[a-z][a-z0-9_]*', space.name) or space.name.endswith('_supernet'):
         raise ValueError(
             f'space name {space.name!r} must be made of lower case letters, digits and _, and not end in _supernet: '

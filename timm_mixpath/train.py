@@ -38,7 +38,6 @@ from timm.task import (
 from timm.utils.summary import trim_summary
 from torch import nn
 
-from .arch import Arch
 from .checkpoint import AtomicCheckpointSaver, create_model, read_checkpoint, resolve_data
 from .data import HOLDOUT_SPLIT, CachedLoader, hold_out, open_dataset, read
 from .device import init_device
@@ -103,7 +102,7 @@ def _plain(args: Namespace) -> None:
             setattr(args, key, str(value))
     if args.data_dir:
         args.data_dir = os.path.abspath(args.data_dir)  # a later search may start from another folder
-    args.model_kwargs = {k: str(v) if isinstance(v, Arch) else v for k, v in args.model_kwargs.items()}
+    args.model_kwargs = {k: str(v) if isinstance(v, str) else v for k, v in args.model_kwargs.items()}
 
 
 def _init_head(model: nn.Module, args: Namespace) -> None:

@@ -8,8 +8,9 @@
 #
 #   recipes/ranking/run.sh tables output/ranking 2 --dataset torch/cifar10 --dataset-download --data-dir data
 set -euo pipefail
+: "${2:?usage: run.sh TABLES OUTPUT [PROCESSES] [DATA OPTIONS]}"
 export TABLES=$1 OUTPUT=$2 PROCESSES=${3:-1}
-shift 3
+shift $(($# < 3 ? $# : 3))
 export DATA="$*" RECIPES
 RECIPES=$(cd "$(dirname "$0")/.." && pwd)
 export OMP_NUM_THREADS=1

@@ -54,7 +54,9 @@ def read_losses(log: Path) -> list[float]:
 
 
 def interval(statistic: dict[str, float]) -> str:
-    """Value and bootstrap interval."""
+    """Value and bootstrap interval; an undefined value is null in ranking.json."""
+    if None in statistic.values():
+        return 'undefined'
     return f'{statistic["value"]:.2f} [{statistic["low"]:.2f}, {statistic["high"]:.2f}]'
 
 
@@ -71,7 +73,7 @@ def write_csv(runs: list[dict[str, Any]], path: Path) -> None:
                 for part, values in parts.items():
                     row = [run['space'], run['norm'], run['sampling'], run['seed'], score, part, values['n']]
                     for name in ('kendall_tau', 'spearman_rho', 'regret'):
-                        row += [round(values[name][k], 4) for k in ('value', 'low', 'high')]
+                        row += [values[name][k] and round(values[name][k], 4) for k in ('value', 'low', 'high')]
                     overlap = ' '.join(f'{k}:{round(v["value"], 3)}' for k, v in values['top_k_overlap'].items())
                     top1 = run['top1'].get({'trained': 'top1', 'recalibrated': 'top1_recalibrated'}.get(score))
                     writer.writerow([*row, overlap, top1 and round(top1, 2), run['losses'][-1]])
