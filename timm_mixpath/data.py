@@ -14,7 +14,7 @@ from torch.utils.data import Dataset, IterableDataset
 
 from .errors import RunError, UsageError, concise
 
-__all__ = ['HOLDOUT_SPLIT', 'Subset', 'class_names', 'hold_out', 'open_dataset', 'read', 'targets']
+__all__ = ['HOLDOUT_SPLIT', 'CachedLoader', 'Subset', 'class_names', 'hold_out', 'open_dataset', 'read', 'targets']
 
 # Name under which the held-out training images are a split to validate on
 HOLDOUT_SPLIT = 'search-holdout'
@@ -52,7 +52,8 @@ class CachedLoader:
 
     Args:
         dataset: Map-style data set; an image takes C * 1.25 * H * 1.25 * W bytes.
-        data_config: See `timm.data.resolve_data_config`; images are resized to its input size; of those that are not square the middle is taken.
+        data_config: See `timm.data.resolve_data_config`. Images are resized to its input size; of those that are not
+            square the middle is taken.
         batch_size: Images per batch; an incomplete last one is dropped.
         device: Where the batches go.
         hflip: Probability of a flip.

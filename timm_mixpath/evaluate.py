@@ -135,8 +135,8 @@ def recalibrate_bn(supernet: Supernet, arch: Arch | str, batches: Batches) -> It
 class SupernetEvaluator:
     """Scores archs with a supernet's weights, on images that stay in memory.
 
-    Without recalibration the batch norms are folded into the convolutions once, for all archs: shadow batch norms behind
-    a projection become one projection per number of paths.
+    Without recalibration the batch norms are folded into the convolutions once, for all archs: shadow batch norms
+    behind a projection become one projection per number of paths.
 
     Args:
         supernet: Trained supernet; it is copied where folding changes it.
