@@ -30,7 +30,7 @@ from .checkpoint import load_model
 from .device import init_device
 from .errors import RunError, UsageError
 from .evaluate import Batches, load_batches
-from .files import make_output_dir, write_atomic
+from .files import make_output_dir, write_text
 from .layers import ShadowBatchNorm2d
 from .pipeline import SearchData, open_search_split
 from .plots import plot_stats
@@ -518,7 +518,7 @@ def write_stats_json(result: StatsResult, path: str | os.PathLike) -> None:
         sites=[dict(asdict(s), cosine_mean=s.cosine_mean, cosine_min=s.cosine_min) for s in result.sites],
         shadows=[dict(asdict(s), mean_ratio=s.mean_ratio, var_ratio=s.var_ratio) for s in result.shadows],
     )
-    _write(path, json.dumps(_without_nan(content), indent=2, allow_nan=False) + '\n')
+    write_text(path, json.dumps(_without_nan(content), indent=2, allow_nan=False) + '\n')
 
 
 def write_stats_csv(result: StatsResult, path: str | os.PathLike) -> None:
@@ -545,12 +545,7 @@ def write_stats_csv(result: StatsResult, path: str | os.PathLike) -> None:
     writer = csv.DictWriter(text, names, restval='', lineterminator='\n')
     writer.writeheader()
     writer.writerows({k: '' if v != v else v for k, v in row.items()} for row in rows)
-    _write(path, text.getvalue())
-
-
-def _write(path: str | os.PathLike, text: str) -> None:
-    with write_atomic(path) as temporary:
-        temporary.write_text(text, encoding='utf-8')
+    write_text(path, text.getvalue())
 
 
 def _without_nan(value: Any) -> Any:
