@@ -242,7 +242,7 @@ def path_statistics(
         ]
         try:
             for step in range(num_archs):
-                supernet.active_arch = sample(supernet.space, seed=seed, step=step)
+                supernet.active_arch = sample(supernet.space, seed=seed, step=step, strategy=supernet.sampling)
                 for x, _ in batches:
                     supernet(x)
                 for site in sites.values():
