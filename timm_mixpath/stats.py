@@ -472,6 +472,8 @@ def stats_checkpoint(
         # features of images that were trained on are features all the same
         images, _, source = open_search_split(loaded, data, warn=False)
         batches = load_batches(
+    Under torchrun every rank computes all of them, and only the first one writes.
+
             images,
             loaded.data_config,
             device=process.device,
@@ -490,7 +492,7 @@ def stats_checkpoint(
     finally:
         if process.distributed:
             dist.destroy_process_group()
-    if output is not None:
+    if output is not None and process.rank == 0:
         write_stats_json(result, output / 'stats.json')
         write_stats_csv(result, output / 'stats.csv')
         try:
