@@ -328,6 +328,7 @@ def test_statistics_of_paths(name):
     else:
         expected = [(f'{cell}.nodes.{i}', 4 * (i + 1), i + 1) for cell in cells for i in range(3)]
         assert [(s.name, len(s.paths), len(s.mean_ratio)) for s in sites] == expected
+        assert [len(s.pairs) for s in sites] == [0, 16, 48] * len(cells)  # not of operations on one edge
     assert all(-1 <= s.cosine_mean <= 1 and s.var_ratio[0] == pytest.approx(1) for s in sites)
 
 

@@ -3,8 +3,10 @@
 import csv
 import json
 import math
+import re
+from argparse import Namespace
 from collections.abc import Iterator
-from itertools import combinations
+from itertools import combinations, product
 from pathlib import Path
 
 import pytest
@@ -15,8 +17,9 @@ from reference import perturb
 from timm.utils import reparameterize_model
 from torch import nn
 
-from timm_mixpath import BlockSpec, MixPathSupernet, SearchSpace, sample
+from timm_mixpath import BlockSpec, MixPathSupernet, SearchSpace, cli, sample
 from timm_mixpath.blocks import ActivePathSum
+from timm_mixpath.cellnet import CellSupernet, NB101ChoiceCell, NB201ChoiceNode
 from timm_mixpath.data import open_dataset
 from timm_mixpath.errors import RunError, UsageError
 from timm_mixpath.evaluate import Batches, load_batches
@@ -27,6 +30,7 @@ from timm_mixpath.stats import (
     StatsResult,
     SumSite,
     _Site,
+    _sum_norm,
     format_stats,
     path_statistics,
     shadow_statistics,
@@ -71,9 +75,8 @@ def make_supernet(space: SearchSpace, **kwargs) -> MixPathSupernet:
 
 def result_of(supernet: MixPathSupernet, batches: Batches) -> StatsResult:
     space = supernet.space
-    return StatsResult(
-        space.name, space.max_paths, 40, path_statistics(supernet, batches), shadow_statistics(supernet), {}
-    )
+    sites, shadows = path_statistics(supernet, batches), shadow_statistics(supernet)
+    return StatsResult(space.name, space.max_paths, 40, sites, shadows, {}, _sum_norm(supernet))
 
 
 def make_equal(supernet: MixPathSupernet) -> None:
@@ -86,14 +89,50 @@ def make_equal(supernet: MixPathSupernet) -> None:
                 path.bn.load_state_dict(first.bn.state_dict())
 
 
-def plain_statistics(supernet: MixPathSupernet, batches: Batches) -> dict[str, dict]:
-    """Slow reference: keep the features of every path, and sum every set of them."""
+def make_cell_supernet(name: str, **kwargs) -> CellSupernet:
+    torch.manual_seed(0)
+    model = timm.create_model(f'mixpath_{name}_supernet', width=4, num_cells=1, num_classes=10, **kwargs)
+    return perturb(model).eval()
+
+
+def is_sum(module: nn.Module) -> bool:
+    return isinstance(module, ActivePathSum | NB201ChoiceNode | NB101ChoiceCell)
+
+
+def features_of(module: nn.Module, inputs: list) -> dict[str, torch.Tensor]:
+    """Outputs of all paths of a sum for all images, nothing if it has not all inputs."""
+    if isinstance(module, ActivePathSum):
+        return {name: path(torch.cat(inputs)) for name, path in module.items()}
+    if isinstance(module, NB101ChoiceCell):
+        xs, paths = [projection(torch.cat(inputs)) for projection in module.projections], module.node.paths
+    elif any(x is None for xs in inputs for x in xs):
+        return {}
+    else:
+        xs, paths = [torch.cat(batches) for batches in zip(*inputs, strict=True)], module.paths
+    return {name: path.op(xs[int(name[-1])]) for name, path in paths.items()}
+
+
+def can_be_summed(module: nn.Module, names: tuple[str, ...]) -> bool:
+    """Paths of a cell end in the node that they come from, of which each gives one."""
+    if isinstance(module, ActivePathSum):
+        return True
+    nodes = [int(name[-1]) for name in names]
+    if isinstance(module, NB201ChoiceNode):
+        return len(set(nodes)) == len(nodes)
+    ops = [name[:-2] for name in names]  # by luck the order of the operations is the alphabet's
+    return nodes == list(range(len(nodes))) and ops == sorted(ops)
+
+
+def plain_statistics(supernet: nn.Module, batches: Batches) -> dict[str, dict]:
+    """Slow reference: keep the features of every path, and sum every set of them that can be summed."""
     found: dict[str, list[dict]] = {}  # values per arch, by sum
     inputs: dict[str, list[torch.Tensor]] = {}
-    names = [name for name, module in supernet.named_modules() if isinstance(module, ActivePathSum)]
+    names = [name for name, module in supernet.named_modules() if is_sum(module)]
     for name in names:
         supernet.get_submodule(name).register_forward_hook(
-            lambda _, args, __, name=name: inputs.setdefault(name, []).append(args[0])
+            lambda _, args, __, name=name: inputs.setdefault(name, []).append(
+                list(args[0]) if isinstance(args[0], list) else args[0]  # the cell appends to its list
+            )
         )
     step = -1
     while any(len(found.get(name, [])) < 3 for name in names):
@@ -104,18 +143,38 @@ def plain_statistics(supernet: MixPathSupernet, batches: Batches) -> dict[str, d
             for x, _ in batches:
                 supernet(x)
             for name, xs in inputs.items():
-                features = [path(torch.cat(xs)) for path in supernet.get_submodule(name).values()]
-                flat = [f.flatten(1) for f in features]
+                module = supernet.get_submodule(name)
+                features = features_of(module, xs)
+                if not features:
+                    continue
+                flat = [f.flatten(1) for f in features.values()]
                 values = {'cosine': torch.tensor([[F.cosine_similarity(a, b).mean() for b in flat] for a in flat])}
                 for k in range(1, supernet.space.max_paths + 1):
-                    sums = [sum(subset) for subset in combinations(features, k)]
-                    values[f'mean {k}'] = torch.stack([s.mean((0, 2, 3)).square().sum() for s in sums]).mean()
-                    values[f'var {k}'] = torch.stack([s.var((0, 2, 3), unbiased=False).sum() for s in sums]).mean()
+                    sets = [s for s in combinations(features, k) if can_be_summed(module, s)]
+                    if sets:
+                        of_sums = moments([sum(features[name] for name in s) for s in sets])
+                        of_one = moments([features[name] for s in sets for name in s])
+                        values.update({f'mean {k}': of_sums[0], f'var {k}': of_sums[1]})
+                        values.update({f'mean of one of {k}': of_one[0], f'var of one of {k}': of_one[1]})
                 found.setdefault(name, []).append(values)
     return {
         name: {key: torch.stack([v[key] for v in values]).mean(0) for key in values[0]}
         for name, values in found.items()
     }
+
+
+def moments(features: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Squared norm of the mean over images and positions, and total variance; mean over the features."""
+    means = torch.stack([f.mean((0, 2, 3)).square().sum() for f in features])
+    variances = torch.stack([f.var((0, 2, 3), unbiased=False).sum() for f in features])
+    return means.mean(), variances.mean()
+
+
+def assert_ratios_are_those_of(site: PathStatistics, found: dict[str, torch.Tensor]) -> None:
+    ks = range(1, sum(key.startswith('var of one') for key in found) + 1)
+    for kind, ratios in (('mean', [v**2 for v in site.mean_ratio]), ('var', site.var_ratio)):
+        expected = [(found[f'{kind} {k}'] / found[f'{kind} of one of {k}']).item() for k in ks]
+        assert ratios == pytest.approx(expected, rel=1e-9)
 
 
 @pytest.mark.parametrize(('space', 'sbn'), [(SUMS, True), (GROUPS, True), (GROUPS, False), (FULL, False)])
@@ -130,10 +189,66 @@ def test_statistics_are_those_of_sums_that_are_made(space: SearchSpace, sbn: boo
         assert site.num_images == 40 and site.num_archs >= 3 and site.paths == tuple(supernet.get_submodule(site.name))
         torch.testing.assert_close(torch.tensor(site.cosine), found['cosine'].float(), rtol=1e-5, atol=1e-6)
         assert len(site.mean_ratio) == len(site.var_ratio) == space.max_paths
-        for k in range(1, space.max_paths + 1):
-            mean = (found[f'mean {k}'] / found['mean 1']).sqrt().item()
-            assert site.mean_ratio[k - 1] == pytest.approx(mean, rel=1e-9)
-            assert site.var_ratio[k - 1] == pytest.approx((found[f'var {k}'] / found['var 1']).item(), rel=1e-9)
+        assert_ratios_are_those_of(site, found)
+
+
+@pytest.mark.parametrize(('name', 'm'), [('nb201', None), ('nb201', 2), ('nb101', None), ('nb101', 2)])
+def test_statistics_of_cells_are_those_of_sums_that_can_be_made(name: str, m: int | None, batches: Batches) -> None:
+    """Operations on one edge are alternatives, and NAS-Bench-101 has its paths in one order in the first nodes."""
+    supernet = make_cell_supernet(name, m=m).double()
+    batches = [(x.double(), y) for x, y in batches]
+    sites = path_statistics(supernet, batches)
+    expected = plain_statistics(supernet, batches)
+    assert [s.name for s in sites] == [n for n, module in supernet.named_modules() if is_sum(module)]
+    assert set(expected) == {s.name for s in sites}
+    for site in sites:
+        found = expected[site.name]
+        torch.testing.assert_close(torch.tensor(site.cosine), found['cosine'].float(), rtol=1e-5, atol=1e-6)
+        assert_ratios_are_those_of(site, found)
+        pairs = []
+        for (p, a), (q, b) in combinations(enumerate(site.paths), 2):
+            in_order = name == 'nb201' or a[:-2] <= b[:-2]
+            if a[-1] != b[-1] and in_order:
+                pairs.append((p, q))
+        assert site.pairs == tuple(pairs) and site.has_sums == bool(pairs)
+        assert math.isnan(site.correlation) != site.has_sums
+        if name == 'nb201' and m is None and pairs:  # of all pairs alike a sum of two consists
+            assert site.var_ratio[1] == pytest.approx(2 * (1 + site.correlation), rel=1e-9)
+
+
+@pytest.mark.parametrize(('name', 'm'), [('nb201', None), ('nb201', 2), ('nb101', None), ('nb101', 3)])
+def test_path_sets_are_those_that_archs_activate(name: str, m: int | None) -> None:
+    supernet = make_cell_supernet(name, m=m)
+    sums = next(iter(supernet.get_cells().values()))
+    sums = [(sums, sums.node)] if name == 'nb101' else [(node, node) for node in sums.nodes]
+    seen: list[set] = [set() for _ in sums]
+    for step in range(3000):
+        supernet.active_arch = sample(supernet.space, seed=0, step=step, strategy='uniform')
+        for active, (_, node) in zip(seen, sums):
+            active.add(node.active)
+    for active, (site, _) in zip(seen, sums):
+        assert sorted(active - {()}) == sorted(site.path_sets())
+
+
+def test_archs_are_drawn_as_the_supernet_was_trained(batches: Batches, monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn: list[dict] = []
+
+    def spy(space: SearchSpace, **kwargs) -> str:
+        drawn.append(kwargs)
+        return sample(space, **kwargs)
+
+    monkeypatch.setattr('timm_mixpath.stats.sample', spy)
+    path_statistics(make_supernet(GROUPS, sampling='fair'), batches, num_archs=2)
+    assert drawn == [dict(seed=0, step=step, strategy='fair') for step in range(2)]
+
+
+def test_alternatives_are_not_among_the_sums(batches: Batches) -> None:
+    result = result_of(make_cell_supernet('nb201', sum_norm='none'), batches)
+    text = format_stats(result)
+    assert re.search(r'^cosine similarity of different paths: .* over 6 sums$', text, re.MULTILINE)
+    assert re.search(r'^cosine similarity of alternatives: .* at 3 places where no two', text, re.MULTILINE)
+    assert re.search(r'at \d of 6 sums$', text, re.MULTILINE) and 'nan' not in text
+    assert 'no norm stands behind a sum' in text and 'single batch norm' not in text
 
 
 def test_single_precision_is_enough(batches: Batches) -> None:
@@ -159,6 +274,9 @@ def test_equal_paths_sum_to_k_times_one(space: SearchSpace, batches: Batches) ->
     assert f'nearer to k equal paths than to k uncorrelated ones at {len(result.sites)} of' in format_stats(result)
 
 
+ALL_OF_3 = [names for k in (1, 2, 3) for names in combinations('abc', k)]
+
+
 @pytest.mark.parametrize(('positive', 'cosine'), [(False, 0.0), (True, 2 / math.pi)])
 def test_independent_paths(positive: bool, cosine: float) -> None:
     """The other end: variances add up, although positive features have a similarity far above 0."""
@@ -168,7 +286,7 @@ def test_independent_paths(positive: bool, cosine: float) -> None:
         noise = torch.randn(3, 20, 8, 12, 12, generator=generator)
         site.add(dict(zip('abc', noise.abs() if positive else noise)))
     site.end_arch()
-    found = site.result('site', 3, 80)
+    found = site.result('site', 80, ALL_OF_3)
     assert found.var_ratio == pytest.approx((1, 2, 3), rel=0.01) and abs(found.correlation) < 0.01
     assert found.pair_cosines == pytest.approx([cosine] * 3, abs=0.01)
     if positive:
@@ -178,11 +296,35 @@ def test_independent_paths(positive: bool, cosine: float) -> None:
 def test_sum_ratios_are_means_over_all_sets() -> None:
     factors = torch.randn(5, 9, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     matrix = factors @ factors.T
+    sets = [s for k in range(1, 6) for s in combinations(range(5), k)]
     means = [
-        torch.stack([matrix[list(s)][:, list(s)].sum() for s in combinations(range(5), k)]).mean() for k in range(1, 6)
+        torch.stack([factors[list(s)].sum(0).square().sum() for s in sets if len(s) == k]).mean() for k in range(1, 6)
     ]
-    assert sum_ratios(matrix, 5) == pytest.approx([(m / means[0]).item() for m in means])
-    assert all(math.isnan(v) for v in sum_ratios(torch.zeros(2, 2), 2))
+    assert sum_ratios(matrix, sets) == pytest.approx([(m / means[0]).item() for m in means])
+    own = matrix.trace().item() / 5
+    pair = (matrix.sum() - matrix.trace()).item() / 20
+    assert sum_ratios(matrix, sets) == pytest.approx([k + k * (k - 1) * pair / own for k in range(1, 6)])
+    assert all(math.isnan(v) for v in sum_ratios(torch.zeros(2, 2), [(0,), (1,), (0, 1)]))
+
+
+def test_sum_ratios_where_operations_of_one_source_exclude_each_other() -> None:
+    """With as many operations per source, a pair of different sources is in as many sets as any other."""
+    factors = torch.randn(6, 9, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    matrix = factors @ factors.T
+    sources = [(0, 1), (2, 3), (4, 5)]
+    sets = [s for k in (1, 2, 3) for chosen in combinations(sources, k) for s in product(*chosen)]
+    own = matrix.trace().item() / 6
+    pair = torch.stack([matrix[p, q] for p in range(6) for q in range(6) if p // 2 != q // 2]).mean().item()
+    assert sum_ratios(matrix, sets) == pytest.approx([k + k * (k - 1) * pair / own for k in (1, 2, 3)])
+
+
+def test_ratios_have_their_ends_where_single_paths_differ_in_size() -> None:
+    """Sums of two are not of the paths that stand alone, as in NAS-Bench-101: still 2 and 4 are the ends."""
+    sets = [(0,), (1, 2)]
+    assert sum_ratios(torch.diag(torch.tensor([100.0, 1.0, 3.0])), sets) == (1, 2)
+    matrix = torch.ones(3, 3)
+    matrix[0, 0] = 100
+    assert sum_ratios(matrix, sets) == (1, 4)
 
 
 def test_archs_count_alike_and_their_means_do_not_add_to_the_variance() -> None:
@@ -193,7 +335,8 @@ def test_archs_count_alike_and_their_means_do_not_add_to_the_variance() -> None:
         for offset in offsets:
             site.add(dict(zip('ab', noise + offset)))
             site.end_arch()
-    assert two.result('', 2, 50).var_ratio == pytest.approx(one.result('', 2, 50).var_ratio, rel=1e-9)
+    sets = ['a', 'b', 'ab']
+    assert two.result('', 50, sets).var_ratio == pytest.approx(one.result('', 50, sets).var_ratio, rel=1e-9)
     assert two.num_archs == 2
 
 
@@ -348,7 +491,7 @@ def test_dead_paths_are_undefined_not_an_error() -> None:
     site = _Site()
     site.add({'a': torch.zeros(2, 3, 2, 2), 'b': torch.zeros(2, 3, 2, 2)})
     site.end_arch()
-    found = site.result('dead', 2, 2)
+    found = site.result('dead', 2, ['a', 'b', 'ab'])
     assert found.cosine_mean == 0 and math.isnan(found.correlation) and math.isnan(found.var_ratio[1])
     assert 'undefined' in format_stats(StatsResult('x', 2, 2, [found], [], {}))
 
@@ -377,6 +520,30 @@ def test_files_of_a_checkpoint(supernet_run: Path, tmp_path: Path) -> None:
         ratio = shadows[sbn.name, 2]['var_ratio']
         assert (float(ratio) if ratio else math.nan) == pytest.approx(sbn.var_ratio[1], nan_ok=True)
     assert (tmp_path / 'out' / 'stats.png').read_bytes().startswith(b'\x89PNG')
+
+
+def test_only_the_first_process_writes(
+    supernet_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    def second(process: Namespace) -> None:
+        process.rank, process.distributed = 1, False
+
+    monkeypatch.setattr('timm_mixpath.stats.init_device', second)
+    for name, value in (('RANK', '1'), ('LOCAL_RANK', '1'), ('WORLD_SIZE', '2')):
+        monkeypatch.setenv(name, value)
+    words = ['stats', '--checkpoint', str(supernet_run / 'last.pth.tar'), '--num-images', '8', '-j', '0']
+    assert cli.main([*words, '--device', 'cpu', '--output', str(tmp_path / 'out')]) == 0
+    assert not list((tmp_path / 'out').iterdir()) and not capsys.readouterr().out
+
+
+def test_command_takes_images_as_a_search_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    given: list[tuple] = []
+    result = StatsResult('x', 1, 2, [], [], {})
+    monkeypatch.setattr('timm_mixpath.stats.stats_checkpoint', lambda *args, **kw: given.append((args, kw)) or result)
+    assert cli.main(['stats', '--checkpoint', 'x', '--dataset', 'torch/cifar10', '--search-split', 'test']) == 0
+    ((_, _, data), kwargs) = given[0]
+    assert data == SearchData(dataset='torch/cifar10', search_split='test', num_images=512)
+    assert kwargs['batch_size'] == 32
 
 
 def test_output_that_can_not_be_written_is_said_first(supernet_run: Path) -> None:

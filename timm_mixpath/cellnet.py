@@ -10,6 +10,7 @@ import random
 from collections.abc import Sequence
 from contextlib import nullcontext
 from functools import partial
+from itertools import combinations, combinations_with_replacement, product
 from typing import Any, ClassVar
 
 import torch
@@ -151,6 +152,14 @@ class NB201ChoiceNode(ChoiceNode):
         """
         return {} if any(x is None for x in xs) else {name: path(xs) for name, path in self.paths.items()}
 
+    def path_sets(self) -> list[tuple[str, ...]]:
+        """Return the sets of paths that can be active at once: an edge has one operation."""
+        edges: dict[int, list[str]] = {}
+        for name, path in self.paths.items():
+            edges.setdefault(path.source, []).append(name)
+        sizes = range(1, self.max_paths + 1)
+        return [names for k in sizes for chosen in combinations(edges.values(), k) for names in product(*chosen)]
+
 
 class NB201Cell(nn.Module):
     """Cell of NAS-Bench-201: node 0 is the input, nodes 1 to 3 sum their incoming edges, node 3 is the output."""
@@ -243,6 +252,14 @@ class NB101ChoiceCell(NB101Cell):
         """
         xs = [projection(x) for projection in self.projections]
         return {name: path(xs) for name, path in self.node.paths.items()}
+
+    def path_sets(self) -> list[tuple[str, ...]]:
+        """Return the sets of paths that can be active at once: one in each of the first nodes, in the space's order."""
+        return [
+            tuple(path_name(op, i) for i, op in enumerate(ops))
+            for k in range(1, len(self.projections) + 1)
+            for ops in combinations_with_replacement(self.behind, k)
+        ]
 
 
 class CellNet(nn.Module):

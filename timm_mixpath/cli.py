@@ -248,7 +248,7 @@ def _add_search(parser: argparse.ArgumentParser) -> None:
     _add_device(parser)
 
 
-def _add_images(parser: argparse.ArgumentParser) -> None:
+def _add_images(parser: argparse.ArgumentParser, num_images: int | None = None) -> None:
     add = parser.add_argument_group('images (default: as in the training of the supernet)').add_argument
     add('--data-dir', metavar='DIR')
     add('--dataset', metavar='NAME', help='type/name as in timm')
@@ -257,12 +257,13 @@ def _add_images(parser: argparse.ArgumentParser) -> None:
     add('--class-map', metavar='FILE')
     add('--search-holdout', type=float, metavar='SHARE', help='share of the training images that was held out')
     add('--search-split', metavar='NAME', help='use this split whole instead')
-    add('--num-images', type=int, metavar='N', help='score with this many images')
+    add('--num-images', type=int, default=num_images, metavar='N',
+        help=f'number of images (default: {num_images or "all"})')  # fmt: skip
 
 
-def _add_device(parser: argparse.ArgumentParser) -> None:
+def _add_device(parser: argparse.ArgumentParser, batch_size: int = 100) -> None:
     add = parser.add_argument_group('device').add_argument
-    add('-b', '--batch-size', type=int, default=100, metavar='N')
+    add('-b', '--batch-size', type=int, default=batch_size, metavar='N')
     add('--device', metavar='NAME', help='default: cuda if there is a GPU, else cpu')
     add('-j', '--workers', type=int, default=2, metavar='N')
 
@@ -363,15 +364,11 @@ def _add_stats(parser: argparse.ArgumentParser) -> None:
         help='last.pth.tar of a supernet, a model folder, or hf-hub:ORG/NAME',
     )
     add('--output', metavar='DIR', help='folder for stats.json, stats.csv and stats.png (default: only print)')
-    add('--data-dir', metavar='DIR', help='where the images are (default: as in the training of the supernet)')
-    add('--num-images', type=int, default=512, metavar='N',
-        help='images of the search split that the training held out (default: %(default)s)')  # fmt: skip
     add('--num-archs', type=int, default=20, metavar='N',
         help='run at most N sampled archs to reach every sum of paths three times (default: %(default)s)')  # fmt: skip
-    add('-b', '--batch-size', type=int, default=32, metavar='N')
-    add('--device', metavar='NAME', help='default: cuda if there is a GPU, else cpu')
-    add('-j', '--workers', type=int, default=2, metavar='N')
     add('--device-modules', nargs='+', metavar='MODULE', help='Python modules to import first, for a space of your own')
+    _add_images(parser, num_images=512)
+    _add_device(parser, batch_size=32)
 
 
 def _stats(args: argparse.Namespace) -> None:
@@ -382,12 +379,14 @@ def _stats(args: argparse.Namespace) -> None:
     result = stats_checkpoint(
         args.checkpoint,
         args.output,
-        SearchData(data_dir=args.data_dir, num_images=args.num_images),
+        _from_args(SearchData, args),
         num_archs=args.num_archs,
         batch_size=args.batch_size,
         device=args.device,
         workers=args.workers,
     )
+    if not _is_first_process():
+        return
     print(format_stats(result))
     if args.output:
         print(f'\nall numbers and the figure are in {Path(args.output)}')

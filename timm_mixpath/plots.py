@@ -170,10 +170,11 @@ def _save(figure: 'Figure', path: str | os.PathLike) -> None:
 def plot_stats(result: 'StatsResult', path: str | os.PathLike, *, title: str | None = None) -> None:
     """Draw how alike the paths of a supernet are, and what that does to sums of them, as PNG, whole or not at all.
 
-    Above, the cosine similarity of the paths of every sum: mean and range over the pairs of paths. Below, the mean and
-    variance of a sum of k paths relative to one path, and the running variance of shadow batch norm k relative to the
-    first: a thin line per sum, the median bold, and what equal and uncorrelated paths would give dashed. The panels
-    below are left out where nothing is summed (m = 1), the last one where there are no shadows that were trained.
+    Above, the cosine similarity of the paths of every sum: mean and range over the pairs that can be summed, or over
+    all pairs where paths are alternatives. Below, the mean and variance of a sum of k paths relative to one of them,
+    and the running variance of shadow batch norm k relative to the first: a thin line per sum, the median bold, and
+    what equal and uncorrelated paths would give dashed. The panels below are left out where nothing is summed (m = 1),
+    the last one where there are no shadows that were trained.
 
     It is a reconstruction of the content of the paper's figure, and says so; the paper's exact protocol is not
     published.
@@ -188,7 +189,7 @@ def plot_stats(result: 'StatsResult', path: str | os.PathLike, *, title: str | N
     """
     from .stats import PROTOCOL_NOTE  # which imports this module
 
-    sums = result.max_paths > 1 and bool(result.sites)
+    sums = [s for s in result.sites if s.has_sums]
     shadows = [s.var_ratio for s in result.shadows if any(v == v for v in s.var_ratio[1:])]
     # Room for a legible label per sum, within what fits a page
     figure = _new_figure(min(16.0, max(9.5, 2.0 + 0.26 * len(result.sites))), 7.4 if sums else 4.2)
@@ -200,8 +201,8 @@ def plot_stats(result: 'StatsResult', path: str | os.PathLike, *, title: str | N
         uncorrelated = ('uncorrelated: k', lambda k: k)
         equal = ('equal paths: k²', lambda k: k * k)
         mean, var = figure.add_subplot(grid[1, 0]), figure.add_subplot(grid[1, 1])
-        _plot_ratios(mean, [s.mean_ratio for s in result.sites], [('equal paths: k', lambda k: k)])
-        _plot_ratios(var, [s.var_ratio for s in result.sites], [equal, uncorrelated])
+        _plot_ratios(mean, [s.mean_ratio for s in sums], [('equal paths: k', lambda k: k)])
+        _plot_ratios(var, [s.var_ratio for s in sums], [equal, uncorrelated])
         mean.set_title('Mean of a sum of k paths', fontsize=10)
         var.set_title('Variance of a sum of k paths', fontsize=10)
         for ax in (mean, var):

@@ -30,7 +30,7 @@ from .checkpoint import load_model
 from .device import init_device
 from .errors import RunError, UsageError
 from .evaluate import Batches, load_batches
-from .files import make_output_dir, write_atomic
+from .files import make_output_dir, write_text
 from .layers import ShadowBatchNorm2d
 from .pipeline import SearchData, open_search_split
 from .plots import plot_stats
@@ -67,7 +67,8 @@ class SumSite(Protocol):
     def path_outputs(self, *args: Any, **kwargs: Any) -> dict[str, torch.Tensor]:
         """Return the outputs of all candidate paths, not only of the active ones; nothing if a path has no input.
 
-        A module of which fewer than the space's m paths may be active at once has a `max_paths`.
+        A sum that can not be of any 1 to m of these has a method `path_sets() -> list[tuple[str, ...]]`, the sets of
+        paths that can be active at once, by name.
 
         Args:
             *args: What the module's `forward` gets; it must be left as it is.
@@ -84,7 +85,8 @@ class PathStatistics:
     """How alike the paths of one sum are, over N images and A archs.
 
     y_p [C, H, W] is the output of path p of P for an image. The moments are per channel, over images and positions,
-    and averaged over the archs: a batch norm, too, sees one arch at a time.
+    and averaged over the archs: a batch norm, too, sees one arch at a time. Only sums that some arch makes count: where
+    paths are alternatives, as the operations on an edge of a cell are, they are neither a pair nor in a set together.
 
     Attributes:
         name: Name of the module that sums.
@@ -95,15 +97,17 @@ class PathStatistics:
         cosine: Cosine similarity [P, P]: mean over images and archs of <y_p, y_q> / (|y_p| |y_q|) with y flattened, 0
             where a path puts out zeros only. Outputs behind a ReLU are not negative, so the similarity of unrelated
             ones is above 0 too (0.64 for half-normal ones); `correlation` does not have that floor.
-        correlation: Mean of sum_c Cov_c[y_p, y_q] over the pairs p != q, relative to the mean of sum_c Var_c[y_p]: 1
-            if the paths are equal, 0 if they are uncorrelated.
-        mean_ratio: Per k = 1, 2, ... the norm of the vector E_c[sum of k paths], relative to k = 1: k if the paths are
-            equal. Root mean square over all sets of k paths. Of the norm, because the means of channels may have
-            either sign and cancel. Behind a ReLU the means are positive and can agree without the features being
-            alike: a ratio near k says little there without the variance.
-        var_ratio: Per k the total variance sum_c Var_c[sum of k paths], relative to k = 1: k^2 if the paths are equal,
-            k if they are uncorrelated. Mean over all sets of k paths. Of the total, because the ratios of channels that
-            are nearly dead say nothing and can be anything.
+        correlation: Mean of sum_c Cov_c[y_p, y_q] over `pairs`, relative to the mean of sum_c Var_c[y_p] over the
+            members of the pairs: 1 if the paths are equal, 0 if they are uncorrelated, nan without pairs.
+        mean_ratio: Per k = 1, 2, ... up to the largest sum, the norm of the vector E_c[sum of k paths], relative to
+            that of one of the k: k if the paths are equal. Root mean square over all sets of k paths that can be
+            active. Of the norm, because the means of channels may have either sign and cancel. Behind a ReLU the
+            means are positive and can agree without the features being alike: a ratio near k says little there
+            without the variance.
+        var_ratio: Per k the total variance sum_c Var_c[sum of k paths], relative to that of one of the k: k^2 if the
+            paths are equal, k if they are uncorrelated. Mean over all sets of k paths that can be active. Of the
+            total, because the ratios of channels that are nearly dead say nothing and can be anything.
+        pairs: Indices p < q of the paths that some arch sums; none where all paths are alternatives.
     """
 
     name: str
@@ -115,11 +119,17 @@ class PathStatistics:
     correlation: float
     mean_ratio: tuple[float, ...]
     var_ratio: tuple[float, ...]
+    pairs: tuple[tuple[int, int], ...] = ()
+
+    @property
+    def has_sums(self) -> bool:
+        """Whether some arch sums two or more of the paths; they are alternatives if not."""
+        return len(self.var_ratio) > 1
 
     @property
     def pair_cosines(self) -> list[float]:
-        """Cosine similarity of every pair of different paths."""
-        return [self.cosine[p][q] for p, q in combinations(range(len(self.paths)), 2)]
+        """Cosine similarity of each of `pairs`, of every two paths where all are alternatives."""
+        return [self.cosine[p][q] for p, q in self.pairs or combinations(range(len(self.paths)), 2)]
 
     @property
     def cosine_mean(self) -> float:
@@ -190,6 +200,7 @@ class StatsResult:
         sites: One entry per sum that ran, in the order of the network.
         shadows: One entry per shadow batch norm, none for a supernet without.
         source: Where the images come from.
+        sum_norm: What normalises sums, `'sbn'`, `'bn'` or `'none'`.
     """
 
     space: str
@@ -198,6 +209,7 @@ class StatsResult:
     sites: list[PathStatistics]
     shadows: list[ShadowStatistics]
     source: dict[str, Any]
+    sum_norm: str = 'sbn'
 
 
 # ---- Statistics -----------------------------------------------------------------------------------------------------
@@ -242,7 +254,7 @@ def path_statistics(
         ]
         try:
             for step in range(num_archs):
-                supernet.active_arch = sample(supernet.space, seed=seed, step=step)
+                supernet.active_arch = sample(supernet.space, seed=seed, step=step, strategy=supernet.sampling)
                 for x, _ in batches:
                     supernet(x)
                 for site in sites.values():
@@ -259,7 +271,7 @@ def path_statistics(
             'one; more archs would reach them'
         )
     return [
-        site.result(name, getattr(modules[name], 'max_paths', supernet.space.max_paths), num_images)
+        site.result(name, num_images, _path_sets(modules[name], site.paths, supernet.space.max_paths))
         for name, site in sites.items()
         if site.num_archs and len(site.paths) > 1
     ]
@@ -269,6 +281,13 @@ def _look(site: '_Site', module: SumSite, args: tuple, kwargs: dict[str, Any]) -
     outputs = module.path_outputs(*args, **kwargs)
     if outputs:
         site.add(outputs)
+
+
+def _path_sets(module: SumSite, paths: Sequence[str], max_paths: int) -> list[tuple[str, ...]]:
+    """Return the sets of paths that can be active at once."""
+    if hasattr(module, 'path_sets'):
+        return module.path_sets()
+    return [chosen for k in range(1, max_paths + 1) for chosen in combinations(paths, k)]
 
 
 class _Site:
@@ -314,11 +333,13 @@ class _Site:
         self.num_archs += 1
         self._start()
 
-    def result(self, name: str, max_paths: int, num_images: int) -> PathStatistics:
+    def result(self, name: str, num_images: int, path_sets: Sequence[Sequence[str]]) -> PathStatistics:
+        """Return the statistics, over the sets of paths that can be active at once."""
         if not all(t.isfinite().all() for t in (self.cosine, self.means, self.covariance)):
             raise RunError(f'the outputs of the paths of {name} are not finite; the training may have diverged')
-        max_paths = min(max_paths, len(self.paths))
-        own, pair = _own_and_pair(self.covariance)
+        index = {path: p for p, path in enumerate(self.paths)}
+        sets = [sorted(index[path] for path in chosen) for chosen in path_sets]
+        pairs = sorted({pair for chosen in sets for pair in combinations(chosen, 2)})
         return PathStatistics(
             name,
             self.paths,
@@ -326,9 +347,10 @@ class _Site:
             num_images,
             self.num_archs,
             cosine=tuple(tuple(row) for row in (self.cosine / self.num_archs).tolist()),
-            correlation=pair / own if own > 0 else math.nan,
-            mean_ratio=tuple(math.sqrt(v) for v in sum_ratios(self.means, max_paths)),
-            var_ratio=sum_ratios(self.covariance, max_paths),
+            correlation=_correlation(self.covariance, pairs),
+            mean_ratio=tuple(math.sqrt(v) for v in sum_ratios(self.means, sets)),
+            var_ratio=sum_ratios(self.covariance, sets),
+            pairs=tuple(pairs),
         )
 
 
@@ -341,31 +363,37 @@ def _inner_products(features: Sequence[torch.Tensor]) -> torch.Tensor:
     return dots
 
 
-def _own_and_pair(matrix: torch.Tensor) -> tuple[float, float]:
-    """Mean of the entries on the diagonal of [P, P], P > 1, and mean of the others."""
-    num_paths = len(matrix)
-    own = matrix.trace().item() / num_paths
-    return own, (matrix.sum() - matrix.trace()).item() / (num_paths * (num_paths - 1))
+def _correlation(covariance: torch.Tensor, pairs: Sequence[tuple[int, int]]) -> float:
+    """Mean covariance of pairs relative to the mean variance of their members; nan without pairs or variance."""
+    if not pairs:
+        return math.nan
+    p, q = torch.tensor(pairs).T
+    variance = covariance.diagonal()
+    own = (variance[p] + variance[q]).mean().item() / 2
+    return covariance[p, q].mean().item() / own if own > 0 else math.nan
 
 
-def sum_ratios(matrix: torch.Tensor, max_paths: int) -> tuple[float, ...]:
-    """Quadratic form of sums of k vectors relative to that of one, from the forms G_pq of the vectors.
+def sum_ratios(matrix: torch.Tensor, sets: Sequence[Sequence[int]]) -> tuple[float, ...]:
+    """Quadratic form of sums of k vectors relative to that of one of the k, from the forms G_pq of the vectors.
 
-    A sum over a set S of paths has the form sum_{p, q in S} G_pq. Every path, and every pair of paths, is in as many
-    sets of size k as any other, so that the mean over all sets is k mean(G_pp) + k (k - 1) mean_{p != q}(G_pq): exact,
-    without going through the sets.
+    A sum over a set S has the form sum_{p, q in S} G_pq, and its members have sum_{p in S} G_pp / k on average. Both
+    are averaged over the sets of size k. The members are those of the same sets because others may differ in size:
+    a path that is only ever one of four says nothing about one that is active alone.
 
     Args:
-        matrix: G [P, P], P > 1. Covariances give ratios of variances, inner products those of squared norms.
-        max_paths: Largest k.
+        matrix: G [P, P]. Covariances give ratios of variances, inner products those of squared norms.
+        sets: Indices of the vectors that are summed, of every size from 1 to the largest.
 
     Returns:
-        The ratio for k = 1..max_paths, nan where G_pp is 0.
+        The ratio for k = 1, 2, ... up to the largest set, nan where the G_pp are 0.
     """
-    own, pair = _own_and_pair(matrix)
-    if own <= 0:
-        return (math.nan,) * max_paths
-    return tuple(max(0.0, k + k * (k - 1) * pair / own) for k in range(1, max_paths + 1))
+    ratios: list[float] = []
+    for k in range(1, max(map(len, sets)) + 1):
+        chosen = torch.tensor([s for s in sets if len(s) == k])  # [number of sets, k]
+        own = matrix.diagonal()[chosen].mean().item()
+        total = matrix[chosen[:, :, None], chosen[:, None]].sum((1, 2)).mean().item()
+        ratios.append(max(0.0, total / own) if own > 0 else math.nan)
+    return tuple(ratios)
 
 
 def shadow_statistics(supernet: nn.Module) -> list[ShadowStatistics]:
@@ -444,6 +472,8 @@ def stats_checkpoint(
 ) -> StatsResult:
     """Compute the statistics of a trained supernet.
 
+    Under torchrun every rank computes all of them, and only the first one writes.
+
     Args:
         checkpoint: Training checkpoint or model folder of a supernet.
         output: Folder for `stats.json`, `stats.csv` and `stats.png`, nothing is written if None.
@@ -486,11 +516,12 @@ def stats_checkpoint(
             path_statistics(supernet, batches, num_archs=num_archs),
             shadow_statistics(supernet),
             source,
+            _sum_norm(supernet),
         )
     finally:
         if process.distributed:
             dist.destroy_process_group()
-    if output is not None:
+    if output is not None and process.rank == 0:
         write_stats_json(result, output / 'stats.json')
         write_stats_csv(result, output / 'stats.csv')
         try:
@@ -498,6 +529,12 @@ def stats_checkpoint(
         except ImportError as e:
             _logger.warning(f'no stats.png: {e}')
     return result
+
+
+def _sum_norm(supernet: Supernet) -> str:
+    if any(isinstance(module, ShadowBatchNorm2d) for module in supernet.modules()):
+        return 'sbn'
+    return getattr(supernet, 'sum_norm', 'bn')
 
 
 # ---- Output ---------------------------------------------------------------------------------------------------------
@@ -513,12 +550,13 @@ def write_stats_json(result: StatsResult, path: str | os.PathLike) -> None:
         space=result.space,
         max_paths=result.max_paths,
         num_images=result.num_images,
+        sum_norm=result.sum_norm,
         source=result.source,
         verdict=_verdict(result),
         sites=[dict(asdict(s), cosine_mean=s.cosine_mean, cosine_min=s.cosine_min) for s in result.sites],
         shadows=[dict(asdict(s), mean_ratio=s.mean_ratio, var_ratio=s.var_ratio) for s in result.shadows],
     )
-    _write(path, json.dumps(_without_nan(content), indent=2, allow_nan=False) + '\n')
+    write_text(path, json.dumps(_without_nan(content), indent=2, allow_nan=False) + '\n')
 
 
 def write_stats_csv(result: StatsResult, path: str | os.PathLike) -> None:
@@ -545,12 +583,7 @@ def write_stats_csv(result: StatsResult, path: str | os.PathLike) -> None:
     writer = csv.DictWriter(text, names, restval='', lineterminator='\n')
     writer.writeheader()
     writer.writerows({k: '' if v != v else v for k, v in row.items()} for row in rows)
-    _write(path, text.getvalue())
-
-
-def _write(path: str | os.PathLike, text: str) -> None:
-    with write_atomic(path) as temporary:
-        temporary.write_text(text, encoding='utf-8')
+    write_text(path, text.getvalue())
 
 
 def _without_nan(value: Any) -> Any:
@@ -586,26 +619,44 @@ def _verdict(result: StatsResult) -> list[str]:
     """What the statistics say, a sentence each."""
     if not result.sites:
         return ['no sum has more than one candidate path: there is nothing to compare']
-    cosines = [s.cosine_mean for s in result.sites]
-    lines = [
-        f'cosine similarity of different paths: {_spread(cosines, 3)} over {len(cosines)} sums',
-        f'correlation of different paths: {_spread([s.correlation for s in result.sites], 3)} '
-        '(1 if paths were equal, 0 if uncorrelated)',
-    ]
+    sums = [s for s in result.sites if s.has_sums]
+    alternatives = [s for s in result.sites if not s.has_sums]
+    lines: list[str] = []
+    if sums:
+        lines += [
+            f'cosine similarity of different paths: {_spread([s.cosine_mean for s in sums], 3)} over {len(sums)} sums',
+            f'correlation of different paths: {_spread([s.correlation for s in sums], 3)} '
+            '(1 if paths were equal, 0 if uncorrelated)',
+        ]
+    if alternatives:
+        lines.append(
+            f'cosine similarity of alternatives: {_spread([s.cosine_mean for s in alternatives], 3)} at '
+            f'{len(alternatives)} places where no two paths are ever summed'
+        )
     if result.max_paths == 1:
         return [*lines, 'm = 1: paths are never summed, so there is no sum to compare with one path']
     for k in range(2, result.max_paths + 1):
-        reached = [s for s in result.sites if len(s.mean_ratio) >= k]
+        reached = [s for s in sums if len(s.mean_ratio) >= k]
         if reached:
             lines.append(
                 f'sum of {k} paths: mean {_spread([s.mean_ratio[k - 1] for s in reached], 2, "x")} ({k} if paths were '
                 f'equal), variance {_spread([s.var_ratio[k - 1] for s in reached], 2, "x")} ({k * k} if equal, '
                 f'{k} if uncorrelated)'
             )
-    close = sum(s.correlation > 0.5 for s in result.sites)
-    lines.append(f'so a sum is nearer to k equal paths than to k uncorrelated ones at {close} of {len(cosines)} sums')
+    defined = [s for s in sums if not math.isnan(s.var_ratio[-1])]
+    if defined:
+        close = sum(_is_nearer_to_equal(s) for s in defined)
+        lines.append(
+            f'so a sum of as many as can be is nearer to k equal paths than to k uncorrelated ones at {close} of '
+            f'{len(defined)} sums'
+        )
     if not result.shadows:
-        return [*lines, 'there are no shadow batch norms: a single batch norm stands behind every sum']
+        behind = {
+            'sbn': 'without running statistics there is nothing that shadow batch norms learned',
+            'bn': 'there are no shadow batch norms: a single batch norm stands behind every sum',
+            'none': 'there are no shadow batch norms: no norm stands behind a sum',
+        }
+        return [*lines, behind[result.sum_norm]]
     for k in range(2, result.max_paths + 1):
         means, variances = ([r[k - 1] for r in ratios if len(r) >= k] for ratios in (
             [s.mean_ratio for s in result.shadows], [s.var_ratio for s in result.shadows]
@@ -622,6 +673,12 @@ def _verdict(result: StatsResult) -> list[str]:
             'have no ratios'
         )
     return lines
+
+
+def _is_nearer_to_equal(site: PathStatistics) -> bool:
+    """Whether the variance of the largest sum of k paths is nearer to k^2 times that of one than to k times."""
+    k = len(site.var_ratio)
+    return site.var_ratio[-1] > (k + k * k) / 2
 
 
 def _spread(values: Sequence[float], digits: int, unit: str = '') -> str:
