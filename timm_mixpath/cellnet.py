@@ -10,7 +10,7 @@ import random
 from collections.abc import Sequence
 from contextlib import nullcontext
 from functools import partial
-from itertools import combinations, combinations_with_replacement, product
+from itertools import combinations, product
 from typing import Any, ClassVar
 
 import torch
@@ -154,11 +154,16 @@ class NB201ChoiceNode(ChoiceNode):
 
     def path_sets(self) -> list[tuple[str, ...]]:
         """Return the sets of paths that can be active at once: an edge has one operation."""
-        edges: dict[int, list[str]] = {}
-        for name, path in self.paths.items():
-            edges.setdefault(path.source, []).append(name)
-        sizes = range(1, self.max_paths + 1)
-        return [names for k in sizes for chosen in combinations(edges.values(), k) for names in product(*chosen)]
+        return one_per_source(self.paths, self.max_paths)
+
+
+def one_per_source(paths: nn.ModuleDict, max_paths: int) -> list[tuple[str, ...]]:
+    """Return the names of all sets of 1 to `max_paths` paths from different sources."""
+    sources: dict[int, list[str]] = {}
+    for name, path in paths.items():
+        sources.setdefault(path.source, []).append(name)
+    sizes = range(1, max_paths + 1)
+    return [names for k in sizes for chosen in combinations(sources.values(), k) for names in product(*chosen)]
 
 
 class NB201Cell(nn.Module):
@@ -254,12 +259,8 @@ class NB101ChoiceCell(NB101Cell):
         return {name: path(xs) for name, path in self.node.paths.items()}
 
     def path_sets(self) -> list[tuple[str, ...]]:
-        """Return the sets of paths that can be active at once: one in each of the first nodes, in the space's order."""
-        return [
-            tuple(path_name(op, i) for i, op in enumerate(ops))
-            for k in range(1, len(self.projections) + 1)
-            for ops in combinations_with_replacement(self.behind, k)
-        ]
+        """Return the sets of paths that can be active at once: a parallel node has one operation."""
+        return one_per_source(self.node.paths, len(self.projections))
 
 
 class CellNet(nn.Module):
