@@ -23,7 +23,7 @@ def test_python_block(mark: str) -> None:
         assert scope['subnet'].arch == scope['supernet'].active_arch
         shown = re.findall(r"'(mixpath_\w+)'", block.split('# [')[1].split(']')[0])
         # without the spaces that other tests have registered
-        own = re.compile('mixpath_([abc]|(nano|s1|s2|s3)(_supernet)?)')
+        own = re.compile('mixpath_([abc]|(nano|nb101|nb201|s1|s2|s3)(_supernet)?)')
         known = [m for m in timm.list_models('mixpath*') if own.fullmatch(m)]
         assert shown == known
     if 'my_space' in mark:
