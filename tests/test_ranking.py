@@ -25,6 +25,7 @@ from timm_mixpath.ranking import (
     _regret,
     _resamples,
     _spearman,
+    evaluate_table,
     format_ranking,
     rank_correlation,
     summarize,
@@ -255,6 +256,28 @@ def test_config_errors(kwargs: dict, message: str) -> None:
     with pytest.raises(UsageError) as e:
         RankConfig(**kwargs)
     assert str(e.value) == message
+
+
+# ---- Evaluation
+
+
+def test_scores_are_taken_from_all_metrics(tmp_path: Path) -> None:
+    """An evaluator may measure more than a ranking needs."""
+    chosen = [(f'a{i}', 50.0 + i) for i in range(10)]
+
+    def evaluate(arch: str) -> dict:
+        return dict(top1=float(arch[1:]), top5=99.0, loss=math.inf, device='cpu', top1_recalibrated=7)
+
+    archive = tmp_path / 'archive.jsonl'
+    found = evaluate_table(chosen, evaluate, RankConfig(), archive_path=archive)
+    assert [(r.arch, r.accuracy, r.top1, r.top1_recalibrated) for r in found] == [
+        (arch, accuracy, index, 7) for index, (arch, accuracy) in enumerate(chosen)
+    ]
+    assert all(math.isnan(r.loss) and r.loss_recalibrated is None for r in found)
+    lines = [json.loads(line) for line in archive.read_text().splitlines()[1:]]
+    assert lines[3]['metrics'] == dict(top1=3, loss=None, top1_recalibrated=7)
+    restored = evaluate_table(chosen, lambda arch: {}, RankConfig(), archive_path=archive)
+    assert repr(restored) == repr(found)  # NaN equals nothing
 
 
 # ---- Result and outputs

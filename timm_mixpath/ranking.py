@@ -43,6 +43,8 @@ __all__ = [
 ]
 
 SCORES = ('top1', 'loss')
+# The attributes of `RankedArch` that `evaluate` gives
+_METRICS = tuple(f'{name}{suffix}' for suffix in ('', '_recalibrated') for name in SCORES)
 
 # What ranks the archs, and how it is called in a table
 LABELS = {
@@ -412,7 +414,7 @@ def evaluate_table(
     Args:
         chosen: Archs and their stand-alone accuracies, see `AccuracyTable.choose`.
         evaluate: Returns `top1` (percent) and `loss` of an arch, and both with the suffix `_recalibrated` if batch
-            norms are recalibrated.
+            norms are recalibrated. Other metrics are left out.
         config: Its seed is part of the archive.
         archive_path: Archive to keep the scores in, JSON lines; nothing is kept if None. One of fewer archs can be
             gone on with.
@@ -467,14 +469,13 @@ def evaluate_table(
 
 def _with_metrics(ranked: RankedArch, metrics: Mapping[str, Any]) -> RankedArch:
     values = plain_metrics(metrics, ranked.arch)
-    values = {name: math.nan if value is None else float(value) for name, value in values.items()}
-    return replace(ranked, **values)
+    values = {name: values[name] for name in _METRICS if name in values}
+    return replace(ranked, **{name: math.nan if value is None else float(value) for name, value in values.items()})
 
 
 def _metrics(ranked: RankedArch) -> dict[str, float | None]:
     """Scores as JSON has them, without NaN and without those that were not measured."""
-    names = [f'{name}{suffix}' for suffix in ('', '_recalibrated') for name in SCORES]
-    values = {name: getattr(ranked, name) for name in names}
+    values = {name: getattr(ranked, name) for name in _METRICS}
     return {name: v if math.isfinite(v) else None for name, v in values.items() if v is not None}
 
 
