@@ -230,6 +230,8 @@ def test_lists_of_archs(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> Non
         table = tmp_path / f'{column}.csv'
         table.write_text(f'accuracy,{column}\n1,"{ARCHS[0]}"\n2,"{ARCHS[1]}"\n')
         assert read_archs(table, space) == ARCHS[:2]
+    table.write_text(f'n, arch \n\n,\n1,"{ARCHS[0]}"\n\n2,"{ARCHS[1]}"\n')  # as `rank` reads it
+    assert read_archs(table, space) == ARCHS[:2]
 
     for name, content, message in (
         (
@@ -239,7 +241,11 @@ def test_lists_of_archs(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> Non
         ),
         ('bad.csv', f'name\n"{ARCHS[0]}"\n', 'no column arch, cell, ops; it has name'),
         ('bare.csv', f'arch,n\n{ARCHS[0]}\n', '1 of 1 archs .* line 2: .*1 blocks'),
+        ('quote.csv', f'arch,n\n"{ARCHS[0]},1\n"{ARCHS[1]}",2\n', 'list of archs .* is not CSV, line 3'),
         ('empty.txt', '# nothing\n', 'is empty'),
+        ('empty.csv', ' ,\n', 'list of archs .* is empty'),
+        ('header.csv', 'arch\n', 'is empty'),
+        ('no.csv', None, 'list of archs .* does not exist'),
         ('no/such.txt', None, 'can not be read: No such file'),
     ):
         if content is not None:

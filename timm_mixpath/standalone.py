@@ -39,7 +39,7 @@ from .files import lock_file, make_output_dir, write_text
 from .options import default_args
 from .sampling import sample
 from .space import Space
-from .table import ARCH_COLUMNS
+from .table import ARCH_COLUMNS, read_rows
 from .train import train
 from .version import __version__
 
@@ -151,21 +151,21 @@ def read_archs(path: str | os.PathLike, space: Space) -> list[str]:
         UsageError: The file can't be read, holds no archs, or one that the space does not.
     """
     path = Path(path)
-    try:
-        with open(path, encoding='utf-8-sig', newline='') as f:
-            if path.suffix.lower() == '.csv':
-                reader = csv.DictReader(f)
-                names = reader.fieldnames or []
-                column = next((name for name in ARCH_COLUMNS if name in names), None)
-                if column is None:
-                    found = ', '.join(names) or 'none'
-                    raise UsageError(f'{str(path)!r} has no column {", ".join(ARCH_COLUMNS)}; it has {found}')
-                lines = [(f'line {reader.line_num}', row[column] or '') for row in reader]
-            else:
-                lines = [(f'line {number}', line.strip()) for number, line in enumerate(f, 1)]
-                lines = [(where, line) for where, line in lines if line and not line.startswith('#')]
-    except (OSError, UnicodeError, csv.Error) as e:
-        raise UsageError(f'list of archs {str(path)!r} can not be read: {getattr(e, "strerror", None) or e}') from None
+    if path.suffix.lower() == '.csv':
+        rows = read_rows(path, 'list of archs')
+        names = [cell.strip() for cell in next(rows)[1]]
+        column = next((names.index(name) for name in ARCH_COLUMNS if name in names), None)
+        if column is None:
+            raise UsageError(f'{str(path)!r} has no column {", ".join(ARCH_COLUMNS)}; it has {", ".join(names)}')
+        lines = [(f'line {line}', row[column].strip() if column < len(row) else '') for line, row in rows]
+    else:
+        try:
+            text = path.read_text(encoding='utf-8-sig')
+        except (OSError, UnicodeError) as e:
+            reason = getattr(e, 'strerror', None) or e
+            raise UsageError(f'list of archs {str(path)!r} can not be read: {reason}') from None
+        lines = [(f'line {number}', line.strip()) for number, line in enumerate(text.split('\n'), 1)]
+        lines = [(where, line) for where, line in lines if line and not line.startswith('#')]
     if not lines:
         raise UsageError(f'list of archs {str(path)!r} is empty')
     return _check_archs(lines, space, str(path))
