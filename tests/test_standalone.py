@@ -15,7 +15,7 @@ from test_cli import fails
 from test_train import assert_equal, command, environment
 from timm.models._helpers import _torch_load
 
-from timm_mixpath import Arch, cli, get_space, standalone
+from timm_mixpath import Arch, cli, get_space, sample, standalone
 from timm_mixpath.cost import CostTable
 from timm_mixpath.errors import RunError, UsageError
 from timm_mixpath.standalone import arch_space, draw_archs, read_archs, train_table
@@ -270,11 +270,24 @@ def test_drawn_archs(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(UsageError, match='0 must be at least 1'):
         draw_archs('mixpath_nano', 0)
 
+    with pytest.raises(UsageError, match="unknown sampling 'all', known are paths, uniform, fair"):
+        draw_archs('mixpath_nano', 5, sampling='all')
+
     few: Iterator[str] = iter([*ARCHS, *ARCHS * 10])
     monkeypatch.setattr(standalone, 'sample', lambda *_, **__: next(few))
     monkeypatch.setattr(standalone, '_SAMPLING_PATIENCE', 20)
-    with pytest.raises(UsageError, match='4 archs are too many, only 3'):
+    with pytest.raises(UsageError, match=r"4 archs are too many, only 3 .* with sampling 'paths' in a space of"):
         draw_archs('mixpath_nano', 4)
+
+
+@pytest.mark.parametrize('sampling, reached', [('paths', False), ('uniform', True), ('fair', True)])
+def test_sampling_that_reaches_nodes_without_inputs(sampling: str, reached: bool) -> None:
+    def without_inputs(node: str) -> bool:
+        return all(edge.startswith('none~') for edge in node.strip('|').split('|'))
+
+    archs = draw_archs('mixpath_nb201', 30, sampling=sampling)
+    assert any(without_inputs(node) for arch in archs for node in arch.split('+')) == reached
+    assert archs[0] == str(sample(get_space('nb201'), seed=0, step=0, strategy=sampling))
 
 
 @pytest.mark.parametrize(
@@ -289,6 +302,7 @@ def test_drawn_archs(monkeypatch: pytest.MonkeyPatch) -> None:
         (['--model', 'mixpath_nano', '--num-archs', '0'], '0 must be at least 1'),
         (['--model', 'mixpath_nano', '--archs', 'x'], 'not allowed with'),
         (['--model', 'mixpath_nano', '--archs-m', '9'], 'm=9 is out of range'),
+        (['--model', 'mixpath_nano', '--archs-sampling', 'all'], "invalid choice: 'all'"),
         (['--model', 'mixpath_nano', '--output', 'x'], '--output can not be used for a table'),
         (['--model', 'mixpath_nano', '--resume', 'x'], '--resume can not be used for a table'),
         (['--model', 'mixpath_nano', '--seeds', '1', '-1'], 'seed -1 is out of range'),
