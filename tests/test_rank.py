@@ -24,7 +24,7 @@ from timm_mixpath.pipeline import SearchData, rank_checkpoint, recalibration_bat
 from timm_mixpath.ranking import RankConfig
 
 NANO = get_space('nano')
-FAST = dict(recalibration_images=64, workers=0, device='cpu')
+FAST = dict(recalibration_images=32, workers=0, device='cpu')
 
 
 @pytest.fixture(scope='module')
@@ -70,7 +70,8 @@ def test_files_hold_what_evaluation_gives(supernet_run: Path, table: Path, tmp_p
     """Scores of both kinds, costs and files, checked from scratch."""
     caplog.set_level(logging.INFO)
     config = RankConfig(num_archs=12, top_k=(3, 5, 50), num_resamples=100)
-    result = rank_checkpoint(supernet_run / 'last.pth.tar', table, tmp_path, config, **FAST)
+    two_batches = {**FAST, 'recalibration_images': 64}
+    result = rank_checkpoint(supernet_run / 'last.pth.tar', table, tmp_path, config, **two_batches)
     assert len(result.archs) == 12 and list(result.statistics) == ['trained', 'recalibrated', 'macs', 'params']
     assert 'nano.csv: left out 1 row with no accuracy (first: line 26' in caplog.text
     assert 'nano.csv: left out 1 row with an arch that is not in the space (first: line 27' in caplog.text
@@ -154,7 +155,7 @@ def test_other_runs_do_not_go_on(supernet_run: Path, table: Path, tmp_path: Path
         ('checkpoint_sha256', (tmp_path / 'other.pth.tar', table, output, config), {}),
         ('table_sha256', (last, tmp_path / 'other.csv', output, config), {}),
         ('images_sha256', (last, table, output, config, SearchData(num_images=10)), {}),
-        ('recalibration_sha256', (last, table, output, config), dict(recalibration_images=32)),
+        ('recalibration_sha256', (last, table, output, config), dict(recalibration_images=16)),
         ('seed', (last, table, output, RankConfig(num_archs=10, seed=1)), {}),
     ):
         with pytest.raises(UsageError, match=f'entry {entry!r} was .* choose another output or delete'):

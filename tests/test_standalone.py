@@ -15,7 +15,7 @@ from test_cli import fails
 from test_train import assert_equal, command, environment
 from timm.models._helpers import _torch_load
 
-from timm_mixpath import Arch, cli, get_space, standalone
+from timm_mixpath import Arch, cli, get_space, sample, standalone
 from timm_mixpath.cost import CostTable
 from timm_mixpath.errors import RunError, UsageError
 from timm_mixpath.standalone import arch_space, draw_archs, read_archs, train_table
@@ -119,7 +119,7 @@ def test_archs_and_seeds_can_be_added(
     digits: Path, table: Path, grown: Path, trained: list, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level('INFO')
-    train_table(table_args(digits, workers=1, log_interval=1), [ARCHS[2], *ARCHS[:2]], grown)
+    train_table(table_args(digits, log_interval=1), [ARCHS[2], *ARCHS[:2]], grown)
     assert trained == [(ARCHS[2], 42, False)]
     assert rows(grown)[:2] == rows(table) and rows(grown)[2]['arch'] == ARCHS[2]
     assert '3/3  ' in caplog.text and 'seed 42  top-1 ' in caplog.text
@@ -168,7 +168,7 @@ def test_second_command_at_the_same_time_is_refused(digits: Path, grown: Path) -
             train_table(table_args(digits), ARCHS[:2], grown)
     finally:
         holder.communicate()
-    train_table(table_args(digits), ARCHS[:2], grown)
+    train_table(table_args(digits, workers=1), ARCHS[:2], grown)  # how it is trained may change, and all is done
 
 
 def test_failed_training_does_not_stop_the_others(
@@ -230,6 +230,8 @@ def test_lists_of_archs(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> Non
         table = tmp_path / f'{column}.csv'
         table.write_text(f'accuracy,{column}\n1,"{ARCHS[0]}"\n2,"{ARCHS[1]}"\n')
         assert read_archs(table, space) == ARCHS[:2]
+    table.write_text(f'n, arch \n\n,\n1,"{ARCHS[0]}"\n\n2,"{ARCHS[1]}"\n')  # as `rank` reads it
+    assert read_archs(table, space) == ARCHS[:2]
 
     for name, content, message in (
         (
@@ -239,7 +241,11 @@ def test_lists_of_archs(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> Non
         ),
         ('bad.csv', f'name\n"{ARCHS[0]}"\n', 'no column arch, cell, ops; it has name'),
         ('bare.csv', f'arch,n\n{ARCHS[0]}\n', '1 of 1 archs .* line 2: .*1 blocks'),
+        ('quote.csv', f'arch,n\n"{ARCHS[0]},1\n"{ARCHS[1]}",2\n', 'list of archs .* is not CSV, line 3'),
         ('empty.txt', '# nothing\n', 'is empty'),
+        ('empty.csv', ' ,\n', 'list of archs .* is empty'),
+        ('header.csv', 'arch\n', 'is empty'),
+        ('no.csv', None, 'list of archs .* does not exist'),
         ('no/such.txt', None, 'can not be read: No such file'),
     ):
         if content is not None:
@@ -264,11 +270,24 @@ def test_drawn_archs(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(UsageError, match='0 must be at least 1'):
         draw_archs('mixpath_nano', 0)
 
+    with pytest.raises(UsageError, match="unknown sampling 'all', known are paths, uniform, fair"):
+        draw_archs('mixpath_nano', 5, sampling='all')
+
     few: Iterator[str] = iter([*ARCHS, *ARCHS * 10])
     monkeypatch.setattr(standalone, 'sample', lambda *_, **__: next(few))
     monkeypatch.setattr(standalone, '_SAMPLING_PATIENCE', 20)
-    with pytest.raises(UsageError, match='4 archs are too many, only 3'):
+    with pytest.raises(UsageError, match=r"4 archs are too many, only 3 .* with sampling 'paths' in a space of"):
         draw_archs('mixpath_nano', 4)
+
+
+@pytest.mark.parametrize('sampling, reached', [('paths', False), ('uniform', True), ('fair', True)])
+def test_sampling_that_reaches_nodes_without_inputs(sampling: str, reached: bool) -> None:
+    def without_inputs(node: str) -> bool:
+        return all(edge.startswith('none~') for edge in node.strip('|').split('|'))
+
+    archs = draw_archs('mixpath_nb201', 30, sampling=sampling)
+    assert any(without_inputs(node) for arch in archs for node in arch.split('+')) == reached
+    assert archs[0] == str(sample(get_space('nb201'), seed=0, step=0, strategy=sampling))
 
 
 @pytest.mark.parametrize(
@@ -283,6 +302,7 @@ def test_drawn_archs(monkeypatch: pytest.MonkeyPatch) -> None:
         (['--model', 'mixpath_nano', '--num-archs', '0'], '0 must be at least 1'),
         (['--model', 'mixpath_nano', '--archs', 'x'], 'not allowed with'),
         (['--model', 'mixpath_nano', '--archs-m', '9'], 'm=9 is out of range'),
+        (['--model', 'mixpath_nano', '--archs-sampling', 'all'], "invalid choice: 'all'"),
         (['--model', 'mixpath_nano', '--output', 'x'], '--output can not be used for a table'),
         (['--model', 'mixpath_nano', '--resume', 'x'], '--resume can not be used for a table'),
         (['--model', 'mixpath_nano', '--seeds', '1', '-1'], 'seed -1 is out of range'),

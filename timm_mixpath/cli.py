@@ -167,6 +167,7 @@ def _train(args: argparse.Namespace) -> None:
 
 def _add_table(parser: argparse.ArgumentParser) -> None:
     from .options import add_train_options
+    from .sampling import STRATEGIES
 
     parser.description = (
         'Train many archs of a space from scratch and write their accuracies into a table, the ground truth of a '
@@ -182,9 +183,12 @@ def _add_table(parser: argparse.ArgumentParser) -> None:
     archs.add_argument(
         '--archs', metavar='FILE', help='text file of one arch per line, or .csv with a column arch, cell or ops'
     )
-    archs.add_argument('--num-archs', type=int, metavar='N', help='draw N archs as the supernet does in training')
+    archs.add_argument('--num-archs', type=int, metavar='N', help='draw N distinct archs of the space')
     add('--archs-seed', type=int, default=0, metavar='N', help='seed of --num-archs (default: 0)')
     add('--archs-m', type=int, metavar='M', help="most paths of --num-archs (default: m of the space's supernet)")
+    add('--archs-sampling', choices=STRATEGIES, default='paths',
+        help='how to draw --num-archs: paths as the supernet does, which leaves out nodes without inputs of nb201; '
+        'uniform over all archs; or fair (default: paths)')  # fmt: skip
     add('--seeds', type=int, nargs='+', metavar='SEED', help='train every arch with each of these (default: --seed)')
     add('--drop-checkpoints', action='store_true', help='delete the checkpoints of trainings that have ended')
     add('--verbose', action='store_true', help='log what train logs, not one line per training')
@@ -201,7 +205,9 @@ def _table(args: argparse.Namespace) -> None:
     if args.archs is not None:
         archs = read_archs(args.archs, space)
     else:
-        archs = draw_archs(args.model, args.num_archs, seed=args.archs_seed, m=args.archs_m)
+        archs = draw_archs(
+            args.model, args.num_archs, seed=args.archs_seed, m=args.archs_m, sampling=args.archs_sampling
+        )
     train_table(
         options,
         archs,

@@ -43,6 +43,8 @@ __all__ = [
 ]
 
 SCORES = ('top1', 'loss')
+# The attributes of `RankedArch` that `evaluate` gives
+_METRICS = tuple(f'{name}{suffix}' for suffix in ('', '_recalibrated') for name in SCORES)
 
 # What ranks the archs, and how it is called in a table
 LABELS = {
@@ -186,8 +188,9 @@ def rank_correlation(
     that scores all archs equal has the overlap and the regret of a random order. Ties of the accuracies and of the
     scores are broken independently of each other.
 
-    An arch that a resample holds several times is tied with itself. Resamples in which a correlation is not defined
-    are left out of its interval.
+    An arch that a resample holds several times is tied with itself. Where its copies are tied with no other arch in
+    either series, the overlap counts as many of them as both tops hold, so a score that ranks right has an overlap of
+    1 in every resample. Resamples in which a correlation is not defined are left out of its interval.
 
     Args:
         accuracies: Stand-alone accuracies of the archs, in percent.
@@ -334,21 +337,34 @@ def _spearman(x: np.ndarray, y: np.ndarray, weights: np.ndarray) -> np.ndarray:
     return np.divide(covariance, np.sqrt(variances[0] * variances[1]), out=np.full(len(weights), np.nan), where=defined)
 
 
-def _in_top(places: np.ndarray, weights: np.ndarray, k: int) -> np.ndarray:
-    """Probability of each arch to be among the k best of a resample if ties are broken at random, [resamples, n]."""
+def _in_top(places: np.ndarray, weights: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+    """Expected copies of each arch among the k best of a resample if ties are broken at random, [num_resamples, n].
+
+    Returns:
+        Them, and whether the copies are tied with no other arch, so that their number is certain.
+    """
     ties = _tie_weights(places, weights)
     better = weights.sum(axis=1, keepdims=True) - np.cumsum(ties, axis=1)
-    free = np.clip(k - better, 0, ties)
-    return np.divide(free, ties, out=np.zeros_like(ties), where=ties > 0)[:, places]
+    free = np.clip(k - better, 0, ties)[:, places]
+    ties = ties[:, places]
+    return np.divide(weights * free, ties, out=np.zeros_like(ties), where=ties > 0), ties == weights
 
 
 def _overlap(x: np.ndarray, y: np.ndarray, weights: np.ndarray, k: int) -> np.ndarray:
-    return (weights * _in_top(x, weights, k) * _in_top(y, weights, k)).sum(axis=1) / k
+    """Share of the k best by x that are among the k best by y, for each resample.
+
+    Ties among several archs are broken independently for x and y. Copies of one arch are not told apart where they are
+    tied with each other alone: at place k, too, the same ones are taken by x and y. Ties among them would be broken as
+    independently otherwise, and a resample would have an overlap below 1 although x and y rank all archs the same.
+    """
+    (in_x, alone_x), (in_y, alone_y) = (_in_top(places, weights, k) for places in (x, y))
+    independent = np.divide(in_x * in_y, weights, out=np.zeros_like(weights), where=weights > 0)
+    return np.where(alone_x & alone_y, np.minimum(in_x, in_y), independent).sum(axis=1) / k
 
 
 def _regret(accuracies: np.ndarray, places_by_score: np.ndarray, weights: np.ndarray) -> np.ndarray:
     best = np.where(weights > 0, accuracies, -np.inf).max(axis=1)
-    pick = (weights * _in_top(places_by_score, weights, 1) * accuracies).sum(axis=1)
+    pick = (_in_top(places_by_score, weights, 1)[0] * accuracies).sum(axis=1)
     return np.maximum(best - pick, 0.0)  # a mean of equal accuracies may be an ulp above them
 
 
@@ -398,7 +414,7 @@ def evaluate_table(
     Args:
         chosen: Archs and their stand-alone accuracies, see `AccuracyTable.choose`.
         evaluate: Returns `top1` (percent) and `loss` of an arch, and both with the suffix `_recalibrated` if batch
-            norms are recalibrated.
+            norms are recalibrated. Other metrics are left out.
         config: Its seed is part of the archive.
         archive_path: Archive to keep the scores in, JSON lines; nothing is kept if None. One of fewer archs can be
             gone on with.
@@ -453,14 +469,13 @@ def evaluate_table(
 
 def _with_metrics(ranked: RankedArch, metrics: Mapping[str, Any]) -> RankedArch:
     values = plain_metrics(metrics, ranked.arch)
-    values = {name: math.nan if value is None else float(value) for name, value in values.items()}
-    return replace(ranked, **values)
+    values = {name: values[name] for name in _METRICS if name in values}
+    return replace(ranked, **{name: math.nan if value is None else float(value) for name, value in values.items()})
 
 
 def _metrics(ranked: RankedArch) -> dict[str, float | None]:
     """Scores as JSON has them, without NaN and without those that were not measured."""
-    names = [f'{name}{suffix}' for suffix in ('', '_recalibrated') for name in SCORES]
-    values = {name: getattr(ranked, name) for name in names}
+    values = {name: getattr(ranked, name) for name in _METRICS}
     return {name: v if math.isfinite(v) else None for name, v in values.items() if v is not None}
 
 

@@ -37,9 +37,9 @@ from .data import open_dataset
 from .errors import RunError, UsageError, as_usage_error, concise
 from .files import lock_file, make_output_dir, write_text
 from .options import default_args
-from .sampling import sample
+from .sampling import check_strategy, sample
 from .space import Space
-from .table import ARCH_COLUMNS
+from .table import ARCH_COLUMNS, read_rows
 from .train import train
 from .version import __version__
 
@@ -103,17 +103,21 @@ def _base_name(model: str) -> str:
     return model.partition('.')[0]  # without the tag of pretrained weights
 
 
-def draw_archs(model: str, num_archs: int, *, seed: int = 0, m: int | None = None) -> list[str]:
-    """Draw distinct archs of a space as the training of its supernet does.
+def draw_archs(
+    model: str, num_archs: int, *, seed: int = 0, m: int | None = None, sampling: str = 'paths'
+) -> list[str]:
+    """Draw distinct archs of a space, by default as the training of its supernet does.
 
     Args:
         model: Sub-network model of the space, for example `mixpath_nano`.
         num_archs: Number of archs. Fewer of the same seed are a beginning of more.
         seed: Seed of the sequence.
         m: Largest number of paths, the default of the supernet if None.
+        sampling: One of `timm_mixpath.sampling.STRATEGIES`. 'paths' does not reach all archs of every space: in nb201
+            none with a node that has no inputs.
 
     Raises:
-        UsageError: A value is out of range, or the space does not hold as many archs.
+        UsageError: A value is out of range, or the sampling does not find as many archs.
     """
     if num_archs < 1:
         raise UsageError(f'number of archs {num_archs} must be at least 1')
@@ -123,17 +127,20 @@ def draw_archs(model: str, num_archs: int, *, seed: int = 0, m: int | None = Non
         space = timm.create_model(
             supernet if timm.is_model(supernet) else model, device='meta', **({} if m is None else {'m': m})
         ).space
+        check_strategy(sampling)
     archs: dict[str, None] = {}
     step = last_new = 0
     while len(archs) < num_archs:
-        arch = str(sample(space, seed=seed, step=step))
+        arch = str(sample(space, seed=seed, step=step, strategy=sampling))
         if arch not in archs:
             archs[arch], last_new = None, step
         if step - last_new > _SAMPLING_PATIENCE:
-            raise UsageError(f'{num_archs} archs are too many, only {len(archs)} distinct ones were found')
+            raise UsageError(
+                f'{num_archs} archs are too many, only {len(archs)} distinct ones were found with sampling '
+                f'{sampling!r} in a space of {space.size}'
+            )
         step += 1
     return list(archs)
-    raise AssertionError  # the count has no end
 
 
 def read_archs(path: str | os.PathLike, space: Space) -> list[str]:
@@ -151,21 +158,21 @@ def read_archs(path: str | os.PathLike, space: Space) -> list[str]:
         UsageError: The file can't be read, holds no archs, or one that the space does not.
     """
     path = Path(path)
-    try:
-        with open(path, encoding='utf-8-sig', newline='') as f:
-            if path.suffix.lower() == '.csv':
-                reader = csv.DictReader(f)
-                names = reader.fieldnames or []
-                column = next((name for name in ARCH_COLUMNS if name in names), None)
-                if column is None:
-                    found = ', '.join(names) or 'none'
-                    raise UsageError(f'{str(path)!r} has no column {", ".join(ARCH_COLUMNS)}; it has {found}')
-                lines = [(f'line {reader.line_num}', row[column] or '') for row in reader]
-            else:
-                lines = [(f'line {number}', line.strip()) for number, line in enumerate(f, 1)]
-                lines = [(where, line) for where, line in lines if line and not line.startswith('#')]
-    except (OSError, UnicodeError, csv.Error) as e:
-        raise UsageError(f'list of archs {str(path)!r} can not be read: {getattr(e, "strerror", None) or e}') from None
+    if path.suffix.lower() == '.csv':
+        rows = read_rows(path, 'list of archs')
+        names = [cell.strip() for cell in next(rows)[1]]
+        column = next((names.index(name) for name in ARCH_COLUMNS if name in names), None)
+        if column is None:
+            raise UsageError(f'{str(path)!r} has no column {", ".join(ARCH_COLUMNS)}; it has {", ".join(names)}')
+        lines = [(f'line {line}', row[column].strip() if column < len(row) else '') for line, row in rows]
+    else:
+        try:
+            text = path.read_text(encoding='utf-8-sig')
+        except (OSError, UnicodeError) as e:
+            reason = getattr(e, 'strerror', None) or e
+            raise UsageError(f'list of archs {str(path)!r} can not be read: {reason}') from None
+        lines = [(f'line {number}', line.strip()) for number, line in enumerate(text.split('\n'), 1)]
+        lines = [(where, line) for where, line in lines if line and not line.startswith('#')]
     if not lines:
         raise UsageError(f'list of archs {str(path)!r} is empty')
     return _check_archs(lines, space, str(path))

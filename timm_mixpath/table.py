@@ -169,7 +169,7 @@ def read_table(
             be used.
     """
     path = Path(path)
-    rows = _rows(path)
+    rows = read_rows(path)
     header = [cell.strip() for cell in next(rows)[1]]
     arch_at = _column(header, arch_column, ARCH_COLUMNS, 'arch', path)
     accuracy_at = _column(header, accuracy_column, ACCURACY_COLUMNS, 'accuracy', path)
@@ -241,9 +241,20 @@ def read_table(
     )
 
 
-def _rows(path: Path) -> Iterator[tuple[int, list[str]]]:
-    """Read the rows of a CSV file that are not empty, at least one, with the line that each ends in."""
-    name = str(path)
+def read_rows(path: Path, what: str = 'table') -> Iterator[tuple[int, list[str]]]:
+    """Read the rows of a CSV file that are not empty, at least one.
+
+    Args:
+        path: The file, in UTF-8.
+        what: What it is called in messages.
+
+    Yields:
+        The line that a row ends in, from 1, and its cells.
+
+    Raises:
+        UsageError: The file can't be read, is not CSV, or is empty.
+    """
+    name = f'{what} {str(path)!r}'
     empty = True
     try:
         with open(path, encoding='utf-8-sig', newline='') as f:
@@ -254,15 +265,15 @@ def _rows(path: Path) -> Iterator[tuple[int, list[str]]]:
                     empty = False
                     yield reader.line_num, row
     except FileNotFoundError:
-        raise UsageError(f'table {name!r} does not exist') from None
+        raise UsageError(f'{name} does not exist') from None
     except OSError as e:
-        raise UsageError(f'table {name!r} can not be read: {e.strerror}') from None
+        raise UsageError(f'{name} can not be read: {e.strerror}') from None
     except UnicodeDecodeError as e:
-        raise UsageError(f'table {name!r} is not text in UTF-8 ({e.reason}), save it as CSV in UTF-8') from None
+        raise UsageError(f'{name} is not text in UTF-8 ({e.reason}), save it as CSV in UTF-8') from None
     except csv.Error as e:
-        raise UsageError(f'table {name!r} is not CSV, line {reader.line_num}: {e}') from None
+        raise UsageError(f'{name} is not CSV, line {reader.line_num}: {e}') from None
     if empty:
-        raise UsageError(f'table {name!r} is empty')
+        raise UsageError(f'{name} is empty')
 
 
 def _column(header: Sequence[str], name: str | None, known: Sequence[str], what: str, path: Path) -> int:
