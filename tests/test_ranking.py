@@ -14,6 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from timm_mixpath.accuracy_table import AccuracyTable
 from timm_mixpath.errors import UsageError
 from timm_mixpath.ranking import (
     Estimate,
@@ -33,7 +34,6 @@ from timm_mixpath.ranking import (
     write_ranking_csv,
     write_ranking_json,
 )
-from timm_mixpath.table import AccuracyTable
 
 # ---- Slow references
 

@@ -197,7 +197,7 @@ def _add_table(parser: argparse.ArgumentParser) -> None:
 
 def _table(args: argparse.Namespace) -> None:
     from .options import default_args
-    from .standalone import arch_space, draw_archs, read_archs, train_table
+    from .train_table import arch_space, draw_archs, read_archs, train_table
 
     _setup_logging()
     options = argparse.Namespace(**{name: getattr(args, name) for name in vars(default_args())})

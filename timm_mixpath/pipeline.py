@@ -14,6 +14,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from .accuracy_table import read_table
 from .checkpoint import LoadedModel, load_model
 from .cost import CellCostTable, CostTable, cost_table, measure_latency
 from .data import Subset, hold_out, open_dataset
@@ -45,7 +46,6 @@ from .search import (
     write_front_json,
 )
 from .supernet import Supernet
-from .table import read_table
 
 __all__ = [
     'SearchData',

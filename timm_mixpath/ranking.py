@@ -19,11 +19,11 @@ from typing import Any
 import numpy as np
 import torch
 
+from .accuracy_table import MIN_ARCHS, AccuracyTable
 from .archive import Archive, plain_metrics
+from .distributed import Ranks
 from .errors import RunError, UsageError
 from .files import write_text
-from .ranks import Ranks
-from .table import MIN_ARCHS, AccuracyTable
 from .version import __version__
 
 __all__ = [

@@ -22,9 +22,9 @@ import numpy as np
 
 from .arch import Arch
 from .archive import Archive, plain_metrics
+from .distributed import Ranks
 from .errors import RunError, UsageError
 from .files import write_text
-from .ranks import Ranks
 from .sampling import sample
 from .space import SearchSpace
 from .version import __version__

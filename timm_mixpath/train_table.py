@@ -30,6 +30,7 @@ import torch
 import torch.distributed as dist
 from timm.utils.distributed import is_distributed_env, world_info_from_env
 
+from .accuracy_table import ARCH_COLUMNS, read_rows
 from .arch import Arch
 from .checkpoint import check_model_name, create_model, resolve_data
 from .cost import count_macs
@@ -39,7 +40,6 @@ from .files import lock_file, make_output_dir, write_text
 from .options import default_args
 from .sampling import check_strategy, sample
 from .space import Space
-from .table import ARCH_COLUMNS, read_rows
 from .train import train
 from .version import __version__
 

@@ -15,11 +15,12 @@ from test_cli import fails
 from test_train import assert_equal, command, environment
 from timm.models._helpers import _torch_load
 
-from timm_mixpath import Arch, cli, get_space, sample, standalone
+import timm_mixpath.train_table as module
+from timm_mixpath import Arch, cli, get_space, sample
 from timm_mixpath.cost import CostTable
 from timm_mixpath.errors import RunError, UsageError
-from timm_mixpath.standalone import arch_space, draw_archs, read_archs, train_table
 from timm_mixpath.train import train
+from timm_mixpath.train_table import arch_space, draw_archs, read_archs, train_table
 
 ARCHS = draw_archs('mixpath_nano', 3, seed=1)
 
@@ -59,7 +60,7 @@ def trained(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int, bool]]:
         calls.append((args.model_kwargs['arch'], args.seed, bool(args.resume)))
         return train(args)
 
-    monkeypatch.setattr(standalone, 'train', recorded)
+    monkeypatch.setattr(module, 'train', recorded)
     return calls
 
 
@@ -183,7 +184,7 @@ def test_failed_training_does_not_stop_the_others(
     # A command that failed before anything was trained can be corrected
     with pytest.raises(UsageError, match="'sdg'"):
         train_table(table_args(digits, opt='sdg'), ARCHS[:2], tmp_path)
-    monkeypatch.setattr(standalone, 'train', failing)
+    monkeypatch.setattr(module, 'train', failing)
     with pytest.raises(RunError, match=r'1 of 2 trainings failed, the first is k.*, seed 42: the loss is nan'):
         train_table(args, ARCHS[:2], tmp_path)
     assert [row['arch'] for row in rows(tmp_path)] == ARCHS[1:2] and 'failed: the loss is nan' in caplog.text
@@ -197,14 +198,14 @@ def test_processes_share_the_trainings(digits: Path, table: Path, tmp_path: Path
     """torchrun: the same table as from one process, and a failure in one rank does not end the other."""
     (tmp_path / 'archs.txt').write_text('\n'.join(ARCHS))
     (tmp_path / 'failing.py').write_text(
-        'from timm_mixpath import standalone\n'
+        'import timm_mixpath.train_table as module\n'
         'from timm_mixpath.errors import RunError\n'
-        'original = standalone.train\n'
+        'original = module.train\n'
         'def train(args):\n'
         f'    if args.model_kwargs["arch"] == {ARCHS[2]!r}:\n'
         '        raise RunError("no memory")\n'
         '    return original(args)\n'
-        'standalone.train = train\n'
+        'module.train = train\n'
     )
     words = ['-m', 'torch.distributed.run', '--nproc_per_node=2', '--rdzv-backend=c10d']
     words += ['--rdzv-endpoint=127.0.0.1:0', '-m', 'timm_mixpath.cli', *command(table_args(digits), 'table')]
@@ -274,8 +275,8 @@ def test_drawn_archs(monkeypatch: pytest.MonkeyPatch) -> None:
         draw_archs('mixpath_nano', 5, sampling='all')
 
     few: Iterator[str] = iter([*ARCHS, *ARCHS * 10])
-    monkeypatch.setattr(standalone, 'sample', lambda *_, **__: next(few))
-    monkeypatch.setattr(standalone, '_SAMPLING_PATIENCE', 20)
+    monkeypatch.setattr(module, 'sample', lambda *_, **__: next(few))
+    monkeypatch.setattr(module, '_SAMPLING_PATIENCE', 20)
     with pytest.raises(UsageError, match=r"4 archs are too many, only 3 .* with sampling 'paths' in a space of"):
         draw_archs('mixpath_nano', 4)
 

@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from timm_mixpath import get_space, sample
+from timm_mixpath.accuracy_table import read_table
 from timm_mixpath.errors import UsageError
-from timm_mixpath.table import read_table
 
 NANO = get_space('nano')
 ARCHS = [str(sample(NANO, seed=1, step=i)) for i in range(40)]
