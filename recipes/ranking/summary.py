@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 NORMS = {'sbn': ('#3b6fb5', 'SBN'), 'bn': ('#c1272d', 'one BN'), 'none': ('0.45', 'none')}
 SPACES = {'nb201': 'NAS-Bench-201', 'nb101': 'NAS-Bench-101 sub-space'}
@@ -89,7 +90,7 @@ def print_markdown(runs: list[dict[str, Any]]) -> None:
     )
     print('|---|---|---|---|---|---|---|---|---|---|')
     for (space, norm, sampling), members in sorted(
-        groups.items(), key=lambda g: (g[0][0] != 'nb201', g[0][2] != 'paths')
+        groups.items(), key=lambda g: (g[0][0] != 'nb201', g[0][2] != 'paths', list(NORMS).index(g[0][1]))
     ):
         members.sort(key=lambda run: run['seed'])
         cells = [space, norm, sampling, ' '.join(str(r['seed']) for r in members)]
@@ -132,7 +133,7 @@ def draw(runs: list[dict[str, Any]], path: Path) -> None:
     spaces = {space: title for space, title in SPACES.items() if any(r['space'] == space for r in runs)}
     axes = figure.subplots(2, len(spaces), squeeze=False)
     for column, (space, title) in enumerate(spaces.items()):
-        of_space = [r for r in runs if r['space'] == space]
+        of_space = sorted((r for r in runs if r['space'] == space), key=lambda r: list(NORMS).index(r['norm']))
         loss, tau = axes[0][column], axes[1][column]
         seen = set()
         for run in of_space:
@@ -143,6 +144,7 @@ def draw(runs: list[dict[str, Any]], path: Path) -> None:
             loss.plot(epochs, run['losses'], color=color, linewidth=1.2, label=None if label in seen else label)
             seen.add(label)
         loss.set(title=title, xlabel='epoch', ylabel='training loss (nats)')
+        loss.xaxis.set_major_locator(MaxNLocator(integer=True))
         loss.legend(frameon=False)
 
         settings = sorted({(r['sampling'] != 'paths', r['sampling'], list(NORMS).index(r['norm'])) for r in of_space})
@@ -163,7 +165,9 @@ def draw(runs: list[dict[str, Any]], path: Path) -> None:
         tau.text(len(settings) - 0.5, yardstick, 'more parameters = better', ha='right', va='bottom', fontsize=8)
         tau.axhline(0, color='0.8', linewidth=0.8)
         n = of_space[0]['ranking']['num_archs']
-        tau.set(ylabel=f'Kendall tau over {n} archs', xticks=range(len(settings)), xticklabels=labels, ylim=(-0.4, 1))
+        tau.set(
+            ylabel=f'Kendall tau over {n} archs', xticks=range(len(settings)), xticklabels=labels, ylim=(-0.65, 1.1)
+        )
         tau.plot([], [], 'o', color='0.3', label='BN as trained')
         tau.plot([], [], 's', color='0.3', label='BN recalibrated')
         tau.legend(frameon=False, loc='upper left', fontsize=8, ncols=2)
