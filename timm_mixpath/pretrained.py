@@ -59,16 +59,20 @@ def add_weights(cfgs: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
     """Add the tags of the weights that exist to pretrained cfgs.
 
     Args:
-        cfgs: {'<model>.untrained': cfg}.
+        cfgs: {'<model>.untrained': cfg} of a module's models; weights of other models are left out.
 
     Returns:
         Cfgs for `timm.models.generate_default_cfgs`. A tag with weights comes before the untrained one.
     """
     cfgs = dict(cfgs)
+    bases = {name.partition('.')[0]: cfg for name, cfg in cfgs.items()}
     for name, overrides in PUBLISHED.items():
-        base = cfgs[f'{name.partition(".")[0]}.untrained']
-        cfgs[name] = {**base, 'hf_hub_id': f'{HUB_ORG}/{name}', **overrides}
+        base = bases.get(name.partition('.')[0])
+        if base is not None:
+            cfgs[name] = {**base, 'hf_hub_id': f'{HUB_ORG}/{name}', **overrides}
     for config_path in sorted(_PACKAGED.glob(f'*.*/{_CONFIG}')):
+        if config_path.parent.name.partition('.')[0] not in bases:
+            continue
         cfg = dict(json.loads(config_path.read_text())['pretrained_cfg'])
         cfg.pop('tag', None)
         cfgs[config_path.parent.name] = {**cfg, 'file': str(config_path.with_name(_WEIGHTS))}
