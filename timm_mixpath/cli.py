@@ -218,10 +218,7 @@ def _table(args: argparse.Namespace) -> None:
     )
 
 
-def _add_search(parser: argparse.ArgumentParser) -> None:
-    from .search import ALGORITHMS, OBJECTIVES, SearchConfig
-
-    default = SearchConfig()
+def _add_supernet(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add(
         '--checkpoint',
@@ -229,8 +226,16 @@ def _add_search(parser: argparse.ArgumentParser) -> None:
         metavar='PATH',
         help='last.pth.tar of a supernet, a model folder, or hf-hub:ORG/NAME',
     )
-    add('--output', required=True, metavar='DIR', help='folder for archive, front and plot')
     add('--device-modules', nargs='+', metavar='MODULE', help='Python modules to import first, for a space of your own')
+
+
+def _add_search(parser: argparse.ArgumentParser) -> None:
+    from .search import ALGORITHMS, OBJECTIVES, SearchConfig
+
+    default = SearchConfig()
+    add = parser.add_argument
+    _add_supernet(parser)
+    add('--output', required=True, metavar='DIR', help='folder for archive, front and plot')
     _add_images(parser)
 
     add = parser.add_argument_group('search').add_argument
@@ -307,16 +312,10 @@ def _add_rank(parser: argparse.ArgumentParser) -> None:
 
     default = RankConfig()
     add = parser.add_argument
-    add(
-        '--checkpoint',
-        required=True,
-        metavar='PATH',
-        help='last.pth.tar of a supernet, a model folder, or hf-hub:ORG/NAME',
-    )
+    _add_supernet(parser)
     add('--table', required=True, metavar='FILE', help='CSV of archs and the accuracies that they reach on their own')
     add('--output', metavar='DIR', help='folder for archive, statistics and plot; without it nothing is kept, and a '
         'run that is cut off starts again')  # fmt: skip
-    add('--device-modules', nargs='+', metavar='MODULE', help='Python modules to import first, for a space of your own')
 
     add = parser.add_argument_group('table').add_argument
     add('--arch-column', metavar='NAME', help='default: the first of arch, cell, ops')
@@ -363,16 +362,10 @@ def _rank(args: argparse.Namespace) -> None:
 def _add_stats(parser: argparse.ArgumentParser) -> None:
     parser.epilog = "A reconstruction of the content of the paper's figure; its exact protocol is not published."
     add = parser.add_argument
-    add(
-        '--checkpoint',
-        required=True,
-        metavar='PATH',
-        help='last.pth.tar of a supernet, a model folder, or hf-hub:ORG/NAME',
-    )
+    _add_supernet(parser)
     add('--output', metavar='DIR', help='folder for stats.json, stats.csv and stats.png (default: only print)')
     add('--num-archs', type=int, default=20, metavar='N',
         help='run at most N sampled archs to reach every sum of paths three times (default: %(default)s)')  # fmt: skip
-    add('--device-modules', nargs='+', metavar='MODULE', help='Python modules to import first, for a space of your own')
     _add_images(parser, num_images=512)
     _add_device(parser, batch_size=32)
 
