@@ -8,8 +8,6 @@ code of MixPath builds it for NAS-Bench-101, but never applies it.
 
 import random
 from collections.abc import Sequence
-from contextlib import nullcontext
-from functools import partial
 from itertools import combinations, product
 from typing import Any, ClassVar
 
@@ -25,15 +23,14 @@ from timm.layers import (
     get_norm_act_layer,
     get_norm_layer,
 )
-from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
-from timm.models._efficientnet_builder import resolve_bn_args
+from timm.models import generate_default_cfgs, register_model
 from timm.models._features import feature_take_indices
 from timm.models._manipulate import checkpoint_seq
 
 from .blocks import fold_bn, sum_paths
 from .layers import ShadowBatchNorm2d
 from .nasbench import CellArch, CellSpace
-from .pretrained import add_weights, check_state_dict, locate_weights, readable
+from .pretrained import add_weights, build_model, check_state_dict
 from .sampling import shuffled
 from .space import get_space
 from .supernet import Supernet
@@ -704,35 +701,11 @@ class NB101Supernet(CellSupernet, NB101Net):
         return [*parts, 'node.norm', f'behind.{behind}']
 
 
-def create_cell_net(
-    model_cls: type[CellNet], variant: str, space: CellSpace, pretrained: bool = False, **kwargs: Any
-) -> CellNet:
-    """Create a network or supernet of a cell space through timm's builder.
-
-    Args:
-        model_cls: Class of the model.
-        variant: Registered name.
-        space: Space.
-        pretrained: Load the weights of the pretrained cfg.
-        **kwargs: Arguments of the model class and of `timm.models.build_model_with_cfg`.
-    """
-    bn_args = resolve_bn_args(kwargs)
-    if bn_args:
-        kwargs['norm_layer'] = partial(get_norm_layer(kwargs.get('norm_layer') or nn.BatchNorm2d), **bn_args)
-    model_args = locate_weights(variant, kwargs) if pretrained else {}
-    with readable(variant, kwargs['pretrained_cfg']) if pretrained else nullcontext():
-        model = build_model_with_cfg(
-            model_cls,
-            variant,
-            pretrained,
-            feature_cfg=dict(out_indices=(0, 1, 2), feature_cls='getter'),
-            pretrained_filter_fn=check_state_dict,
-            space=space,
-            **kwargs,
-        )
-    if model_args:
-        model._model_args = model_args  # timm adds the arguments that it was given itself
-    return model
+def _create(model_cls: type[CellNet], variant: str, pretrained: bool, **kwargs: Any) -> CellNet:
+    space = get_space(variant.removeprefix('mixpath_').removesuffix('_supernet'))
+    return build_model(
+        model_cls, variant, pretrained, num_features=3, filter_fn=check_state_dict, space=space, **kwargs
+    )
 
 
 def _cfg(space: CellSpace, **kwargs: Any) -> dict[str, Any]:
@@ -766,22 +739,22 @@ default_cfgs = generate_default_cfgs(
 @register_model
 def mixpath_nb101(pretrained: bool = False, **kwargs: Any) -> CellNet:
     """Network of the NAS-Bench-101 sub-space, as the benchmark trained it, of the given `arch`."""
-    return create_cell_net(NB101Net, 'mixpath_nb101', get_space('nb101'), pretrained, **kwargs)
+    return _create(NB101Net, 'mixpath_nb101', pretrained, **kwargs)
 
 
 @register_model
 def mixpath_nb101_supernet(pretrained: bool = False, **kwargs: Any) -> CellNet:
     """Supernet of the NAS-Bench-101 sub-space (m = 4 by default); where its SBN stands is a reconstruction."""
-    return create_cell_net(NB101Supernet, 'mixpath_nb101_supernet', get_space('nb101'), pretrained, **kwargs)
+    return _create(NB101Supernet, 'mixpath_nb101_supernet', pretrained, **kwargs)
 
 
 @register_model
 def mixpath_nb201(pretrained: bool = False, **kwargs: Any) -> CellNet:
     """Network of NAS-Bench-201, as the benchmark trained it, of the given `arch`."""
-    return create_cell_net(NB201Net, 'mixpath_nb201', get_space('nb201'), pretrained, **kwargs)
+    return _create(NB201Net, 'mixpath_nb201', pretrained, **kwargs)
 
 
 @register_model
 def mixpath_nb201_supernet(pretrained: bool = False, **kwargs: Any) -> CellNet:
     """Supernet of NAS-Bench-201 (m = 3 by default), not a space of the paper."""
-    return create_cell_net(NB201Supernet, 'mixpath_nb201_supernet', get_space('nb201'), pretrained, **kwargs)
+    return _create(NB201Supernet, 'mixpath_nb201_supernet', pretrained, **kwargs)

@@ -11,21 +11,20 @@ the published budgets point to, timm's mixnet_m; `nano` is this package's own.
 import math
 import re
 import sys
-from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
 import torch.nn as nn
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.layers import LayerType, create_classifier, create_conv2d, get_act_layer, get_norm_act_layer, get_norm_layer
-from timm.models import build_model_with_cfg, generate_default_cfgs, is_model, register_model
-from timm.models._efficientnet_builder import _init_weight_goog, efficientnet_init_weights, resolve_bn_args
+from timm.layers import LayerType, create_classifier, create_conv2d, get_act_layer, get_norm_act_layer
+from timm.models import generate_default_cfgs, is_model, register_model
+from timm.models._efficientnet_builder import _init_weight_goog, efficientnet_init_weights
 from timm.models.efficientnet import EfficientNet
 
 from .arch import Arch
 from .blocks import DepthwiseSeparable, MultiPathResidual, fold_bn, spec_kwargs
 from .genotypes import MIXPATH_A, MIXPATH_B, MIXPATH_C
-from .pretrained import add_weights, check_state_dict, locate_weights, readable
+from .pretrained import add_weights, build_model, check_state_dict
 from .released import checkpoint_filter_fn
 from .space import BlockSpec, SearchSpace, add_space, get_space, list_spaces
 
@@ -205,25 +204,17 @@ def create_mixpath(
         pretrained: Load the weights of the pretrained cfg.
         **kwargs: Arguments of the model class and of `timm.models.build_model_with_cfg`.
     """
-    bn_args = resolve_bn_args(kwargs)
-    if bn_args:
-        kwargs['norm_layer'] = partial(get_norm_layer(kwargs.get('norm_layer') or nn.BatchNorm2d), **bn_args)
     strides = [stage[0].stride for stage in _fixed_stages(space) + space.stages]
     num_features = (strides[0] > 1) + sum(s > 1 for s in strides[1:]) + 1
-    model_args = locate_weights(variant, kwargs) if pretrained else {}
-    with readable(variant, kwargs['pretrained_cfg']) if pretrained else nullcontext():
-        model = build_model_with_cfg(
-            model_cls,
-            variant,
-            pretrained,
-            feature_cfg=dict(out_indices=tuple(range(num_features)), feature_cls='getter'),
-            pretrained_filter_fn=_checkpoint_filter_fn,
-            space=space,
-            **kwargs,
-        )
-    if model_args:
-        model._model_args = model_args  # timm adds the arguments that it was given itself
-    return model
+    return build_model(
+        model_cls,
+        variant,
+        pretrained,
+        num_features=num_features,
+        filter_fn=_checkpoint_filter_fn,
+        space=space,
+        **kwargs,
+    )
 
 
 def _checkpoint_filter_fn(state_dict: dict[str, Any], model: nn.Module) -> dict[str, Any]:

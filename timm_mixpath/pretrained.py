@@ -10,7 +10,8 @@ import os
 import pickle
 import re
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,14 +30,25 @@ from huggingface_hub.errors import (
 )
 from huggingface_hub.utils.sha import git_hash, sha_fileobj
 from safetensors import SafetensorError
-from timm.models import resolve_pretrained_cfg
+from timm.layers import get_norm_layer
+from timm.models import build_model_with_cfg, resolve_pretrained_cfg
+from timm.models._efficientnet_builder import resolve_bn_args
 from torch import nn
 
 from .errors import RunError, UsageError, concise
 from .recipes import model_recipes
 from .version import __version__
 
-__all__ = ['HUB_ORG', 'add_weights', 'check_state_dict', 'fetch_model', 'hub_errors', 'locate_weights', 'readable']
+__all__ = [
+    'HUB_ORG',
+    'add_weights',
+    'build_model',
+    'check_state_dict',
+    'fetch_model',
+    'hub_errors',
+    'locate_weights',
+    'readable',
+]
 
 _logger = logging.getLogger(__name__)
 
@@ -77,6 +89,44 @@ def add_weights(cfgs: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
         cfg.pop('tag', None)
         cfgs[config_path.parent.name] = {**cfg, 'file': str(config_path.with_name(_WEIGHTS))}
     return cfgs
+
+
+def build_model(
+    model_cls: type[nn.Module],
+    variant: str,
+    pretrained: bool,
+    *,
+    num_features: int,
+    filter_fn: Callable[[dict[str, Any], nn.Module], dict[str, Any]],
+    **kwargs: Any,
+) -> nn.Module:
+    """Create a model of this package through `timm.models.build_model_with_cfg`.
+
+    Args:
+        model_cls: Class of the model.
+        variant: Registered name.
+        pretrained: Load the weights of the pretrained cfg, located and checked by this module.
+        num_features: Number of feature maps that `features_only` gives.
+        filter_fn: Brings a state dict into the layout of the model and checks it.
+        **kwargs: Arguments of the model class and of `build_model_with_cfg`; timm's `bn_*` ones are bound to the
+            `norm_layer`.
+    """
+    bn_args = resolve_bn_args(kwargs)
+    if bn_args:
+        kwargs['norm_layer'] = partial(get_norm_layer(kwargs.get('norm_layer') or nn.BatchNorm2d), **bn_args)
+    model_args = locate_weights(variant, kwargs) if pretrained else {}
+    with readable(variant, kwargs['pretrained_cfg']) if pretrained else nullcontext():
+        model = build_model_with_cfg(
+            model_cls,
+            variant,
+            pretrained,
+            feature_cfg=dict(out_indices=tuple(range(num_features)), feature_cls='getter'),
+            pretrained_filter_fn=filter_fn,
+            **kwargs,
+        )
+    if model_args:
+        model._model_args = model_args  # timm adds the arguments that it was given itself
+    return model
 
 
 def locate_weights(variant: str, kwargs: dict[str, Any]) -> dict[str, Any]:
