@@ -8,12 +8,13 @@ touch, so an arch passes unquoted through `--model-kwargs arch=...`.
 
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
+from numbers import Integral
 from typing import Any
 
-__all__ = ['Arch', 'BlockChoice', 'cached_choice']
+__all__ = ['Arch', 'BlockChoice', 'cached_choice', 'check_vector']
 
 _BLOCK_RE = re.compile(r'k(?P<kernels>[^_]*)_e(?P<expand>[^_]*)')
 _EXAMPLE = "for example 'k3_e6', 'k3+7_e3' or 'k3.5+7_e6'"
@@ -88,6 +89,19 @@ def _parse_int(token: str, what: str) -> int:
     if not re.fullmatch('[0-9]{1,4}', token):
         raise ValueError(f'{what} {token!r} is not a number of 1 to 4 digits')
     return int(token)
+
+
+def check_vector(vector: Sequence[int], sizes: Sequence[int], space_name: str) -> None:
+    """Check that an integer vector has an entry per gene of a space, and every entry one of its values.
+
+    Raises:
+        ValueError: Wrong length, or an entry out of range.
+    """
+    if len(vector) != len(sizes):
+        raise ValueError(f'vector has {len(vector)} entries, space {space_name!r} needs {len(sizes)}')
+    for position, (value, size) in enumerate(zip(vector, sizes)):
+        if not isinstance(value, Integral) or not 0 <= value < size:
+            raise ValueError(f'entry {position} of the vector is {value!r}, allowed are 0 to {size - 1}')
 
 
 class Arch(str):

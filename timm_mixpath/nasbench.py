@@ -8,8 +8,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import combinations_with_replacement, product
-from numbers import Integral
 from typing import Any
+
+from .arch import check_vector
 
 __all__ = ['CellArch', 'CellSpace', 'NB101Space', 'NB201Space']
 
@@ -125,14 +126,6 @@ class CellSpace:
     def covering_archs(self) -> list[CellArch]:
         """Return as few archs as show every operation in every place; they may have more than m paths."""
         raise NotImplementedError
-
-    def _check_vector(self, vector: Sequence[int]) -> None:
-        sizes = self.gene_sizes
-        if len(vector) != len(sizes):
-            raise ValueError(f'vector has {len(vector)} entries, space {self.name!r} needs {len(sizes)}')
-        for position, (value, size) in enumerate(zip(vector, sizes)):
-            if not isinstance(value, Integral) or not 0 <= value < size:
-                raise ValueError(f'entry {position} of the vector is {value!r}, allowed are 0 to {size - 1}')
 
 
 @dataclass(frozen=True)
@@ -260,7 +253,7 @@ class NB201Space(CellSpace):
         return tuple(choices.index(tuple(ops)) for choices, ops in zip(self._node_choices, _split(arch.ops)))
 
     def decode(self, vector: Sequence[int]) -> CellArch:
-        self._check_vector(vector)
+        check_vector(vector, self.gene_sizes, self.name)
         if self.max_paths == self.max_paths_limit:
             return self._make(_split([self.OPS[v] for v in vector]))
         return self._make([choices[v] for choices, v in zip(self._node_choices, vector)])
@@ -353,7 +346,7 @@ class NB101Space(CellSpace):
         return self._parallel_choices.index(ops[:-1]), self.OPS.index(ops[-1])
 
     def decode(self, vector: Sequence[int]) -> CellArch:
-        self._check_vector(vector)
+        check_vector(vector, self.gene_sizes, self.name)
         return self._make(self._parallel_choices[vector[0]], self.OPS[vector[1]])
 
     def sample(self, draw: Callable[[], float]) -> CellArch:

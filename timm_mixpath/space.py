@@ -8,10 +8,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, partial
 from itertools import combinations, product
-from numbers import Integral
 from typing import Protocol, runtime_checkable
 
-from .arch import Arch, BlockChoice, cached_choice
+from .arch import Arch, BlockChoice, cached_choice, check_vector
 from .nasbench import NB101Space, NB201Space
 
 __all__ = ['BlockSpec', 'SearchSpace', 'Space', 'get_space', 'list_spaces']
@@ -275,12 +274,7 @@ class SearchSpace:
         Raises:
             ValueError: Wrong length, or an entry out of range.
         """
-        sizes = self.gene_sizes
-        if len(vector) != len(sizes):
-            raise ValueError(f'vector has {len(vector)} entries, space {self.name!r} needs {len(sizes)}')
-        for position, (value, size) in enumerate(zip(vector, sizes)):
-            if not isinstance(value, Integral) or not 0 <= value < size:
-                raise ValueError(f'entry {position} of the vector is {value!r}, allowed are 0 to {size - 1}')
+        check_vector(vector, self.gene_sizes, self.name)
         genes = iter(vector)
         choices: list[BlockChoice] = []
         for index, block in enumerate(self.blocks):
