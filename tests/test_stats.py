@@ -30,7 +30,6 @@ from timm_mixpath.stats import (
     StatsResult,
     SumSite,
     _Site,
-    _sum_norm,
     format_stats,
     path_statistics,
     shadow_statistics,
@@ -76,7 +75,7 @@ def make_supernet(space: SearchSpace, **kwargs) -> MixPathSupernet:
 def result_of(supernet: MixPathSupernet, batches: Batches) -> StatsResult:
     space = supernet.space
     sites, shadows = path_statistics(supernet, batches), shadow_statistics(supernet)
-    return StatsResult(space.name, space.max_paths, 40, sites, shadows, {}, _sum_norm(supernet))
+    return StatsResult(space.name, space.max_paths, 40, sites, shadows, {}, supernet.norm_of_sums)
 
 
 def make_equal(supernet: MixPathSupernet) -> None:

@@ -19,7 +19,6 @@ from .cellnet import CellNet
 from .checkpoint import LoadedModel
 from .cost import count_macs
 from .errors import RunError, UsageError
-from .layers import ShadowBatchNorm2d
 from .mixpath import BUILTIN_SPACES, MixPath
 from .options import default_args
 from .recipes import model_recipes
@@ -269,12 +268,11 @@ def _what(
     size = _size(loaded)
     on = f' on {dataset_name}' if dataset_name else ''
     if isinstance(model, Supernet):
-        if any(isinstance(m, ShadowBatchNorm2d) for m in model.modules()):
-            bn = 'Shadow Batch Normalization'
-        elif getattr(model, 'sum_norm', 'bn') == 'bn':
-            bn = 'a single batch norm behind the sum of paths'
-        else:
-            bn = 'no norm behind the sum of paths'
+        bn = {
+            'sbn': 'Shadow Batch Normalization',
+            'bn': 'a single batch norm behind the sum of paths',
+            'none': 'no norm behind the sum of paths',
+        }[model.norm_of_sums]
         return (
             f'A one-shot supernet (`{architecture}`) that holds all {model.space.size:.3g} networks of search space '
             f'`{model.space.name}` with up to m = {model.space.max_paths} paths per sum, with {bn}, after '

@@ -516,7 +516,7 @@ def stats_checkpoint(
             path_statistics(supernet, batches, num_archs=num_archs),
             shadow_statistics(supernet),
             source,
-            _sum_norm(supernet),
+            supernet.norm_of_sums,
         )
     finally:
         if process.distributed:
@@ -529,12 +529,6 @@ def stats_checkpoint(
         except ImportError as e:
             _logger.warning(f'no stats.png: {e}')
     return result
-
-
-def _sum_norm(supernet: Supernet) -> str:
-    if any(isinstance(module, ShadowBatchNorm2d) for module in supernet.modules()):
-        return 'sbn'
-    return getattr(supernet, 'sum_norm', 'bn')
 
 
 # ---- Output ---------------------------------------------------------------------------------------------------------

@@ -9,6 +9,7 @@ import torch.nn as nn
 
 from .arch import Arch
 from .blocks import ActivePathSum, ChoiceBlock, subnet_state_dict
+from .layers import ShadowBatchNorm2d
 from .mixpath import MixPath
 from .released import remap_state_dict
 from .sampling import check_strategy, sample
@@ -135,6 +136,13 @@ class Supernet(nn.Module):
         if pretrained_cfg:
             model.pretrained_cfg = model.default_cfg = dict(pretrained_cfg, architecture=name)
         return model.train(self.training)
+
+    @property
+    def norm_of_sums(self) -> str:
+        """What stands behind sums of paths: `'sbn'`, `'bn'` or `'none'`; `'bn'` where nothing is ever summed."""
+        if any(isinstance(module, ShadowBatchNorm2d) for module in self.modules()):
+            return 'sbn'
+        return getattr(self, 'sum_norm', 'bn')
 
     def _subnet_overrides(self) -> dict[str, Any]:
         """Arguments of a sub-network that differ from the supernet's."""
