@@ -525,7 +525,7 @@ def test_only_the_first_process_writes(
     def second(process: Namespace) -> None:
         process.rank, process.distributed = 1, False
 
-    monkeypatch.setattr('timm_mixpath.stats.init_device', second)
+    monkeypatch.setattr('timm_mixpath.device.init_device', second)
     for name, value in (('RANK', '1'), ('LOCAL_RANK', '1'), ('WORLD_SIZE', '2')):
         monkeypatch.setenv(name, value)
     words = ['stats', '--checkpoint', str(supernet_run / 'last.pth.tar'), '--num-images', '8', '-j', '0']

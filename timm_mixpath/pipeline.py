@@ -5,24 +5,22 @@ import logging
 import math
 import os
 import sys
-from argparse import Namespace
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 
 from .accuracy_table import read_table
 from .checkpoint import LoadedModel, load_model
 from .cost import CellCostTable, CostTable, cost_table, measure_latency
 from .data import Subset, hold_out, open_dataset
-from .device import init_device
+from .device import open_process
 from .errors import UsageError, as_usage_error
 from .evaluate import SupernetEvaluator, load_batches
 from .files import make_output_dir
-from .plots import plot_pareto, plot_ranking
+from .plots import plot_or_warn, plot_pareto, plot_ranking
 from .ranking import (
     RankConfig,
     RankedArch,
@@ -134,10 +132,8 @@ def search_checkpoint(
     if config.algorithm == 'nsga2':
         require_pymoo()
     loaded = _load_supernet(checkpoint, 'search', recalibration_images)
-    process = Namespace(device=device)
-    init_device(process)
-    rank = process.rank
-    try:
+    with open_process(device) as process:
+        rank = process.rank
         output = make_output_dir(output)
         supernet = loaded.model.to(device=process.device, memory_format=torch.channels_last)
         if cost_num_classes is not None and cost_num_classes < 0:
@@ -175,14 +171,8 @@ def search_checkpoint(
                 _measure_front(result, supernet)
             write_front_csv(result, output / 'front.csv')
             write_front_json(result, output / 'front.json')
-            try:
-                plot_pareto(result, output / 'pareto.png')
-            except ImportError as e:
-                _logger.warning(f'no pareto.png: {e}')
+            plot_or_warn(plot_pareto, result, output / 'pareto.png')
         return result
-    finally:
-        if process.distributed:
-            dist.destroy_process_group()
 
 
 def rank_checkpoint(
@@ -236,10 +226,8 @@ def rank_checkpoint(
     supernet = loaded.model
     accuracies = read_table(table, supernet.space, arch_column=arch_column, accuracy_column=accuracy_column)
     chosen = accuracies.choose(config.num_archs, seed=config.seed)
-    process = Namespace(device=device)
-    init_device(process)
-    rank = process.rank
-    try:
+    with open_process(device) as process:
+        rank = process.rank
         if output is not None:
             output = make_output_dir(output)
         supernet = supernet.to(device=process.device, memory_format=torch.channels_last)
@@ -285,14 +273,8 @@ def rank_checkpoint(
         if rank == 0 and output is not None:
             write_ranking_csv(result, output / 'ranking.csv')
             write_ranking_json(result, output / 'ranking.json')
-            try:
-                plot_ranking(result, output / 'ranking.png')
-            except ImportError as e:
-                _logger.warning(f'no ranking.png: {e}')
+            plot_or_warn(plot_ranking, result, output / 'ranking.png')
         return result
-    finally:
-        if process.distributed:
-            dist.destroy_process_group()
 
 
 def _load_supernet(checkpoint: str | os.PathLike, what: str, recalibration_images: int) -> LoadedModel:

@@ -3,11 +3,13 @@
 Figures are drawn on matplotlib's objects, not through pyplot: no window system, no backend and no global state.
 """
 
+import logging
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from statistics import median
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from .files import write_atomic
 
@@ -19,7 +21,9 @@ if TYPE_CHECKING:
     from .search import SearchResult
     from .stats import StatsResult
 
-__all__ = ['plot_pareto', 'plot_ranking', 'plot_stats']
+__all__ = ['plot_or_warn', 'plot_pareto', 'plot_ranking', 'plot_stats']
+
+_logger = logging.getLogger(__name__)
 
 _GREY = '0.72'
 _ACCENT = '#c1272d'
@@ -40,6 +44,20 @@ def _new_figure(width: float, height: float) -> 'Figure':
     figure = Figure(figsize=(width, height), dpi=150, layout='constrained')
     FigureCanvasAgg(figure)
     return figure
+
+
+def plot_or_warn(plot: Callable[[Any, Path], None], result: Any, path: Path) -> None:
+    """Draw a figure, or say why there is none: matplotlib is an extra, and what was computed stands without it.
+
+    Args:
+        plot: One of the functions below.
+        result: What it draws.
+        path: PNG file to write.
+    """
+    try:
+        plot(result, path)
+    except ImportError as e:
+        _logger.warning(f'no {path.name}: {e}')
 
 
 def plot_pareto(result: 'SearchResult', path: str | os.PathLike, *, title: str | None = None) -> None:

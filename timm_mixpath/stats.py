@@ -13,7 +13,6 @@ import json
 import logging
 import math
 import os
-from argparse import Namespace
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -23,17 +22,16 @@ from statistics import median
 from typing import Any, Protocol, runtime_checkable
 
 import torch
-import torch.distributed as dist
 from torch import nn
 
 from .checkpoint import load_model
-from .device import init_device
+from .device import open_process
 from .errors import RunError, UsageError
 from .evaluate import Batches, load_batches
 from .files import make_output_dir, write_text
 from .layers import ShadowBatchNorm2d
 from .pipeline import SearchData, open_search_split
-from .plots import plot_stats
+from .plots import plot_or_warn, plot_stats
 from .sampling import sample
 from .supernet import Supernet
 
@@ -493,9 +491,7 @@ def stats_checkpoint(
     data = data or SearchData(num_images=512)
     loaded = load_model(checkpoint)
     check_supernet(loaded.model, str(checkpoint))
-    process = Namespace(device=device)
-    init_device(process)
-    try:
+    with open_process(device) as process:
         if output is not None:
             output = make_output_dir(output)
         supernet = loaded.model.to(device=process.device, memory_format=torch.channels_last)
@@ -518,16 +514,10 @@ def stats_checkpoint(
             source,
             supernet.norm_of_sums,
         )
-    finally:
-        if process.distributed:
-            dist.destroy_process_group()
     if output is not None and process.rank == 0:
         write_stats_json(result, output / 'stats.json')
         write_stats_csv(result, output / 'stats.csv')
-        try:
-            plot_stats(result, output / 'stats.png')
-        except ImportError as e:
-            _logger.warning(f'no stats.png: {e}')
+        plot_or_warn(plot_stats, result, output / 'stats.png')
     return result
 
 
