@@ -1,13 +1,11 @@
 import csv
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 from conftest import small_args
 from PIL import Image
-from test_train import environment
+from test_train import torchrun
 
 from timm_mixpath import cli
 from timm_mixpath.checkpoint import load_model
@@ -79,9 +77,7 @@ def test_two_processes_find_what_one_finds(supernet_run: Path, tmp_path: Path) -
     options = ['--population', '6', '--offspring', '3', '--generations', '1', '-j', '0', '--device', 'cpu']
     words = ['search', '--checkpoint', str(supernet_run / 'last.pth.tar'), *options]
     assert cli.main([*words, '--output', str(tmp_path / 'one')]) == 0
-    launch = ['-m', 'torch.distributed.run', '--nproc_per_node=2', '--rdzv-backend=c10d']
-    launch += ['--rdzv-endpoint=127.0.0.1:0', '-m', 'timm_mixpath.cli', *words, '--output', str(tmp_path / 'two')]
-    result = subprocess.run([sys.executable, *launch], env=environment(), capture_output=True, text=True)
+    result = torchrun(*words, '--output', str(tmp_path / 'two'))
     assert result.returncode == 0, result.stderr[-3000:]
     assert result.stdout.count('chosen (*)') == 1
     one, two = ((tmp_path / n / 'archive.jsonl').read_text() for n in ('one', 'two'))

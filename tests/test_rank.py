@@ -3,15 +3,13 @@
 import csv
 import json
 import logging
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
-from test_train import environment
+from test_train import torchrun
 
 from timm_mixpath import cli, get_space, pipeline, sample
 from timm_mixpath.checkpoint import load_model
@@ -182,9 +180,7 @@ def test_two_processes_rank_as_one(supernet_run: Path, table: Path, tmp_path: Pa
     words = ['rank', '--checkpoint', str(supernet_run / 'last.pth.tar'), '--table', str(table), '--num-archs', '11']
     words += ['--recalibration-images', '64', '--num-resamples', '10', '-j', '0', '--device', 'cpu']
     assert cli.main([*words, '--output', str(tmp_path / 'one')]) == 0
-    launch = ['-m', 'torch.distributed.run', '--nproc_per_node=2', '--rdzv-backend=c10d']
-    launch += ['--rdzv-endpoint=127.0.0.1:0', '-m', 'timm_mixpath.cli', *words, '--output', str(tmp_path / 'two')]
-    result = subprocess.run([sys.executable, *launch], env=environment(), capture_output=True, text=True)
+    result = torchrun(*words, '--output', str(tmp_path / 'two'))
     assert result.returncode == 0, result.stderr[-3000:]
     assert result.stdout.count('scores, statistics and plot are in') == 1
     for name in ('archive.jsonl', 'ranking.csv', 'ranking.json'):

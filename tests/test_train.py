@@ -62,6 +62,15 @@ def environment(**more: str) -> dict[str, str]:
     return dict(os.environ, PYTHONPATH=path, OMP_NUM_THREADS='1', **more)
 
 
+def torchrun(*words: str, cwd: Path | None = None, **more: str) -> subprocess.CompletedProcess:
+    """Run a command of timm-mixpath in two gloo processes; `more` is added to their environment."""
+    launch = ['-m', 'torch.distributed.run', '--nproc_per_node=2', '--rdzv-backend=c10d']
+    launch += ['--rdzv-endpoint=127.0.0.1:0', '-m', 'timm_mixpath.cli', *words]
+    return subprocess.run(
+        [sys.executable, *launch], env=environment(**more), cwd=cwd, capture_output=True, text=True, timeout=300
+    )
+
+
 def test_run_leaves_checkpoint_summary_and_args(supernet_run: Path) -> None:
     rows = list(csv.DictReader((supernet_run / 'summary.csv').read_text().splitlines()))
     assert [row['epoch'] for row in rows] == ['0', '1']
@@ -226,12 +235,7 @@ def test_damaged_checkpoint_is_refused(digits: Path, supernet_run: Path, tmp_pat
 def test_two_processes_agree(digits: Path, tmp_path: Path) -> None:
     """torchrun with 2 gloo processes: same archs in the same step, equal weights at the end."""
     args = small_args(digits, tmp_path, epochs=1, batch_size=16)
-    words = ['-m', 'torch.distributed.run', '--nproc_per_node=2', '--master_port=0', '--rdzv-backend=c10d']
-    words += ['--rdzv-endpoint=127.0.0.1:0', '-m', 'timm_mixpath.cli', *command(args, 'train')]
-    words += ['--device-modules', 'recorder']
-    result = subprocess.run(
-        [sys.executable, *words], env=environment(RECORDER_DIR=str(tmp_path)), capture_output=True, text=True
-    )
+    result = torchrun(*command(args, 'train'), '--device-modules', 'recorder', RECORDER_DIR=str(tmp_path))
     assert result.returncode == 0, result.stderr[-3000:]
     archs = [(tmp_path / f'archs-{rank}.txt').read_text().splitlines() for rank in (0, 1)]
     space = get_space('nano')

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from conftest import small_args
 from test_cli import fails
-from test_train import assert_equal, command, environment
+from test_train import assert_equal, command, torchrun
 from timm.models._helpers import _torch_load
 
 import timm_mixpath.train_table as module
@@ -207,12 +207,8 @@ def test_processes_share_the_trainings(digits: Path, table: Path, tmp_path: Path
         '    return original(args)\n'
         'module.train = train\n'
     )
-    words = ['-m', 'torch.distributed.run', '--nproc_per_node=2', '--rdzv-backend=c10d']
-    words += ['--rdzv-endpoint=127.0.0.1:0', '-m', 'timm_mixpath.cli', *command(table_args(digits), 'table')]
-    words += ['--archs', 'archs.txt', '--table-dir', 'table', '--device-modules', 'failing']
-    result = subprocess.run(
-        [sys.executable, *words], env=environment(), cwd=tmp_path, capture_output=True, text=True, timeout=300
-    )
+    words = [*command(table_args(digits), 'table'), '--archs', 'archs.txt', '--table-dir', 'table']
+    result = torchrun(*words, '--device-modules', 'failing', cwd=tmp_path)
     assert result.returncode == 1 and result.stderr.count('1 of 3 trainings failed') == 1, result.stderr[-3000:]
     assert (tmp_path / 'table' / 'table.csv').read_bytes() == (table / 'table.csv').read_bytes()
     assert all(result.stderr.count(f'{i}/3  ') == 1 for i in (1, 2, 3)), result.stderr[-3000:]
