@@ -521,7 +521,7 @@ def _train_one_epoch(
     start = time.monotonic()
     progress = _progress_bar(primary, updates_per_epoch, f'Epoch {epoch}')
     for batch_index, (input, target) in enumerate(read(loader)):
-        if args.no_prefetcher and not args.cache_images:
+        if args.no_prefetcher:
             input, target = input.to(task.device), target.to(task.device)
             if mixup_fn is not None:
                 input, target = mixup_fn(input, target)
