@@ -69,7 +69,41 @@ def cost_table(
     return CostTable(supernet.space, num_classes=num_classes, input_size=input_size, **kwargs)
 
 
-class CostTable:
+class _Costs:
+    """What both kinds of cost tables share: a cost by the name of its metric, by a method, and its bounds."""
+
+    metrics: ClassVar[tuple[str, ...]] = ('macs', 'params')
+
+    def macs(self, arch: str) -> int:
+        """Multiply-adds of one image, of convolutions and linear layers.
+
+        Raises:
+            ValueError: The space does not hold the arch.
+        """
+        return self.cost('macs', arch)
+
+    def params(self, arch: str) -> int:
+        """Number of parameters.
+
+        Raises:
+            ValueError: The space does not hold the arch.
+        """
+        return self.cost('params', arch)
+
+    def bounds(self, metric: str) -> tuple[int, int]:
+        """Return the smallest and the largest cost in the space, exact.
+
+        Raises:
+            ValueError: Unknown metric.
+        """
+        return self.cost(metric, self.smallest(metric)), self.cost(metric, self.largest(metric))
+
+    def _check_metric(self, metric: str) -> None:
+        if metric not in self.metrics:
+            raise ValueError(f'unknown metric {metric!r}, known are {", ".join(self.metrics)}')
+
+
+class CostTable(_Costs):
     """MACs and parameters of any arch of a space, by look-up.
 
     A look-up takes microseconds and equals what the stand-alone network has: `macs` are the multiply-adds of its
@@ -90,8 +124,6 @@ class CostTable:
     Raises:
         ValueError: `input_size` is not three positive integers, or `width_mult` is given.
     """
-
-    metrics: ClassVar[tuple[str, ...]] = ('macs', 'params')
 
     def __init__(
         self,
@@ -156,22 +188,6 @@ class CostTable:
         paths = self._paths[index]
         return sum(paths[group, expand_ratio, k][metric] for k in kernel_sizes)
 
-    def macs(self, arch: Arch | str) -> int:
-        """Multiply-adds of one image, of convolutions and linear layers.
-
-        Raises:
-            ValueError: The space does not hold the arch.
-        """
-        return self.cost('macs', arch)
-
-    def params(self, arch: Arch | str) -> int:
-        """Number of parameters.
-
-        Raises:
-            ValueError: The space does not hold the arch.
-        """
-        return self.cost('params', arch)
-
     def cost(self, metric: str, arch: Arch | str) -> int:
         """Return the cost of an arch by the metric's name.
 
@@ -198,14 +214,6 @@ class CostTable:
             # Only what the space has approved gets here, so that a hit above needs no check
             seen[index][str(choice)] = costs[-1]
         return base + sum(costs)
-
-    def bounds(self, metric: str) -> tuple[int, int]:
-        """Return the smallest and the largest cost in the space, exact.
-
-        Raises:
-            ValueError: Unknown metric.
-        """
-        return self.cost(metric, self.smallest(metric)), self.cost(metric, self.largest(metric))
 
     def smallest(self, metric: str) -> Arch:
         """Return an arch of the smallest cost, the first such in the order of `space.choices`.
@@ -241,12 +249,8 @@ class CostTable:
             blocks.append(pick(choices, key=partial(self._block_cost, metric, index)))
         return Arch.from_blocks(blocks)
 
-    def _check_metric(self, metric: str) -> None:
-        if metric not in self.metrics:
-            raise ValueError(f'unknown metric {metric!r}, known are {", ".join(self.metrics)}')
 
-
-class CellCostTable:
+class CellCostTable(_Costs):
     """MACs and parameters of any arch of a supernet's cell space, counted as in `CostTable`.
 
     What all archs share is counted once, an edge or node of the cell for each operation that it may have; edges that
@@ -262,8 +266,6 @@ class CellCostTable:
         num_classes: Number of classes.
         input_size: Input as (channels, height, width), in pixels.
     """
-
-    metrics: ClassVar[tuple[str, ...]] = CostTable.metrics
 
     def __init__(self, supernet: CellSupernet, *, num_classes: int, input_size: tuple[int, int, int]) -> None:
         self.space = supernet.space
@@ -293,34 +295,23 @@ class CellCostTable:
         self._cell_parts = whole.cell_parts
         self._seen: dict[str, dict[str, int]] = {metric: {} for metric in self.metrics}
 
-    def macs(self, arch: CellArch | str) -> int:
-        """Multiply-adds of one image, see `CostTable.macs`."""
-        return self.cost('macs', arch)
-
-    def params(self, arch: CellArch | str) -> int:
-        """Number of parameters, see `CostTable.params`."""
-        return self.cost('params', arch)
-
     def cost(self, metric: str, arch: CellArch | str) -> int:
         """Return the cost of an arch by the metric's name, see `CostTable.cost`."""
-        if metric not in self.metrics:
-            raise ValueError(f'unknown metric {metric!r}, known are {", ".join(self.metrics)}')
+        self._check_metric(metric)
         arch = self.space.arch(arch)
         seen = self._seen[metric]
         if arch not in seen:
             seen[arch] = self._base[metric] + sum(self._parts[metric][part] for part in self._cell_parts(arch))
         return seen[arch]
 
-    def bounds(self, metric: str) -> tuple[int, int]:
-        """Return the smallest and the largest cost in the space, exact."""
-        return self.cost(metric, self.smallest(metric)), self.cost(metric, self.largest(metric))
-
     def smallest(self, metric: str) -> CellArch:
         """Return an arch of the smallest cost, the first such in the order of integer vectors."""
+        self._check_metric(metric)
         return self._extremes[metric][0]
 
     def largest(self, metric: str) -> CellArch:
         """Return an arch of the largest cost within the space's m, the first such in the order of integer vectors."""
+        self._check_metric(metric)
         return self._extremes[metric][1]
 
     @cached_property
