@@ -9,8 +9,8 @@ import pytest
 import torch
 from PIL import Image
 
-from timm_mixpath.options import default_args
-from timm_mixpath.train import train
+from timm_mixpath.train.loop import train
+from timm_mixpath.train.options import default_args
 
 CLASSES = 10
 

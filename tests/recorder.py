@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from timm_mixpath.supernet import MixPathSupernet
+from timm_mixpath.models.mixpath import MixPathSupernet
 
 folder = Path(os.environ['RECORDER_DIR'])
 rank = os.environ.get('RANK', '0')

@@ -4,7 +4,6 @@ timm's train.py is in neither its wheel nor its sdist. Set TIMM_TRAIN_SCRIPT to 
 pytorch-image-models to run the tests that need it.
 """
 
-import os
 import shutil
 import subprocess
 import sys
@@ -14,15 +13,13 @@ from pathlib import Path
 import pytest
 import timm
 import torch
+from commands import TRAIN_SCRIPT, assert_equal, command, environment
 from conftest import small_args
-from test_train import assert_equal, command, environment
 from timm.models._helpers import _torch_load
 from timm.task import ClassificationTask
 
 import timm_mixpath
 from timm_mixpath import get_space, sample
-
-TRAIN_SCRIPT = os.environ.get('TIMM_TRAIN_SCRIPT')
 
 SCRIPT = """
 import importlib
@@ -42,7 +39,7 @@ def test_hook_replaces_the_task_of_supernets_only(tmp_path: Path) -> None:
     result = subprocess.run([sys.executable, str(script)], env=environment(), capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     assert [line.split() for line in result.stdout.splitlines()] == [
-        ['mixpath_nano_supernet', 'timm_mixpath.task', 'SupernetTask'],
+        ['mixpath_nano_supernet', 'timm_mixpath.train.task', 'SupernetTask'],
         ['mixpath_nano', 'timm.task.classification', 'ClassificationTask'],
         ['resnet18', 'timm.task.classification', 'ClassificationTask'],
     ]

@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 import timm
 
-from timm_mixpath import cli, list_spaces
-from timm_mixpath.recipes import list_recipes
+from timm_mixpath import list_spaces
+from timm_mixpath.cli.entry import _build_parser
+from timm_mixpath.utils.recipes import list_recipes
 
 README = Path(__file__).parents[1] / 'README.md'
 BLOCKS = re.findall(r'```(\w+)\n(.*?)```', README.read_text(), re.DOTALL)
@@ -35,7 +36,7 @@ def test_commands_parse() -> None:
     lines = '\n'.join(text for language, text in BLOCKS if language == 'bash').replace('\\\n', ' ').splitlines()
     commands = [line.split('#')[0].split('timm-mixpath ')[-1] for line in lines if 'timm-mixpath ' in line]
     assert len(commands) >= 7
-    parser, _ = cli._build_parser()
+    parser, _ = _build_parser()
     for command in commands:
         words = [w for w in shlex.split(command.replace('$algorithm', 'random').replace('$seed', '0')) if w != 'DATA']
         args = parser.parse_args(words)

@@ -3,15 +3,17 @@
 Importing the package registers its models with timm.
 """
 
-from .arch import Arch, BlockChoice
-from .cellnet import CellNet, CellSupernet
-from .layers import ShadowBatchNorm2d
-from .mixpath import MixPath, register_space
-from .nasbench import CellArch, CellSpace, NB101Space, NB201Space
-from .sampling import sample
-from .space import BlockSpec, SearchSpace, get_space, list_spaces
-from .supernet import MixPathSupernet, Supernet
-from .task import SupernetTask
+from .models import nasbench as _nasbench  # noqa: F401  registers the models of the benchmarks
+from .models.cellnet import CellNet, CellSupernet
+from .models.layers import ShadowBatchNorm2d
+from .models.mixpath import MixPath, MixPathSupernet, register_space
+from .models.supernet import Supernet
+from .spaces.arch import Arch, BlockChoice
+from .spaces.catalog import get_space, list_spaces
+from .spaces.nasbench import CellArch, CellSpace, NB101Space, NB201Space
+from .spaces.sampling import sample
+from .spaces.space import BlockSpec, SearchSpace
+from .train.task import SupernetTask
 from .version import __version__
 
 __all__ = [

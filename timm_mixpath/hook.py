@@ -12,7 +12,7 @@ from timm.task import ClassificationTask
 
 import timm_mixpath  # noqa: F401  registers the models
 
-from .task import create_task
+from .train.task import create_task
 
 __all__ = ['create_task']
 

@@ -31,7 +31,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from timm_mixpath import MixPathSupernet, sample
-from timm_mixpath.cost import CostTable, cost_table
+from timm_mixpath.models.cost import CostTable, cost_table
 
 SAMPLE, ACTIVATE, COUNT = 'sample an arch', 'activate an arch', 'count the step'
 BOOKKEEPING = 'sample, activate, count'

@@ -38,7 +38,7 @@ from common import add_common_args, check, perturb_norms, print_table, setup, ti
 from timm.utils import reparameterize_model
 from torch import nn
 
-from timm_mixpath.cost import count_macs  # the package registers the models
+from timm_mixpath.models.cost import count_macs
 
 MODELS = (
     'mixpath_a',

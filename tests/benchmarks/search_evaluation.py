@@ -35,9 +35,10 @@ from torch import nn
 from torch.utils.data import Dataset
 
 from timm_mixpath import Arch, MixPathSupernet, sample
-from timm_mixpath.data import Subset, class_names, hold_out, open_dataset
-from timm_mixpath.demo import digits_folder
-from timm_mixpath.evaluate import SupernetEvaluator, load_batches
+from timm_mixpath.cli.demo import digits_folder
+from timm_mixpath.search.accuracy import SupernetEvaluator
+from timm_mixpath.search.images import load_batches
+from timm_mixpath.train.data import Subset, class_names, hold_out, open_dataset
 
 SIDES = ('ours', 'plain', 'plain, in memory')
 TOLERANCE = 1e-4

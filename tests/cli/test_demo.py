@@ -1,0 +1,48 @@
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+
+from timm_mixpath.cli.demo import DemoConfig, digits_folder, run_demo
+from timm_mixpath.utils.errors import UsageError
+
+TINY = DemoConfig(img_size=16, supernet_epochs=1, train_epochs=2, batch_size=32, generations=1, workers=0, device='cpu')
+
+
+def test_digits_are_written_once_and_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path))
+    folder = digits_folder()
+    assert folder == tmp_path / 'timm_mixpath' / 'digits'
+    assert len(list(folder.glob('train/*/*.png'))) == 1437 and len(list(folder.glob('validation/*/*.png'))) == 360
+    before = folder.stat().st_mtime_ns
+    assert digits_folder().stat().st_mtime_ns == before
+    assert [p.name for p in folder.parent.iterdir()] == ['digits']
+
+
+def test_demo_on_ones_own_images(
+    digits: Path, tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Supernet, search, training, model folder; cut off in the middle, the same call goes on and changes nothing."""
+    config = replace(TINY, data_dir=str(digits))
+    monkeypatch.setattr('timm_mixpath.cli.demo.save_model', lambda *_: (_ for _ in ()).throw(KeyboardInterrupt()))
+    with pytest.raises(KeyboardInterrupt):
+        run_demo(config, tmp_path)
+    archive = (tmp_path / 'search' / 'archive.jsonl').read_bytes()
+    weights = (tmp_path / 'supernet' / 'last.pth.tar').read_bytes()
+    monkeypatch.undo()
+
+    folder = run_demo(config, tmp_path)
+    assert (tmp_path / 'search' / 'archive.jsonl').read_bytes() == archive
+    assert (tmp_path / 'supernet' / 'last.pth.tar').read_bytes() == weights
+    out = capsys.readouterr().out
+    assert 'chosen (*)' in out and 'on the validation split' in out
+    line = out.strip().splitlines()[-1]
+    model = eval(line, {'timm': timm}).eval()
+    assert str(folder) in line
+    assert model(torch.zeros(1, 3, 16, 16)).shape == (1, 10)
+    assert (tmp_path / 'search' / 'pareto.png').exists()
+
+    with pytest.raises(UsageError, match='another seed \\(0, now 1\\)'):
+        run_demo(replace(config, seed=1), tmp_path)

@@ -1,0 +1,74 @@
+"""Command lines of timm-mixpath in this process, in one of its own, or in two under torchrun."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from timm_mixpath import cli
+from timm_mixpath.train import default_args
+
+TESTS = Path(__file__).parent
+TRAIN_SCRIPT = os.environ.get('TIMM_TRAIN_SCRIPT')  # train.py of a clone of pytorch-image-models
+
+
+def assert_equal(a: Any, b: Any, path: str = '') -> None:
+    """Compare nested checkpoints bit for bit."""
+    assert type(a) is type(b), path
+    if isinstance(a, torch.Tensor):
+        assert torch.equal(a, b), path
+    elif isinstance(a, dict):
+        assert a.keys() == b.keys(), path
+        for key in a:
+            assert_equal(a[key], b[key], f'{path}.{key}')
+    elif isinstance(a, list | tuple):
+        assert len(a) == len(b), path
+        for i, (x, y) in enumerate(zip(a, b)):
+            assert_equal(x, y, f'{path}[{i}]')
+    else:
+        assert a == b, path
+
+
+def command(args: Any, *more: str) -> list[str]:
+    """Command line words of options that differ from the defaults."""
+    words, default = list(more), vars(default_args())
+    for name, value in vars(args).items():
+        if value == default[name]:
+            continue
+        words.append('--' + name.replace('_', '-'))
+        if isinstance(value, dict):
+            words += [f'{k}={v}' for k, v in value.items()]
+        elif isinstance(value, list):
+            words += [str(v) for v in value]
+        elif value is not True:
+            words.append(str(value))
+    return words
+
+
+def environment(**more: str) -> dict[str, str]:
+    path = os.pathsep.join([str(TESTS), str(TESTS.parent)])
+    return dict(os.environ, PYTHONPATH=path, OMP_NUM_THREADS='1', **more)
+
+
+def torchrun(*words: str, cwd: Path | None = None, **more: str) -> subprocess.CompletedProcess:
+    """Run a command of timm-mixpath in two gloo processes; `more` is added to their environment."""
+    launch = ['-m', 'torch.distributed.run', '--nproc_per_node=2', '--rdzv-backend=c10d']
+    launch += ['--rdzv-endpoint=127.0.0.1:0', '-m', 'timm_mixpath.cli', *words]
+    return subprocess.run(
+        [sys.executable, *launch], env=environment(**more), cwd=cwd, capture_output=True, text=True, timeout=300
+    )
+
+
+def fails(capsys: pytest.CaptureFixture, words: list[str]) -> tuple[int, str]:
+    """Exit status and message of a command line that must fail with one line."""
+    try:
+        status = cli.main(words)
+    except SystemExit as e:  # argparse
+        status = int(e.code)
+    error = capsys.readouterr().err.strip()
+    assert 'Traceback' not in error
+    return status, error.splitlines()[-1]

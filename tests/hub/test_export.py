@@ -1,0 +1,141 @@
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from safetensors import safe_open
+
+from timm_mixpath import sample
+from timm_mixpath.hub.export import export
+from timm_mixpath.search.accuracy import evaluate
+from timm_mixpath.search.config import SearchConfig
+from timm_mixpath.search.images import SearchData, load_batches, open_search_split
+from timm_mixpath.search.run import search_checkpoint
+from timm_mixpath.train.checkpoint import load_model
+from timm_mixpath.utils.errors import RunError, UsageError
+
+
+def test_exported_subnet_is_rebuilt_bit_equal(supernet_run: Path, tmp_path: Path) -> None:
+    supernet = load_model(supernet_run / 'last.pth.tar').model
+    arch = sample(supernet.space, seed=0, step=7)
+    model = export(supernet_run / 'last.pth.tar', tmp_path / 'model', arch)
+    assert sorted(p.name for p in (tmp_path / 'model').iterdir()) == ['config.json', 'model.safetensors']
+    again = timm.create_model(f'local-dir:{tmp_path / "model"}', pretrained=True).eval()
+    x = torch.randn(2, 3, 16, 16)
+    assert torch.equal(again(x), model(x))
+    supernet.active_arch = arch
+    torch.testing.assert_close(again(x), supernet(x), rtol=0, atol=1e-5)
+
+
+def test_config_says_what_the_model_was_trained_with(supernet_run: Path, tmp_path: Path) -> None:
+    export(supernet_run / 'last.pth.tar', tmp_path / 'model', 'k3_e6,' * 7 + 'k3+5_e3')
+    config = json.loads((tmp_path / 'model' / 'config.json').read_text())
+    assert config['architecture'] == 'mixpath_nano'
+    assert config['model_args']['arch'] == 'k3_e6,' * 7 + 'k3+5_e3'
+    assert config['pretrained_cfg']['input_size'] == [3, 16, 16]
+
+
+def test_supernet_itself_can_be_exported_and_searched_again(supernet_run: Path, tmp_path: Path) -> None:
+    export(supernet_run / 'last.pth.tar', tmp_path / 'model')
+    a = load_model(supernet_run / 'last.pth.tar').model
+    b = load_model(tmp_path / 'model').model
+    assert b.space == a.space
+    assert all(torch.equal(v, b.state_dict()[k]) for k, v in a.state_dict().items())
+
+
+def test_subnet_of_supernet_with_bn_eps_can_be_saved(tmp_path: Path) -> None:
+    model = timm.create_model('mixpath_nano_supernet', bn_eps=1e-3, m=1).extract()
+    timm.models.save_for_hf(model, str(tmp_path / 'm'), safe_serialization=True)
+    again = timm.create_model(f'local-dir:{tmp_path / "m"}', pretrained=True)
+    assert again.bn1.eps == 1e-3
+
+
+def test_recalibrated_export_is_what_the_search_scored(supernet_run: Path, tmp_path: Path) -> None:
+    last = supernet_run / 'last.pth.tar'
+    config = SearchConfig(population=2, offspring=1, generations=0)
+    chosen = search_checkpoint(last, tmp_path / 's', config, recalibration_images=100, workers=0).chosen
+    export(last, tmp_path / 'a', chosen.arch, recalibration_images=100)
+    export(last, tmp_path / 'b', chosen.arch)
+    loaded = load_model(last)
+    search_set, _, _ = open_search_split(loaded, SearchData())
+    batches = load_batches(search_set, loaded.data_config, workers=0)
+    recalibrated, plain = (evaluate(load_model(tmp_path / n).model, batches)['loss'] for n in 'ab')
+    assert recalibrated == pytest.approx(chosen.loss, rel=1e-4) and plain != pytest.approx(chosen.loss, rel=1e-4)
+
+
+def test_existing_output_is_not_overwritten(supernet_run: Path, tmp_path: Path) -> None:
+    (tmp_path / 'model').mkdir()
+    (tmp_path / 'model' / 'mine.txt').write_text('precious')
+    with pytest.raises(UsageError, match='not overwritten'):
+        export(supernet_run / 'last.pth.tar', tmp_path / 'model')
+    assert [p.name for p in tmp_path.iterdir()] == ['model']
+    assert (tmp_path / 'model' / 'mine.txt').read_text() == 'precious'
+
+
+def test_failed_save_leaves_nothing(supernet_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(model, folder, **kwargs):
+        Path(folder, 'model.safetensors').write_text('half')
+        raise OSError('disk full')
+
+    monkeypatch.setattr('timm_mixpath.hub.export.save_for_hf', broken)
+    with pytest.raises(OSError, match='disk full'):
+        export(supernet_run / 'last.pth.tar', tmp_path / 'model')
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_weights_are_safetensors_only(supernet_run: Path, tmp_path: Path) -> None:
+    export(supernet_run / 'last.pth.tar', tmp_path / 'model', 'k3_e6,' * 7 + 'k3_e6')
+    with safe_open(tmp_path / 'model' / 'model.safetensors', 'pt') as f:
+        assert 'conv_stem.weight' in f.keys()  # noqa: SIM118  not a dict
+
+
+def test_wrong_input(supernet_run: Path, tmp_path: Path) -> None:
+    last = supernet_run / 'last.pth.tar'
+    for arch, text in (
+        ('k3_e6', '1 blocks'),
+        ('k4_e6,' * 7 + 'k3_e6', "'k4_e6'"),
+        ('k3_e6,' * 7 + 'k9_e6', 'kernel 9'),
+    ):
+        with pytest.raises(UsageError, match=text):
+            export(last, tmp_path / 'model', arch)
+    with pytest.raises(UsageError, match='does not exist'):
+        export(tmp_path / 'no.pth.tar', tmp_path / 'model')
+    with pytest.raises(UsageError, match=r'no config\.json'):
+        export(tmp_path, tmp_path / 'model')
+
+    export(last, tmp_path / 'subnet', 'k3_e6,' * 7 + 'k3_e6')
+    with pytest.raises(UsageError, match='needs the checkpoint of a supernet'):
+        export(tmp_path / 'subnet', tmp_path / 'model', 'k3_e6,' * 7 + 'k3_e6')
+
+    shutil.copytree(tmp_path / 'subnet', tmp_path / 'cut')
+    weights = tmp_path / 'cut' / 'model.safetensors'
+    weights.write_bytes(weights.read_bytes()[:-100])
+    with pytest.raises(RunError, match='can not be loaded'):
+        export(tmp_path / 'cut', tmp_path / 'model')
+
+
+def test_checkpoint_with_missing_keys_or_of_another_space(supernet_run: Path, tmp_path: Path) -> None:
+    checkpoint = torch.load(supernet_run / 'last.pth.tar', weights_only=False)
+    del checkpoint['state_dict']['classifier.weight']
+    torch.save(checkpoint, tmp_path / 'a.pth.tar')
+    with pytest.raises(RunError, match=r'classifier\.weight'):
+        export(tmp_path / 'a.pth.tar', tmp_path / 'model')
+    checkpoint['args'].model = 'mixpath_s1_supernet'
+    torch.save(checkpoint, tmp_path / 'b.pth.tar')
+    with pytest.raises(RunError, match='do not fit mixpath_s1_supernet'):
+        export(tmp_path / 'b.pth.tar', tmp_path / 'model')
+
+
+class Arbitrary:
+    pass
+
+
+def test_checkpoint_that_needs_arbitrary_pickle_is_refused(tmp_path: Path) -> None:
+    torch.save({'state_dict': {}, 'args': Arbitrary()}, tmp_path / 'a.pth.tar')
+    with pytest.raises(RunError, match='weights_only'):
+        export(tmp_path / 'a.pth.tar', tmp_path / 'model')
+    torch.save({'weights': torch.zeros(1)}, tmp_path / 'b.pth.tar')
+    with pytest.raises(UsageError, match='not a training checkpoint'):
+        export(tmp_path / 'b.pth.tar', tmp_path / 'model')

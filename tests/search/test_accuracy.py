@@ -1,0 +1,90 @@
+import pytest
+import timm
+import torch
+from reference import perturb
+from torch import nn
+
+from timm_mixpath import MixPathSupernet, sample
+from timm_mixpath.search.accuracy import SupernetEvaluator, evaluate, recalibrate_bn
+from timm_mixpath.search.images import load_batches
+from timm_mixpath.train.data import open_dataset
+
+DATA_CONFIG = dict(input_size=(3, 16, 16), interpolation='bilinear', mean=(0.5,) * 3, std=(0.3,) * 3, crop_pct=1.0)
+
+
+@pytest.fixture(scope='module')
+def supernet() -> MixPathSupernet:
+    torch.manual_seed(0)
+    model = timm.create_model('mixpath_nano_supernet', m=3)
+    perturb(model)
+    return model.eval()
+
+
+@pytest.fixture(scope='module')
+def batches(digits):
+    return load_batches(open_dataset('', str(digits), 'train'), DATA_CONFIG, batch_size=64, workers=0)
+
+
+def test_load_batches_equals_the_loader_of_timm(digits, batches) -> None:
+    dataset = open_dataset('', str(digits), 'train')
+    loader = timm.data.create_loader(
+        dataset, (3, 16, 16), 200, interpolation='bilinear', mean=(0.5,) * 3, std=(0.3,) * 3, crop_pct=1.0,
+        num_workers=0, device=torch.device('cpu'), persistent_workers=False,
+    )  # fmt: skip
+    (x, y) = next(iter(loader))
+    assert torch.equal(torch.cat([b[0] for b in batches]), x)
+    assert torch.equal(torch.cat([b[1] for b in batches]), y)
+    assert batches[0][0].is_contiguous(memory_format=torch.channels_last)
+
+
+def test_load_batches_takes_part_of_every_class(digits) -> None:
+    (part,) = load_batches(open_dataset('', str(digits), 'train'), DATA_CONFIG, max_images=50, workers=0)
+    assert part[1].bincount().tolist() == [5] * 10
+
+
+def test_evaluator_equals_supernet_and_counts_by_hand(supernet, batches) -> None:
+    evaluator = SupernetEvaluator(supernet, batches)
+    for step in range(4):
+        arch = sample(supernet.space, seed=1, step=step)
+        found = evaluator(arch)
+        supernet.active_arch = arch
+        with torch.no_grad():
+            logits = torch.cat([supernet(x) for x, _ in batches])
+        labels = torch.cat([y for _, y in batches])
+        assert found['top1'] == pytest.approx(100 * (logits.argmax(1) == labels).float().mean().item(), abs=0.6)
+        assert found['loss'] == pytest.approx(nn.functional.cross_entropy(logits, labels).item(), rel=1e-4)
+
+
+def test_evaluator_leaves_the_supernet_as_it_was(supernet, batches) -> None:
+    before = {k: v.clone() for k, v in supernet.state_dict().items()}
+    for recalibration in (None, batches):
+        SupernetEvaluator(supernet, batches, recalibration)(sample(supernet.space, seed=2, step=0))
+    assert all(torch.equal(v, before[k]) for k, v in supernet.state_dict().items())
+
+
+def test_recalibration_equals_train_mode_statistics_of_the_extracted_model(supernet, batches) -> None:
+    """The reference: extract, reset, average the statistics over the batches with everything in train mode."""
+    arch = sample(supernet.space, seed=3, step=0)
+    model = supernet.extract(arch)
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.reset_running_stats()
+            module.momentum = None
+    model.train()
+    with torch.no_grad():
+        for x, _ in batches:
+            model(x)
+    expected = evaluate(model, batches)
+    with recalibrate_bn(supernet, arch, batches) as recalibrated:
+        found = evaluate(recalibrated, batches)
+    assert found['loss'] == pytest.approx(expected['loss'], rel=1e-4)
+    assert found != evaluate(supernet.extract(arch), batches)
+
+
+def test_recalibration_carries_nothing_from_one_candidate_to_the_next(supernet, batches) -> None:
+    evaluator = SupernetEvaluator(supernet, batches, batches[:2])
+    archs = [sample(supernet.space, seed=4, step=i) for i in range(3)]
+    forward = [evaluator(a) for a in archs]
+    backward = [evaluator(a) for a in reversed(archs)][::-1]
+    assert forward == backward
+    assert len({f['loss'] for f in forward}) == 3

@@ -1,0 +1,293 @@
+import csv
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from argparse import ArgumentParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from commands import assert_equal, command, environment, torchrun
+from conftest import small_args
+from timm.models._helpers import _torch_load
+
+from timm_mixpath import get_space, sample
+from timm_mixpath.train.checkpoint import load_model
+from timm_mixpath.train.data import hold_out, open_dataset, targets
+from timm_mixpath.train.loop import train
+from timm_mixpath.train.options import add_train_options, apply_config
+from timm_mixpath.utils.errors import RunError, UsageError
+
+
+def test_run_leaves_checkpoint_summary_and_args(supernet_run: Path) -> None:
+    rows = list(csv.DictReader((supernet_run / 'summary.csv').read_text().splitlines()))
+    assert [row['epoch'] for row in rows] == ['0', '1']
+    assert 0 <= float(rows[-1]['eval_top1']) <= 100
+    checkpoint = _torch_load(str(supernet_run / 'last.pth.tar'), weights_only=True)
+    assert checkpoint['epoch'] == 1
+    assert checkpoint['args'].search_holdout == 0.1
+    # 180 of 200 images are left for training, 5 steps of 32 in each of 2 epochs
+    assert checkpoint['state_dict']['sample_step'] == 10
+    assert (supernet_run / 'args.yaml').exists() and (supernet_run / 'model_best.pth.tar').exists()
+
+
+def test_training_learns(digits: Path, tmp_path: Path) -> None:
+    args = small_args(
+        digits, tmp_path, model='mixpath_nano', epochs=12, batch_size=20, reprob=0.0, lr=0.1, val_interval=12
+    )
+    result = train(args)
+    assert result.metrics['eval_top1'] > 60  # chance is 10
+
+
+def test_second_run_does_not_overwrite(digits: Path, supernet_run: Path) -> None:
+    before = (supernet_run / 'last.pth.tar').read_bytes()
+    with pytest.raises(UsageError, match='--resume'):
+        train(small_args(digits, supernet_run.parent))
+    assert (supernet_run / 'last.pth.tar').read_bytes() == before
+
+
+def test_killed_run_resumes_bit_exactly(digits: Path, tmp_path: Path) -> None:
+    """SIGKILL in the middle of an epoch, then --resume: equal to a run that was never cut off."""
+    options = dict(epochs=3, model_ema=True, model_ema_decay=0.9, clip_grad=1.0, log_interval=1, drop_path=0.1)
+    whole = train(small_args(digits, tmp_path / 'whole', **options)).output_dir
+
+    args = small_args(digits, tmp_path / 'killed', **options)
+    run = Path(args.output) / 'run'
+    words = [sys.executable, '-m', 'timm_mixpath.cli', *command(args, 'train')]
+    process = subprocess.Popen(words, stderr=subprocess.PIPE, text=True, env=environment())
+    for line in process.stderr:
+        if 'Train: 1 [   2/5]' in line:
+            process.send_signal(signal.SIGKILL)
+            break
+    process.wait()
+    assert _torch_load(str(run / 'last.pth.tar'), weights_only=True)['epoch'] == 0
+    args.resume = str(run / 'last.pth.tar')
+    train(args)
+
+    a, b = (_torch_load(str(path / 'last.pth.tar'), weights_only=True) for path in (whole, run))
+    for key in ('state_dict', 'state_dict_ema', 'optimizer', 'epoch', 'metric'):
+        assert_equal(a[key], b[key], key)
+    assert (whole / 'summary.csv').read_text() == (run / 'summary.csv').read_text()
+
+
+def test_checkpoint_survives_kill_at_any_moment(digits: Path, tmp_path: Path) -> None:
+    """At every SIGKILL there is either no checkpoint yet or a whole one."""
+    args = small_args(digits, tmp_path, epochs=50, val_split='', workers=0, img_size=8)
+    last = tmp_path / 'run' / 'last.pth.tar'
+    process = subprocess.Popen([sys.executable, '-m', 'timm_mixpath.cli', *command(args, 'train')], env=environment())
+    deadline = time.monotonic() + 120
+    while not last.exists() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    copies = 0
+    while process.poll() is None and copies < 40 and time.monotonic() < deadline:
+        snapshot = tmp_path / 'snapshot.pth.tar'
+        shutil.copyfile(last, snapshot)  # what a kill at this moment would leave; raises if there is none
+        copies += 1
+        time.sleep(0.02)
+    process.kill()
+    process.wait()
+    assert copies > 5
+    _torch_load(str(last), weights_only=True)
+
+
+def test_not_finite_loss_stops_and_keeps_checkpoint(digits: Path, tmp_path: Path) -> None:
+    run = train(small_args(digits, tmp_path, epochs=1)).output_dir
+    before = (run / 'last.pth.tar').read_bytes()
+    args = small_args(digits, tmp_path, epochs=2, resume=str(run / 'last.pth.tar'), no_resume_opt=True, lr=1e30)
+    with pytest.raises(RunError, match=r'the loss is (nan|inf) in epoch 1.*last\.pth\.tar'):
+        train(args)
+    assert (run / 'last.pth.tar').read_bytes() == before
+
+
+def test_holdout_is_stratified_disjoint_and_stable(digits: Path) -> None:
+    dataset = open_dataset('', str(digits), 'train')
+    labels = targets(dataset)
+    kept, held = hold_out(dataset, 0.25)
+    assert len(kept) == 150 and len(held) == 50
+    assert not set(kept.indices) & set(held.indices)
+    assert all([labels[i] for i in held.indices].count(c) == 5 for c in range(10))
+    assert hold_out(open_dataset('', str(digits), 'train'), 0.25)[1].indices == held.indices
+
+
+def test_ordinary_model_trains_on_all_images(digits: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level('INFO')
+    train(small_args(digits, tmp_path, model='mixpath_nano', epochs=1, val_split='', mixup=0.2, smoothing=0.1))
+    assert 'Data: 200 training images, no validation' in caplog.text
+
+
+@pytest.mark.parametrize(
+    'overrides, error, text',
+    [
+        (dict(model=''), UsageError, 'pass --model'),
+        (dict(data_dir='/nowhere'), UsageError, "'/nowhere' does not exist"),
+        (dict(data_dir=None), UsageError, 'pass --data-dir'),
+        (dict(train_split='trian'), UsageError, "'trian' is not in"),
+        (dict(num_classes=7), UsageError, '--num-classes 10'),
+        (dict(batch_size=1000), UsageError, 'lower --batch-size'),
+        (dict(batch_size=0), UsageError, '--batch-size 0'),
+        (dict(model='mixpath_mega'), UsageError, "'mixpath_mega'"),
+        (dict(model_kwargs={'m': 9}), UsageError, 'm=9 is out of range'),
+        (dict(opt='sdg'), UsageError, "'sdg'"),
+        (dict(device='cuda:77'), UsageError, "'cuda:77'"),
+        (dict(output='/dev/null/out'), RunError, '/dev/null'),
+        (dict(resume='/nowhere.pth.tar'), UsageError, '/nowhere.pth.tar'),
+        (dict(search_holdout=1.5), UsageError, '1.5'),
+        (dict(model_kwargs={'num_classes': 3}), UsageError, 'num_classes'),
+        (dict(model_kwargs={'act_layer': 'bogus'}), UsageError, 'bogus'),
+        (dict(model_kwargs={'colour': 3}), UsageError, 'colour'),
+        (dict(gp='bogus'), UsageError, "'mixpath_nano_supernet' can not be created"),
+        (dict(model='foo:bar'), UsageError, "'foo:bar'"),
+        (dict(input_size=[3, 0, 0]), UsageError, '(3, 0, 0)'),
+        (dict(in_chans=0), UsageError, '--in-chans 0'),
+        (dict(sched='bogus'), UsageError, "'bogus'"),
+        (dict(opt='adamw', opt_betas=[0.9]), UsageError, "'adamw'"),
+        (dict(opt_kwargs={'fused': True}), UsageError, 'fused=True'),
+        (dict(aa='bogus'), UsageError, 'augmentation'),
+        (dict(train_crop_mode='bogus'), UsageError, 'augmentation'),
+        (dict(mixup=0.2, batch_size=15), UsageError, '--batch-size 15 must be even'),
+        (dict(validation_batch_size=-1), UsageError, '--validation-batch-size -1'),
+        (dict(mean=[0.5, 0.5]), UsageError, 'mean'),
+        (dict(seed=-1), UsageError, '--seed -1'),
+        (dict(initial_checkpoint='/nowhere'), UsageError, "'/nowhere' is not a file"),
+        (dict(dataset='bogus/x'), UsageError, "'bogus/x'"),
+        (dict(clip_grad=-1.0), UsageError, '--clip-grad -1'),
+        (dict(sched='plateau', resume='x'), UsageError, 'plateau'),
+    ],
+)
+def test_bad_input_is_one_sentence(
+    digits: Path, tmp_path: Path, overrides: dict[str, Any], error: type[Exception], text: str
+) -> None:
+    with pytest.raises(error) as info:
+        train(small_args(digits, tmp_path, **overrides))
+    assert text in str(info.value) and '\n' not in str(info.value)
+
+
+def test_empty_and_unreadable_data(tmp_path: Path) -> None:
+    (tmp_path / 'train' / 'a').mkdir(parents=True)
+    with pytest.raises(RunError, match=r'can not be read|holds no images'):
+        train(small_args(tmp_path, tmp_path / 'out'))
+    (tmp_path / 'train.tar').write_text('not a tar')
+    with pytest.raises(RunError, match='can not be read'):
+        train(small_args(tmp_path, tmp_path / 'out', train_split='train.tar'))
+
+
+def test_damaged_checkpoint_is_refused(digits: Path, supernet_run: Path, tmp_path: Path) -> None:
+    damaged = tmp_path / 'last.pth.tar'
+    damaged.write_bytes((supernet_run / 'last.pth.tar').read_bytes()[:5000])
+    with pytest.raises(RunError, match=r'does not fit|not a readable'):
+        train(small_args(digits, tmp_path / 'out', resume=str(damaged)))
+    with pytest.raises(UsageError, match='a checkpoint of mixpath_nano_supernet, not of mixpath_nano'):
+        train(small_args(digits, tmp_path / 'out', model='mixpath_nano', resume=str(supernet_run / 'last.pth.tar')))
+
+
+def test_two_processes_agree(digits: Path, tmp_path: Path) -> None:
+    """torchrun with 2 gloo processes: same archs in the same step, equal weights at the end."""
+    args = small_args(digits, tmp_path, epochs=1, batch_size=16)
+    result = torchrun(*command(args, 'train'), '--device-modules', 'recorder', RECORDER_DIR=str(tmp_path))
+    assert result.returncode == 0, result.stderr[-3000:]
+    archs = [(tmp_path / f'archs-{rank}.txt').read_text().splitlines() for rank in (0, 1)]
+    space = get_space('nano')
+    assert archs[0] == archs[1] == [str(sample(space, seed=args.seed, step=i)) for i in range(len(archs[0]))]
+    assert len(archs[0]) == 5
+    weights = [torch.load(tmp_path / f'weights-{rank}.pt') for rank in (0, 1)]
+    assert_equal(*weights)
+
+
+def test_torchvision_data_set(digits: Path, tmp_path: Path) -> None:
+    """A data set that is not timm's own is split and trained on as well."""
+    run = train(small_args(digits, tmp_path, dataset='torch/image_folder', epochs=1)).output_dir
+    assert _torch_load(str(run / 'last.pth.tar'), weights_only=True)['state_dict']['sample_step'] == 5
+
+
+def test_resume_keeps_what_the_run_had(digits: Path, supernet_run: Path, tmp_path: Path) -> None:
+    """Holding out images that were trained on, or sampling another sequence, must not happen unseen."""
+    last = tmp_path / 'a' / 'last.pth.tar'
+    shutil.copytree(supernet_run, last.parent)
+    for overrides, text in (
+        (dict(search_holdout=0.3), '--search-holdout 0.3 differs from the 0.1'),
+        (dict(model_kwargs={'m': 3}), 'm=3 differs'),
+        (dict(model_kwargs={'seed': 7}), r'seed=7 differs from .* \(42\)'),
+    ):
+        with pytest.raises(UsageError, match=text):
+            train(small_args(digits, tmp_path, experiment='a', resume=str(last), epochs=3, **overrides))
+
+    args = small_args(digits, tmp_path, resume=str(last), epochs=3, seed=43)
+    args.output = args.experiment = ''
+    result = train(args)
+    assert result.output_dir == last.parent.resolve()
+    checkpoint = _torch_load(str(last), weights_only=True)
+    assert checkpoint['args'].search_holdout == 0.1 and checkpoint['args'].model_kwargs == {'seed': 42}
+
+
+def test_checkpoint_of_train_script_is_known_to_have_seen_all_images(supernet_run: Path, digits: Path, tmp_path: Path):
+    checkpoint = torch.load(supernet_run / 'last.pth.tar', weights_only=False)
+    del checkpoint['args'].search_holdout, checkpoint['args'].model_kwargs['seed']
+    (tmp_path / 'stock').mkdir()
+    last = tmp_path / 'stock' / 'last.pth.tar'
+    torch.save(checkpoint, last)
+    train(small_args(digits, tmp_path, resume=str(last), epochs=3))
+    args = _torch_load(str(tmp_path / 'run' / 'last.pth.tar'), weights_only=True)['args']
+    assert args.search_holdout == 0 and args.model_kwargs == {'seed': 0}
+
+
+def test_seed_reaches_the_sampled_archs(digits: Path, tmp_path: Path) -> None:
+    for seed in (1, 2):
+        train(small_args(digits, tmp_path, experiment=str(seed), seed=seed, epochs=1, val_split=''))
+    runs = [_torch_load(str(tmp_path / s / 'last.pth.tar'), weights_only=True) for s in '12']
+    assert [r['args'].model_kwargs['seed'] for r in runs] == [1, 2]
+
+
+def test_every_epoch_leaves_a_checkpoint_and_args_are_a_recipe(digits: Path, tmp_path: Path) -> None:
+    run = train(small_args(digits, tmp_path, epochs=3, val_interval=3, checkpoint_hist=3)).output_dir
+    assert [(run / f'checkpoint-{e}.pth.tar').exists() for e in range(3)] == [True] * 3
+    parser = ArgumentParser()
+    add_train_options(parser)
+    apply_config(parser, run / 'args.yaml')
+    assert parser.parse_args([]).model == 'mixpath_nano_supernet'
+
+
+def test_grayscale(digits: Path, tmp_path: Path) -> None:
+    train(small_args(digits, tmp_path, epochs=1, in_chans=1))
+    loaded = load_model(tmp_path / 'run' / 'last.pth.tar')
+    assert loaded.data_config['input_size'] == (1, 16, 16) and loaded.args.input_img_mode == 'L'
+
+
+@pytest.mark.parametrize('opt', ['adahessian', 'lookahead_momentum'])
+def test_optimizers_that_need_more_of_the_loop(digits: Path, tmp_path: Path, opt: str) -> None:
+    train(small_args(digits, tmp_path, model='mixpath_nano', opt=opt, epochs=1, val_split='', lr=0.01))
+    state = _torch_load(str(tmp_path / 'run' / 'last.pth.tar'), weights_only=True)['state_dict']
+    assert all(torch.isfinite(v).all() for v in state.values())
+
+
+def test_broken_images_and_single_file_are_refused(digits: Path, tmp_path: Path) -> None:
+    for name in ('a', 'b'):
+        (tmp_path / 'd' / 'train' / name).mkdir(parents=True)
+        for i in range(20):
+            (tmp_path / 'd' / 'train' / name / f'{i}.png').write_text('no image')
+    options = dict(num_classes=2, batch_size=4, val_split='')
+    with pytest.raises(RunError, match='images can not be read'):
+        train(small_args(tmp_path / 'd', tmp_path, **options))
+    (tmp_path / 'one.tar').write_bytes(b'')
+    with pytest.raises(UsageError, match='is a file'):
+        train(small_args(tmp_path / 'one.tar', tmp_path, **options))
+
+
+def test_parts_of_a_split_have_transforms_of_their_own(digits: Path) -> None:
+    kept, held = hold_out(open_dataset('', str(digits), 'train'), 0.1)
+    kept.transform, held.transform = 'train', 'search'
+    assert (kept.transform, held.transform) == ('train', 'search')
+
+
+def test_validation_on_held_out_training_images(digits: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Without the validation split: a test set stays unseen."""
+    caplog.set_level('INFO')
+    shutil.copytree(digits / 'train', tmp_path / 'data' / 'train')
+    options = dict(model='mixpath_nano', epochs=1, val_split='search-holdout')
+    result = train(small_args(tmp_path / 'data', tmp_path, search_holdout=0.25, **options))
+    assert 'Data: 150 training images, 50 validation images' in caplog.text
+    assert result.metrics['eval_top1'] % 2 == pytest.approx(0, abs=1e-4)  # of 50 images
+    with pytest.raises(UsageError, match='needs a --search-holdout SHARE'):
+        train(small_args(tmp_path / 'data', tmp_path, experiment='other', **options))

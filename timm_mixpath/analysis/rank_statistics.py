@@ -1,0 +1,285 @@
+"""How well scores rank: Kendall tau, Spearman rho, overlap of the best, regret, each with an interval.
+
+Intervals are percentile bootstrap intervals (Efron & Tibshirani 1993, chapter 13) over the archs: how much the
+statistics would change with other archs of the same table. The noise of training the supernet, and the archs, again is
+not in them. Kendall tau and Spearman rho need `pip install 'timm-mixpath[rank]'`; to import this module does not.
+"""
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import numpy as np
+
+__all__ = ['Estimate', 'RankStatistics', 'rank_correlation', 'require_scipy', 'tau_difference']
+
+
+# Bounds the memory of tables of ten thousand archs to a few hundred MB
+_RESAMPLES_AT_ONCE = 250
+
+_ROWS_AT_ONCE = 500
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A statistic with its bootstrap interval; NaN where it is not defined.
+
+    Attributes:
+        value: The statistic of all archs.
+        low: Lower end of the interval.
+        high: Upper end of the interval.
+    """
+
+    value: float
+    low: float
+    high: float
+
+    def to_dict(self) -> dict[str, float | None]:
+        """Return a JSON-ready dict, with None for NaN."""
+        return {name: value if math.isfinite(value) else None for name, value in asdict(self).items()}
+
+    def text(self, digits: int) -> str:
+        """Return `value [low, high]` with so many decimals."""
+        if not math.isfinite(self.value):
+            return 'undefined'
+        return f'{self.value:.{digits}f} [{self.low:.{digits}f}, {self.high:.{digits}f}]'
+
+
+@dataclass(frozen=True)
+class RankStatistics:
+    """How well scores rank archs.
+
+    Attributes:
+        n: Number of archs.
+        kendall_tau: Kendall's tau-b. NaN if all scores or all accuracies are equal.
+        spearman_rho: Spearman's rho. NaN if all scores or all accuracies are equal.
+        top_k_overlap: For each k, the share of the k best archs by accuracy that are among the k best by score.
+        regret: Accuracy of the best arch less that of the arch with the best score, in percentage points.
+        tau_samples: Kendall's tau-b of each bootstrap resample, [num_resamples].
+    """
+
+    n: int
+    kendall_tau: Estimate
+    spearman_rho: Estimate
+    top_k_overlap: dict[int, Estimate]
+    regret: Estimate
+    tau_samples: np.ndarray = field(repr=False, compare=False)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return a JSON-ready dict, without the samples."""
+        return dict(
+            n=self.n,
+            kendall_tau=self.kendall_tau.to_dict(),
+            spearman_rho=self.spearman_rho.to_dict(),
+            top_k_overlap={str(k): estimate.to_dict() for k, estimate in self.top_k_overlap.items()},
+            regret=self.regret.to_dict(),
+        )
+
+
+def require_scipy() -> None:
+    """Check that scipy is installed.
+
+    Raises:
+        ImportError: It is not.
+    """
+    try:
+        import scipy.stats  # noqa: F401
+    except ImportError as e:
+        raise ImportError(f"rank correlations need scipy ({e}): pip install 'timm-mixpath[rank]'") from e
+
+
+def rank_correlation(
+    accuracies: Sequence[float],
+    scores: Sequence[float],
+    *,
+    top_k: Sequence[int] = (10, 50),
+    num_resamples: int = 1000,
+    level: float = 0.95,
+    seed: int = 0,
+) -> RankStatistics:
+    """Return how well scores rank archs, with percentile bootstrap intervals over the archs.
+
+    Ties count as ties in both correlations. In the overlap and the regret they are broken at random, and the expected
+    value is reported: where 3 archs share 2 places among the k best, each is there with probability 2/3, so a supernet
+    that scores all archs equal has the overlap and the regret of a random order. Ties of the accuracies and of the
+    scores are broken independently of each other.
+
+    An arch that a resample holds several times is tied with itself. Where its copies are tied with no other arch in
+    either series, the overlap counts as many of them as both tops hold, so a score that ranks right has an overlap of
+    1 in every resample. Resamples in which a correlation is not defined are left out of its interval.
+
+    Args:
+        accuracies: Stand-alone accuracies of the archs, in percent.
+        scores: Scores of the archs, more is better; scores that are not a number come last.
+        top_k: Numbers k to report the overlap for; those that are not below the number of archs are left out.
+        num_resamples: Bootstrap resamples.
+        level: Share of the resamples inside the intervals.
+        seed: Seed of the resamples. Calls of as many archs and the same seed draw the same.
+
+    Raises:
+        ImportError: scipy is not installed.
+        ValueError: There are not as many scores as accuracies, fewer than 2, or an accuracy is not finite.
+    """
+    require_scipy()
+    from scipy import stats
+
+    truth, places, places_by_score = _check_series(accuracies, scores)
+    n = len(truth)
+    top_k = [k for k in top_k if k < n]
+    pairs = _BootstrapPairs(places)
+    resampled: dict[Any, list[np.ndarray]] = {name: [] for name in ('tau', 'rho', 'regret', *top_k)}
+    for weights in _resamples(n, num_resamples, seed):
+        resampled['tau'].append(pairs.tau(places_by_score, weights))
+        resampled['rho'].append(_spearman(places, places_by_score, weights))
+        resampled['regret'].append(_regret(truth, places_by_score, weights))
+        for k in top_k:
+            resampled[k].append(_overlap(places, places_by_score, weights, k))
+    samples = {name: np.concatenate(values) for name, values in resampled.items()}
+
+    tau = rho = math.nan
+    if places.max() > 0 and places_by_score.max() > 0:
+        tau = float(stats.kendalltau(places, places_by_score)[0])
+        rho = float(stats.spearmanr(places, places_by_score)[0])
+    once = np.ones((1, n))
+    return RankStatistics(
+        n=n,
+        kendall_tau=_estimate(tau, samples['tau'], level),
+        spearman_rho=_estimate(rho, samples['rho'], level),
+        top_k_overlap={
+            k: _estimate(float(_overlap(places, places_by_score, once, k)[0]), samples[k], level) for k in top_k
+        },
+        regret=_estimate(float(_regret(truth, places_by_score, once)[0]), samples['regret'], level),
+        tau_samples=samples['tau'],
+    )
+
+
+def tau_difference(first: RankStatistics, second: RankStatistics, *, level: float = 0.95) -> Estimate:
+    """Return by how much one Kendall's tau is above another of the same archs.
+
+    Both are taken from the same resamples, so the interval is narrower than those of the two on their own suggest.
+
+    Args:
+        first: Statistics of scores of the archs.
+        second: Statistics of other scores of the same archs, with the same seed and number of resamples.
+        level: Share of the resamples inside the interval.
+
+    Raises:
+        ValueError: They are not of as many archs and resamples.
+    """
+    if (first.n, first.tau_samples.shape) != (second.n, second.tau_samples.shape):
+        raise ValueError('a difference needs the same archs and resamples on both sides')
+    value = first.kendall_tau.value - second.kendall_tau.value
+    return _estimate(value, first.tau_samples - second.tau_samples, level)
+
+
+def _check_series(accuracies: Sequence[float], scores: Sequence[float]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return the accuracies, and the places of archs by accuracy and by score, from 0 for the worst, equal for ties."""
+    truth, values = np.asarray(accuracies, dtype=float), np.asarray(scores, dtype=float)
+    if truth.ndim != 1 or truth.shape != values.shape or len(truth) < 2:
+        raise ValueError(f'{truth.shape} accuracies and {values.shape} scores are not one each of two archs or more')
+    if not np.isfinite(truth).all():
+        raise ValueError('an accuracy is not finite')
+    values = np.where(np.isnan(values), -np.inf, values)  # the loss of a network that overflows
+    return truth, *(np.unique(v, return_inverse=True)[1] for v in (truth, values))
+
+
+def _resamples(n: int, num_resamples: int, seed: int) -> Iterator[np.ndarray]:
+    """How often each arch is in each resample, [num_resamples, n], a part at a time."""
+    rng = np.random.default_rng(seed)
+    for start in range(0, num_resamples, _RESAMPLES_AT_ONCE):
+        count = min(_RESAMPLES_AT_ONCE, num_resamples - start)
+        yield rng.multinomial(n, np.full(n, 1 / n), size=count).astype(float)
+
+
+def _estimate(value: float, samples: np.ndarray, level: float) -> Estimate:
+    samples = samples[np.isfinite(samples)]
+    if not len(samples) or not math.isfinite(value):
+        return Estimate(value, math.nan, math.nan)
+    low, high = np.quantile(samples, [(1 - level) / 2, (1 + level) / 2])
+    return Estimate(value, float(low), float(high))
+
+
+def _tie_weights(places: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    """How many archs of a resample are at each place, [num_resamples, num_places]."""
+    order = np.argsort(places, kind='stable')
+    starts = np.searchsorted(places[order], np.arange(places.max() + 1))
+    return np.add.reduceat(weights[:, order], starts, axis=1)
+
+
+class _BootstrapPairs:
+    """Kendall's tau-b of many resamples.
+
+    An arch that is w times in a resample makes w * v pairs with one that is there v times, and ties with itself. So
+    concordant less discordant pairs are w' S w, for S the signs of all pairs of the table: one matrix product for all
+    resamples, instead of an O(n log n) count for each.
+
+    Args:
+        places: Places of the archs by accuracy, [n].
+    """
+
+    def __init__(self, places: np.ndarray) -> None:
+        self.places = places
+
+    def tau(self, places_by_score: np.ndarray, weights: np.ndarray) -> np.ndarray:
+        """Return tau-b of each resample, NaN where it is not defined.
+
+        Args:
+            places_by_score: Places of the archs by score, [n].
+            weights: How often each arch is in each resample, [num_resamples, n].
+        """
+        x, y = self.places, places_by_score
+        total = weights.sum(axis=1)  # [num_resamples]
+        single = weights.astype(np.float32)  # exact: what is summed up is a whole number of at most n
+        balance = np.zeros(len(weights))  # both orders of a pair are counted, here and below
+        for start in range(0, len(x), _ROWS_AT_ONCE):
+            rows = slice(start, start + _ROWS_AT_ONCE)
+            signs = np.sign(x[rows, None] - x) * np.sign(y[rows, None] - y)  # [rows, n]
+            balance += ((single @ signs.T.astype(np.float32)) * weights[:, rows]).sum(axis=1)
+        untied = [total**2 - (_tie_weights(places, weights) ** 2).sum(axis=1) for places in (x, y)]
+        with np.errstate(invalid='ignore'):
+            return balance / np.sqrt(untied[0] * untied[1])
+
+
+def _spearman(x: np.ndarray, y: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    """Spearman's rho of each resample: the correlation of ranks, of which ties share the mean."""
+    total = weights.sum(axis=1, keepdims=True)
+    centred = []
+    for places in (x, y):
+        ties = _tie_weights(places, weights)
+        ranks = (np.cumsum(ties, axis=1) - ties / 2)[:, places]  # [num_resamples, n], up to a constant
+        centred.append(ranks - total / 2)
+    covariance, *variances = ((weights * a * b).sum(axis=1) for a, b in (centred, centred[:1] * 2, centred[1:] * 2))
+    defined = (variances[0] > 0) & (variances[1] > 0)
+    return np.divide(covariance, np.sqrt(variances[0] * variances[1]), out=np.full(len(weights), np.nan), where=defined)
+
+
+def _in_top(places: np.ndarray, weights: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+    """Expected copies of each arch among the k best of a resample if ties are broken at random, [num_resamples, n].
+
+    Returns:
+        Them, and whether the copies are tied with no other arch, so that their number is certain.
+    """
+    ties = _tie_weights(places, weights)
+    better = weights.sum(axis=1, keepdims=True) - np.cumsum(ties, axis=1)
+    free = np.clip(k - better, 0, ties)[:, places]
+    ties = ties[:, places]
+    return np.divide(weights * free, ties, out=np.zeros_like(ties), where=ties > 0), ties == weights
+
+
+def _overlap(x: np.ndarray, y: np.ndarray, weights: np.ndarray, k: int) -> np.ndarray:
+    """Share of the k best by x that are among the k best by y, for each resample.
+
+    Ties among several archs are broken independently for x and y. Copies of one arch are not told apart where they are
+    tied with each other alone: at place k, too, the same ones are taken by x and y. Ties among them would be broken as
+    independently otherwise, and a resample would have an overlap below 1 although x and y rank all archs the same.
+    """
+    (in_x, alone_x), (in_y, alone_y) = (_in_top(places, weights, k) for places in (x, y))
+    independent = np.divide(in_x * in_y, weights, out=np.zeros_like(weights), where=weights > 0)
+    return np.where(alone_x & alone_y, np.minimum(in_x, in_y), independent).sum(axis=1) / k
+
+
+def _regret(accuracies: np.ndarray, places_by_score: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    best = np.where(weights > 0, accuracies, -np.inf).max(axis=1)
+    pick = (_in_top(places_by_score, weights, 1)[0] * accuracies).sum(axis=1)
+    return np.maximum(best - pick, 0.0)  # a mean of equal accuracies may be an ulp above them

@@ -1,0 +1,5 @@
+"""The command line `timm-mixpath`."""
+
+from .entry import main
+
+__all__ = ['main']

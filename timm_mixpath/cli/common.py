@@ -1,0 +1,79 @@
+"""Options that several commands share."""
+
+import argparse
+import dataclasses
+import re
+from typing import Any
+
+__all__ = [
+    'add_device_option',
+    'add_image_options',
+    'add_supernet_option',
+    'from_args',
+    'is_first_process',
+    'parse_count',
+    'setup_logging',
+]
+
+
+def setup_logging() -> None:
+    import logging
+
+    from timm.utils import setup_default_logging
+
+    if not logging.root.handlers:  # a second command in the same process would print every line twice
+        setup_default_logging()
+    logging.getLogger('timm.utils.checkpoint_saver').setLevel(logging.WARNING)  # a list of files in every epoch
+    for client in ('httpx', 'httpx2'):  # that of huggingface_hub, whose every request is a line
+        logging.getLogger(client).setLevel(logging.WARNING)
+
+
+def parse_count(text: str) -> int:
+    """Parse a number such as 5M, 1.2G, 350000."""
+    match = re.fullmatch(r'(\d+(?:\.\d+)?)([kKMG]?)', text)
+    if match is None:
+        raise argparse.ArgumentTypeError(f'{text!r} is not a number such as 5M, 1.2G or 350000')
+    scale = {'': 1, 'k': 10**3, 'K': 10**3, 'M': 10**6, 'G': 10**9}[match[2]]
+    return round(float(match[1]) * scale)
+
+
+def from_args(cls: type, args: argparse.Namespace) -> Any:
+    """Make a dataclass of the options of its fields' names."""
+    return cls(**{field.name: getattr(args, field.name) for field in dataclasses.fields(cls)})
+
+
+def add_supernet_option(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add(
+        '--checkpoint',
+        required=True,
+        metavar='PATH',
+        help='last.pth.tar of a supernet, a model folder, or hf-hub:ORG/NAME',
+    )
+    add('--device-modules', nargs='+', metavar='MODULE', help='Python modules to import first, for a space of your own')
+
+
+def add_image_options(parser: argparse.ArgumentParser, num_images: int | None = None) -> None:
+    add = parser.add_argument_group('images (default: as in the training of the supernet)').add_argument
+    add('--data-dir', metavar='DIR')
+    add('--dataset', metavar='NAME', help='type/name as in timm')
+    add('--dataset-download', action='store_true')
+    add('--train-split', metavar='NAME')
+    add('--class-map', metavar='FILE')
+    add('--search-holdout', type=float, metavar='SHARE', help='share of the training images that was held out')
+    add('--search-split', metavar='NAME', help='use this split whole instead')
+    add('--num-images', type=int, default=num_images, metavar='N',
+        help=f'number of images (default: {num_images or "all"})')  # fmt: skip
+
+
+def add_device_option(parser: argparse.ArgumentParser, batch_size: int = 100) -> None:
+    add = parser.add_argument_group('device').add_argument
+    add('-b', '--batch-size', type=int, default=batch_size, metavar='N')
+    add('--device', metavar='NAME', help='default: cuda if there is a GPU, else cpu')
+    add('-j', '--workers', type=int, default=2, metavar='N')
+
+
+def is_first_process() -> bool:
+    from timm.utils.distributed import is_distributed_env, world_info_from_env
+
+    return not is_distributed_env() or world_info_from_env()[1] == 0

@@ -1,0 +1,102 @@
+"""The commands rank and stats."""
+
+import argparse
+from pathlib import Path
+
+from .common import (
+    add_device_option,
+    add_image_options,
+    add_supernet_option,
+    from_args,
+    is_first_process,
+    setup_logging,
+)
+
+__all__ = ['add_rank', 'add_stats', 'run_rank', 'run_stats']
+
+
+def add_rank(parser: argparse.ArgumentParser) -> None:
+    from ..analysis.ranking import SCORES, RankConfig
+
+    default = RankConfig()
+    add = parser.add_argument
+    add_supernet_option(parser)
+    add('--table', required=True, metavar='FILE', help='CSV of archs and the accuracies that they reach on their own')
+    add('--output', metavar='DIR', help='folder for archive, statistics and plot; without it nothing is kept, and a '
+        'run that is cut off starts again')  # fmt: skip
+
+    add = parser.add_argument_group('table').add_argument
+    add('--arch-column', metavar='NAME', help='default: the first of arch, cell, ops')
+    add('--accuracy-column', metavar='NAME', help='default: accuracy, or what NAS-Bench-101 and -201 call it')
+    add('--num-archs', type=int, metavar='N', help='draw N archs of the table at random (default: all)')
+    add('--seed', type=int, default=default.seed, help='of the draw and of the bootstrap')
+
+    add = parser.add_argument_group('ranking').add_argument
+    add('--recalibration-images', type=int, default=1024, metavar='N',
+        help='score a second time, with batch norms of every arch recalibrated with N training images (default: '
+        '%(default)s, 0 for not)')  # fmt: skip
+    add('--score', default=default.score, choices=SCORES, help='what the supernet ranks by (default: %(default)s)')
+    add('--top-k', nargs='+', type=int, default=default.top_k, metavar='K',
+        help='report how many of the k best archs are among the k best of the supernet (default: 10 50)')  # fmt: skip
+    add('--num-resamples', type=int, default=default.num_resamples, metavar='N',
+        help='bootstrap resamples behind an interval (default: %(default)s)')  # fmt: skip
+    add('--level', type=float, default=default.level, metavar='SHARE', help='of the intervals (default: %(default)s)')
+    add_image_options(parser)
+    add_device_option(parser)
+
+
+def run_rank(args: argparse.Namespace) -> None:
+    from ..analysis.ranking import RankConfig
+    from ..analysis.ranking_report import print_ranking
+    from ..analysis.run import rank_checkpoint
+    from ..search.images import SearchData
+
+    setup_logging()
+    result = rank_checkpoint(
+        args.checkpoint,
+        args.table,
+        args.output,
+        from_args(RankConfig, args),
+        from_args(SearchData, args),
+        arch_column=args.arch_column,
+        accuracy_column=args.accuracy_column,
+        recalibration_images=args.recalibration_images,
+        batch_size=args.batch_size,
+        device=args.device,
+        workers=args.workers,
+    )
+    if is_first_process():
+        print_ranking(result, args.output)
+
+
+def add_stats(parser: argparse.ArgumentParser) -> None:
+    parser.epilog = "A reconstruction of the content of the paper's figure; its exact protocol is not published."
+    add = parser.add_argument
+    add_supernet_option(parser)
+    add('--output', metavar='DIR', help='folder for stats.json, stats.csv and stats.png (default: only print)')
+    add('--num-archs', type=int, default=20, metavar='N',
+        help='run at most N sampled archs to reach every sum of paths three times (default: %(default)s)')  # fmt: skip
+    add_image_options(parser, num_images=512)
+    add_device_option(parser, batch_size=32)
+
+
+def run_stats(args: argparse.Namespace) -> None:
+    from ..analysis.path_report import format_stats
+    from ..analysis.run import stats_checkpoint
+    from ..search.images import SearchData
+
+    setup_logging()
+    result = stats_checkpoint(
+        args.checkpoint,
+        args.output,
+        from_args(SearchData, args),
+        num_archs=args.num_archs,
+        batch_size=args.batch_size,
+        device=args.device,
+        workers=args.workers,
+    )
+    if not is_first_process():
+        return
+    print(format_stats(result))
+    if args.output:
+        print(f'\nall numbers and the figure are in {Path(args.output)}')

@@ -1,0 +1,118 @@
+"""The commands search and profile."""
+
+import argparse
+
+from ..utils.errors import UsageError, as_usage_error
+from .common import (
+    add_device_option,
+    add_image_options,
+    add_supernet_option,
+    from_args,
+    is_first_process,
+    parse_count,
+    setup_logging,
+)
+
+__all__ = ['add_profile', 'add_search', 'run_profile', 'run_search']
+
+
+def _objective(text: str) -> tuple[str, float]:
+    name, _, weight = text.partition('=')
+    try:
+        return name, float(weight or 1)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f'{text!r} is not of the form name or name=weight') from None
+
+
+def add_search(parser: argparse.ArgumentParser) -> None:
+    from ..search.config import ALGORITHMS, OBJECTIVES, SearchConfig
+
+    default = SearchConfig()
+    add = parser.add_argument
+    add_supernet_option(parser)
+    add('--output', required=True, metavar='DIR', help='folder for archive, front and plot')
+    add_image_options(parser)
+
+    add = parser.add_argument_group('search').add_argument
+    add('--algorithm', default=default.algorithm, choices=ALGORITHMS)
+    add('--objectives', nargs='+', type=_objective, default=default.objectives, metavar='NAME[=WEIGHT]',
+        help=f'what to minimise, of {", ".join(OBJECTIVES)}; a weight counts in the crowding distance')  # fmt: skip
+    add('--max-macs', type=parse_count, metavar='N', help='for example 5M')
+    add('--min-macs', type=parse_count, metavar='N')
+    add('--max-params', type=parse_count, metavar='N')
+    add('--min-params', type=parse_count, metavar='N')
+    add('--population', type=int, default=default.population, metavar='N')
+    add('--offspring', type=int, default=default.offspring, metavar='N', help='evaluations per generation')
+    add('--generations', type=int, default=default.generations, metavar='N')
+    add('--seed', type=int, default=default.seed)
+    add('--recalibration-images', type=int, default=0, metavar='N',
+        help='recalibrate the batch norms of every candidate with N training images (default: 0, none)')  # fmt: skip
+    add('--cost-input-size', nargs=3, type=int, metavar='N',
+        help='channels, height, width to count MACs for (default: as in the training)')  # fmt: skip
+    add('--cost-num-classes', type=int, metavar='N', help='classes to count costs for (default: as in the training)')
+    add('--latency', action='store_true', help='measure the latency of the archs on the front')
+    add_device_option(parser)
+
+
+def run_search(args: argparse.Namespace) -> None:
+    from ..search.config import SearchConfig
+    from ..search.front import print_result
+    from ..search.images import SearchData
+    from ..search.run import search_checkpoint
+
+    setup_logging()
+    result = search_checkpoint(
+        args.checkpoint,
+        args.output,
+        from_args(SearchConfig, args),
+        from_args(SearchData, args),
+        recalibration_images=args.recalibration_images,
+        cost_input_size=tuple(args.cost_input_size) if args.cost_input_size else None,
+        cost_num_classes=args.cost_num_classes,
+        batch_size=args.batch_size,
+        device=args.device,
+        workers=args.workers,
+        latency=args.latency,
+    )
+    if is_first_process():
+        print_result(result, args.output)
+
+
+def add_profile(parser: argparse.ArgumentParser) -> None:
+    from ..train.options import KeyValue
+
+    add = parser.add_argument
+    add('--model', required=True, metavar='NAME', help='a supernet, for example mixpath_s1_supernet')
+    add('--model-kwargs', nargs='*', default={}, action=KeyValue, metavar='KEY=VALUE', help='for example m=2')
+    add('--num-classes', type=int, metavar='N')
+    add('--input-size', nargs=3, type=int, metavar='N', help='channels, height, width')
+    add('--num-samples', type=int, default=10_001, metavar='N', help='sampled archs behind the median')
+    add('--device-modules', nargs='+', metavar='MODULE', help='Python modules to import first')
+
+
+def run_profile(args: argparse.Namespace) -> None:
+    import timm
+
+    from ..models.cost import cost_table, profile_space
+    from ..models.supernet import Supernet
+    from ..train.checkpoint import check_model_name
+
+    check_model_name(args.model)
+    in_chans = args.input_size[0] if args.input_size else None
+    with as_usage_error(f'model {args.model!r} can not be created'):
+        model = timm.create_model(
+            args.model, num_classes=args.num_classes, in_chans=in_chans, device='meta', **args.model_kwargs
+        )
+    if not isinstance(model, Supernet):
+        raise UsageError(f'{args.model!r} is no supernet; try {", ".join(timm.list_models("mixpath*_supernet"))}')
+    with as_usage_error('the space can not be profiled'):
+        table = cost_table(model, tuple(args.input_size) if args.input_size else None)
+        profile = profile_space(table, num_samples=args.num_samples)
+    size = 'x'.join(str(v) for v in table.input_size)
+    num_archs = f'{profile.size:,}' if profile.size < 10**12 else f'{profile.size:.3g}'
+    print(f'{args.model}: {num_archs} archs, m = {model.space.max_paths}, input {size}')
+    print(f'{"":12}{"min":>12}{"median":>12}{"max":>12}')
+    for name, unit, digits in (('macs', 'MACs (M)', 2), ('params', 'params (M)', 3)):
+        row = getattr(profile, name)
+        print(f'{unit:12}' + ''.join(f'{v / 1e6:12.{digits}f}' for v in (row.min, row.median, row.max)))
+    print(f'median of {profile.num_samples:,} archs sampled as in training; min and max are exact')

@@ -1,0 +1,68 @@
+"""The commands train and table."""
+
+import argparse
+
+from .common import setup_logging
+
+__all__ = ['add_table', 'run_table', 'run_train']
+
+
+def run_train(args: argparse.Namespace) -> None:
+    from ..train.loop import train
+
+    setup_logging()
+    train(argparse.Namespace(**{k: v for k, v in vars(args).items() if k not in ('run', 'command', 'config')}))
+
+
+def add_table(parser: argparse.ArgumentParser) -> None:
+    from ..spaces.sampling import STRATEGIES
+    from ..train.options import add_train_options
+
+    parser.description = (
+        'Train many archs of a space from scratch and write their accuracies into a table, the ground truth of a '
+        'ranking. All options of `timm-mixpath train` apply to every training; --model is a sub-network model such as '
+        'mixpath_nano. The accuracy is that of the last epoch, since the best one would be chosen on the images that '
+        'it is measured on. To leave the test set alone, measure on held-out training images: --search-holdout 0.1 '
+        '--val-split search-holdout. The same command goes on with a table that was cut off; archs and seeds can be '
+        'added to one. Under torchrun every process trains archs of its own.'
+    )
+    add = parser.add_argument_group('table').add_argument
+    add('--table-dir', required=True, metavar='DIR', help='folder for table.csv and the trainings')
+    archs = parser.add_mutually_exclusive_group(required=True)
+    archs.add_argument(
+        '--archs', metavar='FILE', help='text file of one arch per line, or .csv with a column arch, cell or ops'
+    )
+    archs.add_argument('--num-archs', type=int, metavar='N', help='draw N distinct archs of the space')
+    add('--archs-seed', type=int, default=0, metavar='N', help='seed of --num-archs (default: 0)')
+    add('--archs-m', type=int, metavar='M', help="most paths of --num-archs (default: m of the space's supernet)")
+    add('--archs-sampling', choices=STRATEGIES, default='paths',
+        help='how to draw --num-archs: paths as the supernet does, which leaves out nodes without inputs of nb201; '
+        'uniform over all archs; or fair (default: paths)')  # fmt: skip
+    add('--seeds', type=int, nargs='+', metavar='SEED', help='train every arch with each of these (default: --seed)')
+    add('--drop-checkpoints', action='store_true', help='delete the checkpoints of trainings that have ended')
+    add('--verbose', action='store_true', help='log what train logs, not one line per training')
+    add_train_options(parser)
+
+
+def run_table(args: argparse.Namespace) -> None:
+    from ..analysis.arch_lists import arch_space, draw_archs, read_archs
+    from ..analysis.train_table import train_table
+    from ..train.options import default_args
+
+    setup_logging()
+    options = argparse.Namespace(**{name: getattr(args, name) for name in vars(default_args())})
+    space = arch_space(options)
+    if args.archs is not None:
+        archs = read_archs(args.archs, space)
+    else:
+        archs = draw_archs(
+            args.model, args.num_archs, seed=args.archs_seed, m=args.archs_m, sampling=args.archs_sampling
+        )
+    train_table(
+        options,
+        archs,
+        args.table_dir,
+        seeds=args.seeds,
+        drop_checkpoints=args.drop_checkpoints,
+        verbose=args.verbose,
+    )

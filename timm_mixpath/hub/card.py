@@ -1,0 +1,398 @@
+"""The model card of a Hub repo: what is known of a model, and nothing else.
+
+Everything on a card is read from the checkpoint, from the training's summary.csv beside it, from the folder of a
+search, or was given. What is not known is left out.
+"""
+
+from argparse import Namespace
+from dataclasses import dataclass
+
+import yaml
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+
+from ..models.cellnet import CellNet
+from ..models.cost import count_macs
+from ..models.mixpath import BUILTIN_SPACES, MixPath
+from ..models.supernet import Supernet
+from ..spaces.catalog import get_space
+from ..train.checkpoint import LoadedModel
+from ..train.options import default_args
+from ..utils.recipes import model_recipes
+from .records import PLOT, SearchRecord, TrainingRecord
+
+__all__ = ['CardDetails', 'make_card']
+
+
+_PAPER = 'https://arxiv.org/abs/2001.05887'
+
+_CITATION = """@inproceedings{chu2023mixpath,
+  title     = {MixPath: A Unified Approach for One-shot Neural Architecture Search},
+  author    = {Chu, Xiangxiang and Lu, Shun and Li, Xudong and Zhang, Bo},
+  booktitle = {ICCV},
+  pages     = {5949--5958},
+  year      = {2023}
+}"""
+
+# Models whose name is the paper's but whose arch is not: the paper shows theirs in drawings only
+_RECONSTRUCTIONS = {'mixpath_a': 'MixPath-A', 'mixpath_b': 'MixPath-B', 'mixpath_c': 'MixPath-c'}
+
+_SPACE_NOTES = {
+    's1': "S1 is the paper's CIFAR space; backbone and choices follow the authors' release.",
+    's2': 'The paper does not publish the backbone of S2. This one is inferred from the published budgets.',
+    's3': 'The paper does not publish the backbone of S3. This one is inferred from the published budgets.',
+    'nb101': (
+        'The sub-space of NAS-Bench-101 that the paper ranks. Where its batch norms stand is a reconstruction: the '
+        "authors' release builds shadow batch norms for it, but does not apply them."
+    ),
+    'nb201': 'The space is that of NAS-Bench-201, not one of the paper.',
+    'nano': 'nano is a small space of timm-mixpath, not one of the paper.',
+}
+
+# Options that say where and how a run was executed, not what it did
+_LOCAL_OPTIONS = {
+    'checkpoint_hist', 'class_map', 'data_dir', 'dataset_download', 'device', 'device_modules', 'experiment',
+    'initial_checkpoint', 'local_rank', 'log_interval', 'lr_base', 'no_prefetcher', 'no_resume_opt', 'output',
+    'pin_mem', 'resume', 'workers',
+}  # fmt: skip
+
+
+@dataclass
+class CardDetails:
+    """What only the owner of a model can tell. None leaves it out.
+
+    Attributes:
+        license: Licence of the weights, by its name on the Hub, for example apache-2.0.
+        dataset_id: Data set by its name on the Hub, for example uoft-cs/cifar10.
+        dataset_name: Its name for readers, for example CIFAR-10.
+        commit: Commit of timm-mixpath that trained the model.
+    """
+
+    license: str | None = None
+    dataset_id: str | None = None
+    dataset_name: str | None = None
+    commit: str | None = None
+
+
+def make_card(
+    repo_id: str,
+    loaded: LoadedModel,
+    details: CardDetails,
+    training: TrainingRecord | None = None,
+    searched: SearchRecord | None = None,
+    revision: str | None = None,
+) -> ModelCard:
+    """Write the card.
+
+    Args:
+        repo_id: `ORG/NAME`.
+        loaded: The model.
+        details: What its owner tells.
+        training: How it was trained, if known.
+        searched: How its arch was found, if known.
+        revision: Branch of the repo that the card is for, the main one if None.
+    """
+    model = loaded.model
+    is_supernet = isinstance(model, Supernet)
+    name = repo_id.partition('/')[2]
+    source = f'hf-hub:{repo_id}' + (f'@{revision}' if revision else '')
+    dataset_id = details.dataset_id or _dataset_id(training)
+    dataset_name = details.dataset_name or dataset_id
+
+    sections = [
+        f'# {name}',
+        _what(model, loaded, training, dataset_name),
+        _notes(model),
+        '## Use\n\n' + _usage(model, source, training),
+        '## Architecture\n\n' + _architecture(model, loaded),
+    ]
+    if training is not None:
+        if training.metrics:
+            sections.append('## Results\n\n' + _results(model, training, dataset_name))
+        sections.append('## Training\n\n' + _training(training, details, dataset_name))
+    elif details.commit:
+        sections.append(f'## Training\n\nTrained with timm-mixpath at commit `{details.commit}`.')
+    if searched is not None:
+        sections.append('## Search\n\n' + _search(searched))
+    sections += ['## Limits\n\n' + _limits(model, loaded, training), f'## Citation\n\n```bibtex\n{_CITATION}\n```']
+
+    results = []
+    if training is not None and dataset_id and not is_supernet:  # a supernet is not one model with one accuracy
+        results = _eval_results(training, dataset_id, dataset_name)
+    data = ModelCardData(
+        library_name='timm',
+        pipeline_tag=None if is_supernet else 'image-classification',
+        license=details.license,
+        tags=[
+            'supernet' if is_supernet else 'image-classification',
+            'timm',
+            'timm-mixpath',
+            'neural-architecture-search',
+            'arxiv:2001.05887',
+        ],
+        datasets=[dataset_id] if dataset_id else None,
+        metrics=['accuracy'] if results else None,
+        model_name=name if results else None,
+        eval_results=results or None,
+    )
+    return ModelCard(f'---\n{data.to_yaml()}\n---\n\n' + '\n\n'.join(s for s in sections if s) + '\n')
+
+
+def _dataset_id(training: TrainingRecord | None) -> str | None:
+    """Return the Hub's name of the data set, where the training read it from the Hub."""
+    dataset = getattr(training.args, 'dataset', '') if training else ''
+    kind, _, name = dataset.partition('/')
+    return name if kind in ('hfds', 'hfids') and name else None
+
+
+def _what(
+    model: MixPath | CellNet, loaded: LoadedModel, training: TrainingRecord | None, dataset_name: str | None
+) -> str:
+    architecture = model.pretrained_cfg['architecture']
+    size = _size(loaded)
+    on = f' on {dataset_name}' if dataset_name else ''
+    if isinstance(model, Supernet):
+        bn = {
+            'sbn': 'Shadow Batch Normalization',
+            'bn': 'a single batch norm behind the sum of paths',
+            'none': 'no norm behind the sum of paths',
+        }[model.norm_of_sums]
+        return (
+            f'A one-shot supernet (`{architecture}`) that holds all {model.space.size:.3g} networks of search space '
+            f'`{model.space.name}` with up to m = {model.space.max_paths} paths per sum, with {bn}, after '
+            f'[MixPath]({_PAPER}).{" Trained" + on + "." if training and on else ""} It is made to be searched, '
+            f'not to classify images as it is. {model.num_classes} classes, images of {size}.'
+        )
+    trained = f' trained{on}' if training and on else ''
+    return (
+        f'An image classifier (`{architecture}`) of search space `{model.space.name}` of [MixPath]({_PAPER})'
+        f'{trained}. {model.num_classes} classes, images of {size}.'
+    )
+
+
+def _notes(model: MixPath | CellNet) -> str:
+    architecture = model.pretrained_cfg['architecture']
+    notes = []
+    if architecture in _RECONSTRUCTIONS:
+        paper_name = _RECONSTRUCTIONS[architecture]
+        notes.append(
+            f'**A reconstruction.** The authors did not publish the layers of {paper_name} other than in a drawing. '
+            f'`{architecture}` is the own reconstruction of timm-mixpath'
+            f'{"" if architecture == "mixpath_c" else " within the published budget"}: neither its arch '
+            f"nor its weights are the authors', and accuracies that the paper reports for {paper_name} are not its own."
+        )
+    notes.append(_SPACE_NOTES.get(model.space.name, ''))
+    notes.append('Made with timm-mixpath, an independent implementation that is not by the authors of the paper.')
+    return '\n\n'.join(note for note in notes if note)
+
+
+def _usage(model: MixPath | CellNet, source: str, training: TrainingRecord | None) -> str:
+    lines = ['import timm_mixpath  # registers the models with timm', 'import timm', '']
+    if model.space.name not in BUILTIN_SPACES:  # repr of a dataclass is the expression that makes it
+        lines[0] = 'import timm_mixpath'
+        lines[2:] = [
+            'from timm_mixpath import BlockSpec, SearchSpace',
+            '',
+            f'timm_mixpath.register_space({get_space(model.space.name)!r})',
+            '',
+        ]
+    if isinstance(model, Supernet):
+        lines += [
+            f"supernet = timm.create_model('{source}', pretrained=True).eval()",
+            f"model = supernet.extract('{model.active_arch}')  # any arch of the space, with inherited weights",
+        ]
+        text = '```python\n' + '\n'.join(lines) + '\n```\n\nTo search it:\n\n```bash\n'
+        text += f'timm-mixpath search --checkpoint {source} --data-dir DIR --output search\n```'
+        holdout = getattr(training.args, 'search_holdout', None) if training else None
+        if holdout:
+            text += (
+                f'\n\nThe supernet was trained without a share of {holdout:g} of the training images. With the same '
+                f'data set and `--search-holdout {holdout:g}` the search scores on these; other unseen images are '
+                'named with `--search-split`.'
+            )
+        return text
+    lines += [
+        f"model = timm.create_model('{source}', pretrained=True).eval()",
+        'data_config = timm.data.resolve_model_data_config(model)',
+        'transform = timm.data.create_transform(**data_config, is_training=False)  # PIL image -> [C, H, W]',
+    ]
+    return '```python\n' + '\n'.join(lines) + '\n```'
+
+
+def _architecture(model: MixPath | CellNet, loaded: LoadedModel) -> str:
+    params = sum(p.numel() for p in model.parameters())
+    rows = []
+    if isinstance(model, Supernet):
+        rows.append(f'{params / 1e6:.3f} M parameters, shared by {model.space.size:.3g} networks.\n')
+        if isinstance(model, CellNet):
+            return '\n'.join([*rows, _cells(model)])
+        rows += ['| block | channels | stride | choices |', '|---|---|---|---|']
+        for index, spec in enumerate(model.space.blocks):
+            rows.append(f'| {index} | {spec.out_chs} | {spec.stride} | {model.space.num_choices(index)} |')
+        return '\n'.join(rows)
+    macs = sum(count_macs(model, loaded.data_config['input_size']).values())
+    rows.append(
+        f'{macs / 1e6:.2f} M MACs (multiply-adds of convolutions and linear layers) for one image of {_size(loaded)}, '
+        f'{params / 1e6:.3f} M parameters.\n\n`{model.arch}`\n'
+    )
+    if isinstance(model, CellNet):
+        return '\n'.join([*rows, _cells(model)])
+    rows.append('Kernels joined by `+` are depthwise convolutions whose outputs are summed, `e` is the expansion'
+                + (', `.` separates channel groups' if '.' in str(model.arch) else '') + '.\n')  # fmt: skip
+    rows += ['| block | channels | stride | choice |', '|---|---|---|---|']
+    for index, (spec, choice) in enumerate(zip(model.space.blocks, model.arch.blocks)):
+        rows.append(f'| {index} | {spec.out_chs} | {spec.stride} | `{choice}` |')
+    return '\n'.join(rows)
+
+
+def _cells(model: CellNet) -> str:
+    norm = {'sbn': 'one batch norm per number of paths', 'bn': 'one batch norm', 'none': 'nothing'}[model.sum_norm]
+    return (
+        f'Three stages of {model.num_cells} cells, {model.width} channels in the first and twice as many in each next '
+        f'one; behind every sum of paths stands {norm}.'
+    )
+
+
+def _results(model: MixPath | CellNet, training: TrainingRecord, dataset_name: str | None) -> str:
+    split = f'split `{training.args.val_split}`' + (f' of {dataset_name}' if dataset_name else '')
+    names = {'top1': 'top-1 (%)', 'top5': 'top-5 (%)', 'loss': 'cross-entropy'}
+    metrics = {names[name]: f'{value:.2f}' for name, value in training.metrics.items()}
+    text = f'| measured on | {" | ".join(metrics)} |\n|---|{"---|" * len(metrics)}\n'
+    text += f'| {split} | {" | ".join(metrics.values())} |\n\n'
+    text += 'Measured in the training'
+    if training.epoch is not None:
+        text += f' after epoch {training.epoch + 1} of {training.args.epochs}'
+    text += ', one run.'
+    if training.is_best:
+        text += ' The epoch was chosen by its score on this very split, so the figure is a little too good.'
+    if isinstance(model, Supernet):
+        text += f' It is the score of one network, `{model.active_arch}`, with the weights that it inherits.'
+    return text
+
+
+def _training(training: TrainingRecord, details: CardDetails, dataset_name: str | None) -> str:
+    args = training.args
+    facts = []
+    if recipe := _recipe(args):
+        facts.append(recipe)
+    if dataset := dataset_name or getattr(args, 'dataset', ''):
+        facts.append(f'data set {dataset}')
+    facts.append(f'training split `{args.train_split}`')
+    if getattr(args, 'search_holdout', None):
+        facts.append(f'{args.search_holdout:g} of its images held out for a search')
+    facts.append(f'{args.epochs} epochs, seed {args.seed}')
+    if getattr(args, 'initial_checkpoint', '') or getattr(args, 'pretrained', False):
+        facts.append('started from other weights, not from scratch')
+    if getattr(args, 'world_size', 1) > 1:
+        facts.append(f'{args.world_size} processes, each with the batch size below')
+    if training.is_ema:
+        facts.append('the weights are the moving average of the training')
+    if details.commit:
+        facts.append(f'timm-mixpath at commit `{details.commit}`')
+    text = '\n'.join(f'- {fact}' for fact in facts)
+    defaults = vars(default_args())
+    options = {
+        key: value
+        for key, value in vars(args).items()
+        if key in defaults and key not in _LOCAL_OPTIONS and value != defaults[key]
+    }
+    return (
+        f'{text}\n\nOptions that differ from the defaults of `timm-mixpath train`, as a recipe for its `-c`:\n\n'
+        f'```yaml\n{yaml.safe_dump(options, sort_keys=True).strip()}\n```'
+    )
+
+
+def _recipe(args: Namespace) -> str | None:
+    """Say which recipe of the package a run had the options of, with up to three exceptions."""
+    had = vars(args)
+    for name, values in model_recipes(args.model).items():
+        other = []
+        for key, value in values.items():
+            if isinstance(value, dict):
+                same = value.items() <= (had.get(key) or {}).items()
+            else:
+                same = key in _LOCAL_OPTIONS or had.get(key) == value
+            if not same:
+                other.append(f'{key} ({had.get(key)}, not {value})')
+        if len(other) <= 3:
+            return f'options of recipe `{name}` of timm-mixpath' + (f' except {", ".join(other)}' if other else '')
+    return None
+
+
+def _search(searched: SearchRecord) -> str:
+    front, config, data = searched.front, searched.front['config'], searched.front['fingerprint']
+    objectives = ', '.join(
+        name if weight == 1 else f'{name} (weight {weight:g})' for name, weight in config['objectives'].items()
+    )
+    facts = [
+        f'{config["algorithm"]}, {front["num_evaluations"]} evaluations, seed {config["seed"]}',
+        f'minimised: {objectives}',
+        f'm = {front["max_paths"]}',
+    ]
+    if config['algorithm'] == 'nsga2':
+        facts[0] += (
+            f' (population {config["population"]}, {config["offspring"]} offspring in each of {config["generations"]} '
+            'generations)'
+        )
+    limits = [
+        f'{key.replace("_", " ").replace("macs", "MACs")} {config[key]:,}'
+        for key in ('min_macs', 'max_macs', 'min_params', 'max_params')
+        if config.get(key) is not None
+    ]
+    if limits:
+        facts.append('limits: ' + ', '.join(limits))
+    cost_size, cost_classes = data.get('cost_input_size'), data.get('cost_num_classes')
+    if cost_size and cost_size != data.get('input_size'):
+        facts.append(f'costs counted for {cost_size[1]}x{cost_size[2]} pixels and {cost_classes} classes')
+    if 'num_images' in data:
+        share = f'a held-out share of {data["holdout"]:g} of ' if data.get('holdout') else ''
+        facts.append(f'scored on {data["num_images"]:,} images of {share}split `{data["split"]}`')
+    if data.get('recalibration_images'):
+        facts.append(f'batch norms recalibrated with {data["recalibration_images"]:,} images for every candidate')
+    if front.get('hypervolume') is not None:
+        facts.append(f'hypervolume of the front {front["hypervolume"]:.3f}')
+    if searched.candidate is not None:
+        chosen = ' and chosen' if searched.candidate.get('chosen') else ''
+        facts.append(
+            f'this arch was found{chosen} there with an error of {searched.candidate["error"]:.2f} % '
+            "with the supernet's weights"
+        )
+    text = '\n'.join(f'- {fact}' for fact in facts)
+    if searched.plot is not None:
+        text += f'\n\n![Error and MACs of what the search evaluated, and its Pareto front]({PLOT})'
+    return text
+
+
+def _limits(model: MixPath | CellNet, loaded: LoadedModel, training: TrainingRecord | None) -> str:
+    text = (
+        f'It knows the {model.num_classes} classes that it was trained on and images of {_size(loaded)} as they were '
+        'prepared for the training. Its robustness, its calibration and its behaviour on other images have not been '
+        'measured.'
+    )
+    if training is None:
+        text += ' How it was trained, and how accurate it is, is not recorded here.'
+    elif not training.metrics:
+        text += ' Its accuracy was not measured in the training.'
+    return text
+
+
+def _eval_results(training: TrainingRecord, dataset_id: str, dataset_name: str | None) -> list[EvalResult]:
+    names = {'top1': 'Top-1 accuracy (%)', 'top5': 'Top-5 accuracy (%)'}
+    return [
+        EvalResult(
+            task_type='image-classification',
+            task_name='Image Classification',
+            dataset_type=dataset_id,
+            dataset_name=dataset_name or dataset_id,
+            dataset_split=str(training.args.val_split).partition('.')[0],
+            metric_type='accuracy',
+            metric_name=text,
+            metric_value=round(training.metrics[name], 3),
+        )
+        for name, text in names.items()
+        if name in training.metrics
+    ]
+
+
+def _size(loaded: LoadedModel) -> str:
+    channels, height, width = loaded.data_config['input_size']
+    return f'{height}x{width}' + ('' if channels == 3 else f' with {channels} channel{"s" if channels > 1 else ""}')

@@ -1,0 +1,79 @@
+"""Model folders that `timm.create_model('local-dir:...', pretrained=True)` reads."""
+
+import os
+from contextlib import nullcontext
+from pathlib import Path
+
+from timm.models import save_for_hf
+from torch import nn
+
+from ..models.supernet import Supernet
+from ..search.accuracy import recalibrate_bn
+from ..search.images import SearchData, open_search_split, recalibration_batches
+from ..spaces.arch import Arch
+from ..train.checkpoint import load_model
+from ..utils.errors import UsageError
+from ..utils.files import write_dir_atomic
+
+__all__ = ['export', 'save_model']
+
+
+def export(
+    checkpoint: str | os.PathLike,
+    output: str | os.PathLike,
+    arch: Arch | str | None = None,
+    *,
+    recalibration_images: int = 0,
+    data: SearchData | None = None,
+) -> nn.Module:
+    """Write the model of a checkpoint as a model folder.
+
+    Args:
+        checkpoint: Training checkpoint or model folder.
+        output: Folder to make: `config.json` and `model.safetensors`.
+        arch: Sub-network of a supernet to export, with the weights it inherits; None exports the model as it is.
+        recalibration_images: Training images to recalibrate the sub-network's batch norms with, as a search with the
+            same number does; 0 for none.
+        data: Where they come from, the images that the supernet was trained with if None.
+
+    Returns:
+        The exported model, in eval mode.
+
+    Raises:
+        UsageError: The arch is not in the supernet's space, the checkpoint is no supernet, or the output exists.
+        RunError: The checkpoint can't be read or the output not be written.
+    """
+    loaded = load_model(checkpoint)
+    model = loaded.model
+    if arch is not None:
+        if not isinstance(model, Supernet):
+            raise UsageError(
+                f'--arch needs the checkpoint of a supernet, {str(checkpoint)!r} holds {type(model).__name__}'
+            )
+        try:
+            arch = model.space.arch(arch)
+        except ValueError as e:
+            raise UsageError(str(e)) from None
+        recalibrated = nullcontext()
+        if recalibration_images:
+            _, train_set, _ = open_search_split(loaded, data or SearchData())
+            recalibrated = recalibrate_bn(model, arch, recalibration_batches(train_set, loaded, recalibration_images))
+        with recalibrated:
+            model = model.extract(arch)
+    elif recalibration_images:
+        raise UsageError('recalibration needs --arch: it is for a sub-network with inherited weights')
+    save_model(model, output, loaded.data_config)
+    return model
+
+
+def save_model(model: nn.Module, output: str | os.PathLike, data_config: dict | None = None) -> Path:
+    """Write a model folder, whole or not at all, weights as safetensors.
+
+    Args:
+        model: Model made by `timm.create_model`.
+        output: Folder to make.
+        data_config: Input size, mean, std and resizing it was trained with.
+    """
+    with write_dir_atomic(output) as folder:
+        save_for_hf(model, str(folder), safe_serialization=True, data_config=data_config)
+    return Path(output)

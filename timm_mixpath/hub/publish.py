@@ -1,0 +1,196 @@
+"""Publishing to the Hugging Face Hub: a repo's files, and the one commit that brings them there."""
+
+import logging
+import os
+import re
+import shutil
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+from huggingface_hub import HfApi, get_token
+from huggingface_hub.utils import HFValidationError, validate_repo_id
+from timm.models import save_for_hf
+
+from ..models.cellnet import CellNet
+from ..models.mixpath import MixPath
+from ..train.checkpoint import LoadedModel, load_model, state_dict_sha256
+from ..train.data import HOLDOUT_SPLIT, class_names, open_dataset
+from ..utils.errors import RunError, UsageError
+from ..utils.files import write_dir_atomic
+from ..utils.hub_client import hub_errors
+from ..version import __version__
+from .card import CardDetails, make_card
+from .records import PLOT, read_search, read_training
+
+__all__ = ['PushResult', 'push', 'write_repo']
+
+_logger = logging.getLogger(__name__)
+
+
+_AGAIN = 'run the same command again, it goes on where it can'
+
+
+@dataclass
+class PushResult:
+    """What a push did.
+
+    Attributes:
+        url: Page of the repo.
+        commit: Commit that holds the files.
+        created: The push made that commit; otherwise the repo held the same content already.
+        files: Names of the files.
+    """
+
+    url: str
+    commit: str
+    created: bool
+    files: list[str]
+
+
+def write_repo(
+    checkpoint: str | os.PathLike,
+    repo_id: str,
+    folder: str | os.PathLike,
+    *,
+    details: CardDetails | None = None,
+    search: str | os.PathLike | None = None,
+    revision: str | None = None,
+) -> list[str]:
+    """Write the files of a Hub repo into a folder: config.json, model.safetensors, README.md, pareto.png.
+
+    The same input gives the same bytes.
+
+    Args:
+        checkpoint: Training checkpoint (its averaged weights, if it has them), model folder or `hf-hub:ORG/NAME`.
+        repo_id: `ORG/NAME`. What stands behind a dot in NAME is the tag of the weights.
+        folder: Folder to make.
+        details: What the card says that neither checkpoint nor search know.
+        search: Output folder of the search that found the arch, or that searched this supernet.
+        revision: Branch of the repo, the main one if None.
+
+    Returns:
+        Names of the files.
+
+    Raises:
+        UsageError: A value is out of range, or checkpoint and search do not belong together.
+        RunError: The checkpoint can't be read or the folder not be written.
+    """
+    check_repo_id(repo_id)
+    details = details or CardDetails()
+    loaded = load_model(checkpoint)
+    model = loaded.model
+    if not isinstance(model, (MixPath, CellNet)):
+        raise UsageError(
+            f'{str(checkpoint)!r} holds {type(model).__name__}, which is not of timm-mixpath; publish it with '
+            'timm.models.push_to_hf_hub'
+        )
+    training = read_training(Path(checkpoint), loaded)
+    searched = None
+    if search is not None:
+        searched = read_search(Path(search), model, state_dict_sha256(model.state_dict()))
+    # The cfg that the model was created with says neither: it is that of untrained weights
+    tag = repo_id.partition('/')[2].partition('.')[2] or None
+    model_config = {'pretrained_cfg': {'tag': tag, 'license': details.license}}
+    if names := _label_names(loaded):
+        model_config['label_names'] = names
+    with write_dir_atomic(folder) as temporary:
+        save_for_hf(
+            model, str(temporary), model_config=model_config, safe_serialization=True, data_config=loaded.data_config
+        )
+        make_card(repo_id, loaded, details, training, searched, revision).save(temporary / 'README.md')
+        if searched is not None and searched.plot is not None:
+            shutil.copyfile(searched.plot, temporary / PLOT)
+        for path in temporary.iterdir():
+            path.chmod(0o644)  # safetensors writes for one user only
+    return sorted(path.name for path in Path(folder).iterdir())
+
+
+def push(
+    checkpoint: str | os.PathLike,
+    repo_id: str,
+    *,
+    private: bool = False,
+    revision: str | None = None,
+    details: CardDetails | None = None,
+    search: str | os.PathLike | None = None,
+    message: str | None = None,
+    token: str | None = None,
+) -> PushResult:
+    """Publish a model or a supernet as a Hub repo, in one commit.
+
+    The repo is made if it does not exist. A push that is cut off leaves it as it was and can be repeated; pushing
+    what it holds already makes no commit. Files of other names stay, an existing card is replaced.
+
+    Args:
+        checkpoint: See `write_repo`.
+        repo_id: `ORG/NAME`.
+        private: Make a new repo private.
+        revision: Branch, made if it does not exist; the main one if None.
+        details: See `write_repo`.
+        search: See `write_repo`.
+        message: Commit message.
+        token: Token with write access, that of `hf auth login` or of HF_TOKEN if None.
+
+    Raises:
+        UsageError: See `write_repo`; or there is no token, or `private` is asked of a repo that is public.
+        RunError: See `write_repo`; or the Hub refused, or can't be reached.
+    """
+    check_repo_id(repo_id)
+    token = token or get_token()
+    if token is None:
+        raise UsageError('a push needs a token with write access: `hf auth login`, or set HF_TOKEN')
+    target = repo_id + (f'@{revision}' if revision else '')
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary) / 'repo'
+        files = write_repo(checkpoint, repo_id, folder, details=details, search=search, revision=revision)
+        api = HfApi(token=token, library_name='timm-mixpath', library_version=__version__)
+        with hub_errors(target, 'push to', _AGAIN):
+            api.create_repo(repo_id, private=private or None, exist_ok=True)
+            info = api.model_info(repo_id)
+            if private and not info.private:
+                raise UsageError(
+                    f'{repo_id!r} exists and is public, so --private can not hold; make it private in its settings '
+                    'first, or choose another name'
+                )
+            if revision:
+                api.create_branch(repo_id, branch=revision, exist_ok=True)
+            head = api.model_info(repo_id, revision=revision).sha
+            # The parent makes the Hub refuse the commit if somebody else has pushed in the meantime
+            commit = api.upload_folder(
+                repo_id=repo_id,
+                folder_path=folder,
+                revision=revision,
+                commit_message=message or f'Push with timm-mixpath {__version__}',
+                parent_commit=head,
+            )
+    return PushResult(f'{api.endpoint}/{repo_id}', commit.oid, commit.oid != head, files)
+
+
+def check_repo_id(repo_id: str) -> None:
+    """Raise UsageError for what is not `ORG/NAME`."""
+    try:
+        validate_repo_id(repo_id)
+        if '/' in repo_id:
+            return
+        problem = 'it has no organisation or user in front'
+    except HFValidationError as e:
+        problem = re.split(r"[:.] (?=')|: '", str(e))[0].rstrip('.')
+    raise UsageError(f'{repo_id!r} is not the name of a Hub repo, ORG/NAME: {problem}')
+
+
+def _label_names(loaded: LoadedModel) -> list[str] | None:
+    """Return the class names if config.json has none yet and the data set of the training is still there."""
+    args = loaded.args
+    dataset, split = getattr(args, 'dataset', ''), getattr(args, 'val_split', '') or getattr(args, 'train_split', '')
+    if split == HOLDOUT_SPLIT:
+        split = args.train_split
+    if not split or not (dataset or getattr(args, 'data_dir', None)):
+        return None
+    try:
+        options = dict(num_classes=loaded.model.num_classes, class_map=args.class_map)
+        names = class_names(open_dataset(dataset, args.data_dir, split, **options))
+    except (UsageError, RunError, OSError, ImportError) as e:
+        _logger.warning(f'config.json gets no class names, the data set of the training is not there: {e}')
+        return None
+    return names if names and len(names) == loaded.model.num_classes else None

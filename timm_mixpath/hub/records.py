@@ -1,0 +1,133 @@
+"""What the checkpoint of a training and the folder of a search say of a model."""
+
+import csv
+import json
+import math
+from argparse import Namespace
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ..models.cellnet import CellNet
+from ..models.mixpath import MixPath
+from ..models.supernet import Supernet
+from ..train.checkpoint import LoadedModel
+from ..utils.errors import RunError, UsageError
+
+__all__ = ['PLOT', 'SearchRecord', 'TrainingRecord', 'read_search', 'read_training']
+
+
+PLOT = 'pareto.png'
+
+
+@dataclass
+class TrainingRecord:
+    """How a model was trained and what it then scored.
+
+    Attributes:
+        args: Options of the training.
+        epoch: Epoch of the weights, counted from 0.
+        is_ema: The weights are averaged ones.
+        is_best: The epoch was chosen by its validation metric.
+        metrics: `top1`, `top5` (percent) and `loss` on the validation split after that epoch, those that are known.
+    """
+
+    args: Namespace
+    epoch: int | None = None
+    is_ema: bool = False
+    is_best: bool = False
+    metrics: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass
+class SearchRecord:
+    """What a search folder says.
+
+    Attributes:
+        front: Content of front.json.
+        plot: Path of the Pareto plot, None if there is none.
+        candidate: Entry of the model's arch, None for a supernet.
+    """
+
+    front: dict[str, Any]
+    plot: Path | None = None
+    candidate: dict[str, Any] | None = None
+
+
+def read_training(checkpoint: Path, loaded: LoadedModel) -> TrainingRecord | None:
+    """Collect what a training checkpoint and its folder hold, None for a model folder or a Hub repo.
+
+    Args:
+        checkpoint: File that `loaded` was loaded from.
+        loaded: The model.
+    """
+    if not vars(loaded.args):
+        return None
+    args = loaded.args
+    record = TrainingRecord(args, loaded.epoch, loaded.is_ema, is_best='best' in checkpoint.name)
+    for row in _read_rows(checkpoint.with_name('summary.csv')):
+        if row.get('epoch') == str(loaded.epoch):
+            values = {name: _number(row.get(f'eval_{name}')) for name in ('top1', 'top5', 'loss')}
+            record.metrics = {name: value for name, value in values.items() if value is not None}
+    metric = getattr(args, 'eval_metric', None)
+    if loaded.metric is not None and getattr(args, 'val_split', None) and metric in ('top1', 'top5'):
+        known = record.metrics.setdefault(metric, float(loaded.metric))
+        if not math.isclose(known, loaded.metric, abs_tol=0.01):
+            raise RunError(
+                f'summary.csv beside {str(checkpoint)!r} says {metric} {known} for epoch {loaded.epoch}, the '
+                f'checkpoint itself {loaded.metric}: they are not of the same run; copy the checkpoint elsewhere or '
+                'restore the file'
+            )
+    return record
+
+
+def _read_rows(path: Path) -> list[dict[str, str]]:
+    if not path.exists():
+        return []
+    with open(path, newline='') as f:
+        return list(csv.DictReader(f))
+
+
+def _number(text: str | None) -> float | None:
+    try:
+        return float(text)
+    except (TypeError, ValueError):
+        return None
+
+
+def read_search(folder: Path, model: MixPath | CellNet, weights_sha256: str) -> SearchRecord:
+    """Read the output folder of the search that found a model, or that searched a supernet.
+
+    Args:
+        folder: Output folder of `timm-mixpath search`.
+        model: The model.
+        weights_sha256: Fingerprint of its weights, as a search notes it.
+
+    Raises:
+        UsageError: It is no such folder, or its search has nothing to do with the model.
+    """
+    try:
+        front = json.loads((folder / 'front.json').read_text())
+        archs = {entry['arch']: entry for entry in front['front']}
+        config, fingerprint = front['config'], front['fingerprint']
+        config['algorithm'], front['num_evaluations'], front['space']
+    except (OSError, ValueError, KeyError, TypeError):
+        raise UsageError(
+            f'{str(folder)!r} is not the output folder of a finished `timm-mixpath search`, it has no valid front.json'
+        ) from None
+    if front['space'] != model.space.name:
+        raise UsageError(f'the search in {str(folder)!r} is of space {front["space"]}, not of {model.space.name}')
+    record = SearchRecord(front)
+    if isinstance(model, Supernet):
+        if fingerprint.get('checkpoint_sha256') != weights_sha256:
+            raise UsageError(f'the search in {str(folder)!r} used the weights of another supernet')
+    else:
+        record.candidate = archs.get(str(model.arch))
+        if record.candidate is None:
+            raise UsageError(
+                f'arch {model.arch} is not on the front of the search in {str(folder)!r}; name the folder of the '
+                'search that found it, or leave --search out'
+            )
+    if (folder / PLOT).exists():
+        record.plot = folder / PLOT
+    return record

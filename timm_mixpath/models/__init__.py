@@ -1,0 +1,1 @@
+"""Networks and supernets, what they cost, and where their weights come from."""

@@ -1,0 +1,432 @@
+"""What an arch costs: multiply-adds and parameters by look-up.
+
+MACs and parameters of a sub-network are sums: a part that all archs share, per block a part that belongs to the
+expansion, and one part per active path. The parts are read off a few single-path networks on the meta device, counted
+by torch itself, so there is no formula here that could drift from the layers.
+"""
+
+import statistics
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from functools import cached_property, partial
+from itertools import product
+from operator import getitem
+from typing import Any, ClassVar
+
+import torch
+import torch.nn as nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from ..spaces.arch import Arch, BlockChoice
+from ..spaces.nasbench import CellArch
+from ..spaces.sampling import sample
+from ..spaces.space import SearchSpace
+from ..utils.errors import as_usage_error
+from .cellnet import CellSupernet
+from .mixpath import MixPath
+from .supernet import Supernet
+
+__all__ = [
+    'CellCostTable',
+    'CostTable',
+    'MetricRange',
+    'SpaceProfile',
+    'check_input_size',
+    'cost_table',
+    'count_macs',
+    'profile_space',
+]
+
+
+def cost_table(
+    supernet: Supernet,
+    input_size: tuple[int, int, int] | None = None,
+    num_classes: int | None = None,
+) -> 'CostTable | CellCostTable':
+    """Make the table of what the networks that `supernet.extract` gives cost.
+
+    Args:
+        supernet: Supernet, in any mode and on any device.
+        input_size: Input as (channels, height, width), in pixels; the supernet's own if None.
+        num_classes: Number of classes, the supernet's own if None. Give it where the winner will be trained on
+            another data set than the supernet.
+
+    Raises:
+        UsageError: `input_size` is malformed or has other channels than the supernet, or an input of this size can not
+            be run.
+    """
+    if input_size is None:
+        cfg = getattr(supernet, 'pretrained_cfg', None) or {}
+        # A cfg keeps its channels when a model is created with others
+        input_size = (supernet.in_chans, *(cfg.get('input_size') or supernet.space.input_size)[1:])
+    num_classes = supernet.num_classes if num_classes is None else num_classes
+    with as_usage_error('costs can not be counted'):
+        input_size = check_input_size(input_size)
+        if input_size[0] != supernet.in_chans:
+            raise ValueError(f'input_size {input_size} does not fit a supernet of {supernet.in_chans} input channels')
+        if isinstance(supernet, CellSupernet):
+            return CellCostTable(supernet, num_classes=num_classes, input_size=input_size)
+        kwargs = {k: v for k, v in supernet._subnet_kwargs.items() if k not in ('in_chans', 'width_mult')}
+        kwargs['global_pool'] = supernet.global_pool.pool_type  # reset_classifier may have changed it
+        return CostTable(supernet.space, num_classes=num_classes, input_size=input_size, **kwargs)
+
+
+class _Costs:
+    """What both kinds of cost tables share: a cost by the name of its metric, by a method, and its bounds."""
+
+    metrics: ClassVar[tuple[str, ...]] = ('macs', 'params')
+
+    def macs(self, arch: str) -> int:
+        """Multiply-adds of one image, of convolutions and linear layers.
+
+        Raises:
+            ValueError: The space does not hold the arch.
+        """
+        return self.cost('macs', arch)
+
+    def params(self, arch: str) -> int:
+        """Number of parameters.
+
+        Raises:
+            ValueError: The space does not hold the arch.
+        """
+        return self.cost('params', arch)
+
+    def bounds(self, metric: str) -> tuple[int, int]:
+        """Return the smallest and the largest cost in the space, exact.
+
+        Raises:
+            ValueError: Unknown metric.
+        """
+        return self.cost(metric, self.smallest(metric)), self.cost(metric, self.largest(metric))
+
+    def _check_metric(self, metric: str) -> None:
+        if metric not in self.metrics:
+            raise ValueError(f'unknown metric {metric!r}, known are {", ".join(self.metrics)}')
+
+
+class CostTable(_Costs):
+    """MACs and parameters of any arch of a space, by look-up.
+
+    A look-up takes microseconds and equals what the stand-alone network has: `macs` are the multiply-adds of its
+    convolutions and linear layers for one image (half of what `torch.utils.flop_counter` counts), `params` all of its
+    parameters, without the running statistics of batch norm.
+
+    Args:
+        space: Search space as it is, with its m and its final widths: `supernet.space`, or `space.scaled(width_mult)`.
+        num_classes: Number of classes, the space's own if None; 0 for no classifier.
+        input_size: Input as (channels, height, width), in pixels; the space's own if None.
+        **model_kwargs: Arguments of `MixPath` that change what the network is made of, such as `act_layer`.
+
+    Attributes:
+        space: The space.
+        num_classes: Number of classes.
+        input_size: Input as (channels, height, width), in pixels.
+
+    Raises:
+        ValueError: `input_size` is not three positive integers, or `width_mult` is given.
+    """
+
+    def __init__(
+        self,
+        space: SearchSpace,
+        *,
+        num_classes: int | None = None,
+        input_size: tuple[int, int, int] | None = None,
+        **model_kwargs: Any,
+    ) -> None:
+        if 'width_mult' in model_kwargs:
+            # The space of a supernet is scaled already, a second scaling would go unnoticed
+            raise ValueError('width_mult belongs to the space: pass space.scaled(width_mult) or supernet.space')
+        self.space = space
+        self.num_classes = space.num_classes if num_classes is None else num_classes
+        self.input_size = check_input_size(space.input_size if input_size is None else input_size)
+
+        # What all archs share, {metric: cost}; per block the expansions' own parts and the paths' parts
+        self._base: dict[str, int] = {}
+        self._expansions: list[dict[int, dict[str, int]]] = [{} for _ in space.blocks]
+        self._paths: list[dict[tuple[int, int, int], dict[str, int]]] = [{} for _ in space.blocks]
+        # With channel groups the networks of a supernet all have the batch norms that sums of paths need
+        model_kwargs.setdefault('norm_sums', space.max_paths > 1)
+        for arch in _single_path_archs(space):
+            # Neither place nor precision of a supernet matters here
+            kwargs = dict(model_kwargs, device='meta', dtype=None)
+            model = MixPath(space, arch, num_classes=self.num_classes, in_chans=self.input_size[0], **kwargs)
+            # timm's norm layers make the parameters of an activation on the CPU in any case
+            self._add(model.to('meta'), arch)
+
+        # Cost of the choices seen so far, {metric: one dict per block}. They are keyed by text because an arch is its
+        # own canonical text: splitting it is all that a known arch needs.
+        self._seen: dict[str, list[dict[str, int]]] = {metric: [{} for _ in space.blocks] for metric in self.metrics}
+
+    def _add(self, model: MixPath, arch: Arch) -> None:
+        counts = {
+            'macs': count_macs(model.eval(), self.input_size),
+            'params': {name: p.numel() for name, p in model.named_parameters()},
+        }
+        for metric, count in counts.items():
+            base = _sum_below(count, '')
+            for index, ((name, block), choice) in enumerate(zip(model.get_choice_blocks().items(), arch.blocks)):
+                total, paths = _sum_below(count, f'{name}.'), _sum_below(count, f'{name}.paths.')
+                e = choice.expand_ratio
+                self._expansions[index].setdefault(e, {})[metric] = total - paths
+                for run_name, run in block.run_names.items():
+                    # Groups that share convolutions share the cost by their channels
+                    cost, chs = _sum_below(count, f'{name}.{run_name}.'), [block.group_chs[group] for group in run]
+                    for group in run:
+                        group_cost = cost * block.group_chs[group] // sum(chs)
+                        self._paths[index].setdefault((group, e, choice.groups[group][0]), {})[metric] = group_cost
+                base -= total
+            self._base[metric] = base
+
+    def _block_cost(self, metric: str, index: int, choice: BlockChoice) -> int:
+        e = choice.expand_ratio
+        cost = self._expansions[index][e][metric]
+        for group, kernel_sizes in enumerate(choice.groups):
+            cost += self._group_cost(metric, index, group, e, kernel_sizes)
+        return cost
+
+    def _group_cost(self, metric: str, index: int, group: int, expand_ratio: int, kernel_sizes: Iterable[int]) -> int:
+        paths = self._paths[index]
+        return sum(paths[group, expand_ratio, k][metric] for k in kernel_sizes)
+
+    def cost(self, metric: str, arch: Arch | str) -> int:
+        """Return the cost of an arch by the metric's name.
+
+        Args:
+            metric: One of `metrics`.
+            arch: Arch or its text.
+
+        Raises:
+            ValueError: Unknown metric, or the space does not hold the arch.
+        """
+        self._check_metric(metric)
+        seen, base = self._seen[metric], self._base[metric]
+        if isinstance(arch, str):
+            choices = arch.split(',')
+            if len(choices) == len(seen):
+                try:
+                    return base + sum(map(getitem, seen, choices))
+                except KeyError:
+                    pass  # a choice that is new, in another spelling, or not in the space
+
+        costs: list[int] = []
+        for index, choice in enumerate(self.space.arch(arch).blocks):
+            costs.append(self._block_cost(metric, index, choice))
+            # Only what the space has approved gets here, so that a hit above needs no check
+            seen[index][str(choice)] = costs[-1]
+        return base + sum(costs)
+
+    def smallest(self, metric: str) -> Arch:
+        """Return an arch of the smallest cost, the first such in the order of `space.choices`.
+
+        Raises:
+            ValueError: Unknown metric.
+        """
+        return self._extreme(metric, min)
+
+    def largest(self, metric: str) -> Arch:
+        """Return an arch of the largest cost within the space's m, the first such in the order of `space.choices`.
+
+        Raises:
+            ValueError: Unknown metric.
+        """
+        return self._extreme(metric, max)
+
+    def _extreme(self, metric: str, pick: Callable[..., Any]) -> Arch:
+        self._check_metric(metric)
+        # Costs add up over blocks and channel groups, so the extreme of the sum is the sum of the extremes
+        blocks: list[BlockChoice] = []
+        for index, spec in enumerate(self.space.blocks):
+            choices = [
+                BlockChoice(
+                    tuple(
+                        pick(self.space.subsets(index), key=partial(self._group_cost, metric, index, group, e))
+                        for group in range(spec.num_groups)
+                    ),
+                    e,
+                )
+                for e in spec.expand_ratios
+            ]
+            blocks.append(pick(choices, key=partial(self._block_cost, metric, index)))
+        return Arch.from_blocks(blocks)
+
+
+class CellCostTable(_Costs):
+    """MACs and parameters of any arch of a supernet's cell space, counted as in `CostTable`.
+
+    What all archs share is counted once, an edge or node of the cell for each operation that it may have; edges that
+    carry nothing or lead nowhere are not part of a network, and cost nothing.
+
+    Args:
+        supernet: Supernet, in any mode and on any device.
+        num_classes: Number of classes, 0 for no classifier.
+        input_size: Input as (channels, height, width), in pixels.
+
+    Attributes:
+        space: The space.
+        num_classes: Number of classes.
+        input_size: Input as (channels, height, width), in pixels.
+    """
+
+    def __init__(self, supernet: CellSupernet, *, num_classes: int, input_size: tuple[int, int, int]) -> None:
+        self.space = supernet.space
+        self.num_classes = num_classes
+        self.input_size = input_size
+        kwargs = dict(supernet._subnet_kwargs, num_classes=num_classes, in_chans=input_size[0], device='meta')
+        kwargs.update(
+            global_pool=supernet.global_pool.pool_type,  # reset_classifier may have changed it
+            sum_norm='none' if supernet.sum_norm == 'none' else 'bn',  # a sub-network has one norm of the shadows
+            dtype=None,
+        )
+        space = self.space.with_max_paths(self.space.max_paths_limit)
+        whole = type(supernet)(space, **kwargs).eval()
+        macs: dict[str, int] = {}
+        for arch in space.covering_archs():
+            whole.active_arch = arch
+            macs.update(count_macs(whole, input_size))
+        counts = {'macs': macs, 'params': {name: p.numel() for name, p in whole.named_parameters()}}
+        parts = {part for arch in space.covering_archs() for part in whole.cell_parts(arch)}
+        cells = whole.get_cells()
+        # Per part of a cell what it costs in all cells together, and what all archs share
+        self._parts = {
+            metric: {part: sum(_sum_below(count, f'{cell}.{part}.') for cell in cells) for part in parts}
+            for metric, count in counts.items()
+        }
+        self._base = {m: _sum_below(count, '') - sum(self._parts[m].values()) for m, count in counts.items()}
+        self._cell_parts = whole.cell_parts
+        self._seen: dict[str, dict[str, int]] = {metric: {} for metric in self.metrics}
+
+    def cost(self, metric: str, arch: CellArch | str) -> int:
+        """Return the cost of an arch by the metric's name, see `CostTable.cost`."""
+        self._check_metric(metric)
+        arch = self.space.arch(arch)
+        seen = self._seen[metric]
+        if arch not in seen:
+            seen[arch] = self._base[metric] + sum(self._parts[metric][part] for part in self._cell_parts(arch))
+        return seen[arch]
+
+    def smallest(self, metric: str) -> CellArch:
+        """Return an arch of the smallest cost, the first such in the order of integer vectors."""
+        self._check_metric(metric)
+        return self._extremes[metric][0]
+
+    def largest(self, metric: str) -> CellArch:
+        """Return an arch of the largest cost within the space's m, the first such in the order of integer vectors."""
+        self._check_metric(metric)
+        return self._extremes[metric][1]
+
+    @cached_property
+    def _extremes(self) -> dict[str, tuple[CellArch, CellArch]]:
+        # Small enough to look at every one: 15,625 and 102
+        archs = [self.space.decode(vector) for vector in product(*map(range, self.space.gene_sizes))]
+        parts = {arch: self._cell_parts(arch) for arch in archs}
+
+        def cost(metric: str, arch: CellArch) -> int:
+            return sum(map(self._parts[metric].__getitem__, parts[arch]))
+
+        return {m: (min(archs, key=partial(cost, m)), max(archs, key=partial(cost, m))) for m in self.metrics}
+
+
+def check_input_size(input_size: Iterable[int]) -> tuple[int, int, int]:
+    size = tuple(input_size)
+    if len(size) != 3 or not all(isinstance(n, int) and n > 0 for n in size):
+        raise ValueError(f'input_size is (channels, height, width) in pixels, not {size!r}')
+    return size
+
+
+def _single_path_archs(space: SearchSpace) -> list[Arch]:
+    """As few archs of one path per channel group as show every path of every block at least once."""
+    paths = [
+        [BlockChoice(((k,),) * block.num_groups, e) for e in block.expand_ratios for k in block.kernel_sizes]
+        for block in space.blocks
+    ]
+    return [Arch.from_blocks(block[i % len(block)] for block in paths) for i in range(max(map(len, paths)))]
+
+
+def count_macs(model: nn.Module, input_size: tuple[int, int, int]) -> dict[str, int]:
+    """Count the multiply-adds of convolutions and linear layers for one image.
+
+    Args:
+        model: Model in eval mode, on any device; on the meta device nothing is computed.
+        input_size: Input as (channels, height, width), in pixels.
+
+    Returns:
+        MACs by module name, without those of the modules inside it; '' is the model itself. They sum up to the whole.
+    """
+    parameter = next(model.parameters())
+    x = torch.zeros(1, *input_size, device=parameter.device, dtype=parameter.dtype)
+    counter = FlopCounterMode(display=False)
+    with torch.no_grad(), counter:
+        model(x)
+    # The counter calls the model by its class, and gives every module what the ones inside it have, too
+    root = type(model).__name__
+    counts = {
+        name[len(root) + 1 :]: sum(ops.values()) // 2
+        for name, ops in counter.get_flop_counts().items()
+        if name == root or name.startswith(f'{root}.')
+    }
+    own = dict(counts)
+    for name, macs in counts.items():
+        parent = name
+        while parent:
+            parent = parent.rpartition('.')[0]
+            if parent in own:  # a container without a forward of its own, such as a ModuleDict, has no count
+                own[parent] -= macs
+                break
+    return own
+
+
+def _sum_below(counts: dict[str, int], prefix: str) -> int:
+    return sum(n for name, n in counts.items() if f'{name}.'.startswith(prefix))
+
+
+@dataclass(frozen=True)
+class MetricRange:
+    """Smallest, median and largest value of a metric over a space."""
+
+    min: int
+    median: int
+    max: int
+
+
+@dataclass(frozen=True)
+class SpaceProfile:
+    """What the archs of a space cost.
+
+    Attributes:
+        size: Number of archs in the space.
+        num_samples: Number of sampled archs behind the medians.
+        macs: Multiply-adds of one image.
+        params: Number of parameters.
+    """
+
+    size: int
+    num_samples: int
+    macs: MetricRange
+    params: MetricRange
+
+
+def profile_space(table: CostTable, *, num_samples: int = 10_001, seed: int = 0) -> SpaceProfile:
+    """Summarise what the archs of a space cost.
+
+    Minimum and maximum are exact. The median is that of archs drawn with `timm_mixpath.sample`, as in the training of
+    a supernet: uniform over expansions and over the number of paths, which is not uniform over archs.
+
+    Args:
+        table: Costs of the space.
+        num_samples: Number of archs behind the median; for an even number it is the lower of the middle two.
+        seed: Seed of the sequence of archs.
+
+    Raises:
+        ValueError: `num_samples` is not positive.
+    """
+    if num_samples < 1:
+        raise ValueError(f'num_samples={num_samples!r} must be positive')
+    archs = [sample(table.space, seed=seed, step=step) for step in range(num_samples)]
+    ranges: dict[str, MetricRange] = {}
+    for metric in table.metrics:
+        smallest, largest = table.bounds(metric)
+        median = statistics.median_low(table.cost(metric, arch) for arch in archs)
+        ranges[metric] = MetricRange(smallest, median, largest)
+    return SpaceProfile(size=table.space.size, num_samples=num_samples, **ranges)

@@ -1,0 +1,129 @@
+"""Shadow Batch Normalization, an activation that trains in less memory, and folding of batch norms."""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval
+
+__all__ = ['LeanReLU6', 'ShadowBatchNorm2d', 'fold_bn', 'fuse_conv_bn', 'sum_paths']
+
+
+class _ReLU6InPlace(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+        torch.ops.aten.hardtanh_(x, 0.0, 6.0)
+        ctx.mark_dirty(x)
+        ctx.save_for_backward(x)
+        return x
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> torch.Tensor:
+        (y,) = ctx.saved_tensors
+        # the gradient is 0 where the input was clamped, and there the output is 0 or 6
+        return torch.ops.aten.hardtanh_backward(grad, y, 0.0, 6.0)
+
+
+class LeanReLU6(nn.ReLU6):
+    """ReLU6 whose backward pass works from its output.
+
+    torch's own in-place ReLU6 keeps a copy of its input. The output is kept anyway, by the convolution behind it.
+    Values and gradients are the same.
+    """
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if torch.jit.is_scripting():
+            return F.relu6(x, self.inplace)  # TorchScript knows neither Python's autograd functions nor super()
+        if self.inplace and self.training and torch.is_grad_enabled() and x.requires_grad:
+            return _ReLU6InPlace.apply(x)
+        return super().forward(x)
+
+
+class ShadowBatchNorm2d(nn.Module):
+    """Shadow Batch Normalization (SBN): one batch norm per number of active paths.
+
+    In a block that sums k paths, E[sum] is about k times and Var[sum] about k^2 times that of one path, since the
+    features of different paths are close to each other. A single batch norm behind the sum would mix these
+    distributions. SBN keeps `num_shadows` of them, and only number k normalises, and is trained, when k paths are
+    active (MixPath, arXiv 2001.05887).
+
+    The members are ordinary `nn.BatchNorm2d`, so SyncBN conversion, `timm.utils.distribute_bn`, EMA and BN folding
+    see what they know.
+
+    Args:
+        num_features: Number of channels C.
+        num_shadows: Largest number of active paths, m in the paper.
+        **kwargs: `eps`, `momentum`, `affine`, `track_running_stats`, `device`, `dtype` of `nn.BatchNorm2d`.
+
+    Raises:
+        ValueError: `num_shadows` is below 1.
+
+    Examples:
+
+        ```python
+        sbn = ShadowBatchNorm2d(64, num_shadows=3)
+        y = sbn(conv3(x) + conv5(x), 2)
+        ```
+    """
+
+    def __init__(self, num_features: int, num_shadows: int, **kwargs: Any) -> None:
+        super().__init__()
+        if num_shadows < 1:
+            raise ValueError(f'num_shadows={num_shadows} must be at least 1')
+        self.num_features = num_features
+        self.num_shadows = num_shadows
+        self.shadows = nn.ModuleList([nn.BatchNorm2d(num_features, **kwargs) for _ in range(num_shadows)])
+
+    def forward(self, x: torch.Tensor, num_paths: int) -> torch.Tensor:
+        """Normalise a sum of paths.
+
+        Args:
+            x: Sum of `num_paths` paths [B, C, H, W].
+            num_paths: Number of active paths k, 1..num_shadows.
+
+        Returns:
+            Normalised tensor [B, C, H, W].
+
+        Raises:
+            ValueError: `num_paths` is out of range.
+        """
+        if num_paths < 1 or num_paths > self.num_shadows:
+            raise ValueError(f'num_paths={num_paths} is out of range, allowed are 1 to {self.num_shadows}')
+        if torch.jit.is_scripting():
+            # TorchScript can't index a ModuleList with a variable, it unrolls this loop instead
+            for index, bn in enumerate(self.shadows):
+                if index == num_paths - 1:
+                    x = bn(x)
+            return x
+        return self.shadows[num_paths - 1](x)
+
+    def extra_repr(self) -> str:
+        return f'{self.num_features}, num_shadows={self.num_shadows}'
+
+
+def fold_bn(parent: nn.Module, conv: str, bn: str) -> None:
+    """Fold the batch norm `bn` of a module into its convolution `conv`; another kind of norm is left alone."""
+    norm = getattr(parent, bn)
+    if isinstance(norm, nn.BatchNorm2d):
+        setattr(parent, conv, fuse_conv_bn(getattr(parent, conv), norm))
+        setattr(parent, bn, getattr(norm, 'act', nn.Identity()))  # timm's BatchNormAct2d holds the activation
+
+
+def fuse_conv_bn(conv: nn.Conv2d, bn: nn.BatchNorm2d) -> nn.Conv2d:
+    """Return the convolution that computes what `conv` and the batch norm behind it do, in the mode of `conv`."""
+    # torch wants both in eval mode, but timm's scripts fold before they call eval()
+    training = conv.training
+    fused = fuse_conv_bn_eval(conv.eval(), bn.eval())
+    for module in (conv, bn, fused):
+        module.train(training)
+    return fused
+
+
+def sum_paths(outputs: list[torch.Tensor]) -> torch.Tensor:
+    """Sum the outputs of paths, all [B, C, H, W]."""
+    x = outputs[0]
+    for i, y in enumerate(outputs[1:]):
+        # The first sum needs memory of its own, an activation saved its input there; the others can reuse it.
+        x = x + y if i == 0 else x.add_(y)
+    return x

@@ -1,0 +1,254 @@
+"""Where pretrained weights come from (the Hub, the package itself, a file), and whether they fit the model.
+
+timm loads what it finds; here tensors have to have the names and shapes of the model before any is used.
+"""
+
+import json
+import os
+import pickle
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from timm.layers import get_norm_layer
+from timm.models import build_model_with_cfg, resolve_pretrained_cfg
+from timm.models._efficientnet_builder import resolve_bn_args
+from torch import nn
+
+from ..utils.errors import RunError, UsageError, concise
+from ..utils.hub_client import CONFIG_NAME, WEIGHTS_NAME, fetch_model
+from ..utils.recipes import model_recipes
+
+__all__ = ['HUB_ORG', 'add_weights', 'build_model', 'check_state_dict', 'locate_weights', 'readable']
+
+
+# The organisation on the Hub under which the official weights live, read once, at import
+HUB_ORG = os.environ.get('TIMM_MIXPATH_HUB_ORG') or 'timm-mixpath'
+
+# Weights that exist on the Hub as HUB_ORG/<model>.<tag>: {'<model>.<tag>': what differs from the model's own cfg}.
+# The repo's config.json says the rest when it is loaded. None are published yet.
+PUBLISHED: dict[str, dict[str, Any]] = {}
+
+# Small weights that ship inside the package: <model>.<tag>/config.json and model.safetensors, as `export` writes them
+_PACKAGED = Path(__file__).parents[1] / 'weights'
+
+_SOURCES = ('url', 'file', 'state_dict', 'hf_hub_id', 'hf_hub_filename', 'source')
+
+
+def add_weights(cfgs: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Add the tags of the weights that exist to pretrained cfgs.
+
+    Args:
+        cfgs: {'<model>.untrained': cfg} of a module's models; weights of other models are left out.
+
+    Returns:
+        Cfgs for `timm.models.generate_default_cfgs`. A tag with weights comes before the untrained one.
+    """
+    cfgs = dict(cfgs)
+    bases = {name.partition('.')[0]: cfg for name, cfg in cfgs.items()}
+    for name, overrides in PUBLISHED.items():
+        base = bases.get(name.partition('.')[0])
+        if base is not None:
+            cfgs[name] = {**base, 'hf_hub_id': f'{HUB_ORG}/{name}', **overrides}
+    for config_path in sorted(_PACKAGED.glob(f'*.*/{CONFIG_NAME}')):
+        if config_path.parent.name.partition('.')[0] not in bases:
+            continue
+        cfg = dict(json.loads(config_path.read_text())['pretrained_cfg'])
+        cfg.pop('tag', None)
+        cfgs[config_path.parent.name] = {**cfg, 'file': str(config_path.with_name(WEIGHTS_NAME))}
+    return cfgs
+
+
+def build_model(
+    model_cls: type[nn.Module],
+    variant: str,
+    pretrained: bool,
+    *,
+    num_features: int,
+    filter_fn: Callable[[dict[str, Any], nn.Module], dict[str, Any]],
+    **kwargs: Any,
+) -> nn.Module:
+    """Create a model of this package through `timm.models.build_model_with_cfg`.
+
+    Args:
+        model_cls: Class of the model.
+        variant: Registered name.
+        pretrained: Load the weights of the pretrained cfg, located and checked by this module.
+        num_features: Number of feature maps that `features_only` gives.
+        filter_fn: Brings a state dict into the layout of the model and checks it.
+        **kwargs: Arguments of the model class and of `build_model_with_cfg`; timm's `bn_*` ones are bound to the
+            `norm_layer`.
+    """
+    bn_args = resolve_bn_args(kwargs)
+    if bn_args:
+        kwargs['norm_layer'] = partial(get_norm_layer(kwargs.get('norm_layer') or nn.BatchNorm2d), **bn_args)
+    model_args = locate_weights(variant, kwargs) if pretrained else {}
+    with readable(variant, kwargs['pretrained_cfg']) if pretrained else nullcontext():
+        model = build_model_with_cfg(
+            model_cls,
+            variant,
+            pretrained,
+            feature_cfg=dict(out_indices=tuple(range(num_features)), feature_cls='getter'),
+            pretrained_filter_fn=filter_fn,
+            **kwargs,
+        )
+    if model_args:
+        model._model_args = model_args  # timm adds the arguments that it was given itself
+    return model
+
+
+def locate_weights(variant: str, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Find the weights that `pretrained=True` asks for, bring them here and check them, before timm loads them.
+
+    A repo and a model folder say in their config.json with which arguments the model is built that their weights fit.
+
+    Args:
+        variant: Registered name of the model.
+        kwargs: Arguments of `timm.models.build_model_with_cfg`. The pretrained cfg is replaced by one that names the
+            files that were checked; arguments of config.json that are not given are added.
+
+    Returns:
+        The arguments that config.json gave.
+
+    Raises:
+        UsageError: The weights are those of another model, or their file does not exist.
+        RunError: There are none, as timm's RuntimeError; or they can't be had, or are not what the Hub says they are.
+    """
+    cache_dir = kwargs.get('cache_dir')
+    overlay = kwargs.get('pretrained_cfg_overlay') or {}
+    cfg = resolve_pretrained_cfg(variant, kwargs.get('pretrained_cfg'), overlay)
+    if any(overlay.get(key) for key in _SOURCES) and not overlay.get('source'):
+        # timm lets a source of the cfg win over those of the overlay
+        named = {key: overlay.get(key) for key in _SOURCES}
+        cfg = resolve_pretrained_cfg(variant, cfg.to_dict(remove_source=True), named)
+    if cfg.state_dict or (cfg.url and not (cfg.file or cfg.hf_hub_id)):
+        kwargs['pretrained_cfg'] = cfg.to_dict()
+        return {}
+
+    if cfg.hf_hub_id and (cfg.source == 'hf-hub' or not cfg.file):
+        if cfg.hf_hub_filename and not cfg.hf_hub_filename.endswith('.safetensors'):
+            raise UsageError(
+                f'{cfg.hf_hub_filename!r} of {cfg.hf_hub_id!r} is not a safetensors file, and others are not loaded '
+                f'from the Hub; `timm-mixpath push` writes {WEIGHTS_NAME}'
+            )
+        folder = fetch_model(
+            cfg.hf_hub_id, cfg.hf_hub_filename, cache_dir=cache_dir, config_is_cached=cfg.source == 'hf-hub'
+        )
+        # The very commit that was checked: timm takes it from the cache and asks the Hub nothing more
+        place = {
+            'source': 'hf-hub',
+            'hf_hub_id': f'{cfg.hf_hub_id.partition("@")[0]}@{folder.name}',
+            'hf_hub_filename': cfg.hf_hub_filename,
+        }
+        where = f'hf-hub:{cfg.hf_hub_id}'
+    elif cfg.file:
+        path = Path(cfg.file)
+        if not path.exists():
+            raise UsageError(f'weights file {str(path)!r} does not exist')
+        folder = path if path.is_dir() else path.parent
+        place = {'source': 'local-dir', 'file': str(path)} if path.is_dir() else {'file': str(path)}
+        where = str(path)
+        if not path.is_dir() and path.name != WEIGHTS_NAME:
+            folder = None  # what stands beside any other file need not belong to it
+    else:
+        raise RunError(_no_weights(variant))
+
+    model_args: dict[str, Any] = {}
+    values = cfg.to_dict(remove_source=True)
+    if folder is not None and (folder / CONFIG_NAME).exists():
+        config = _read_config(folder / CONFIG_NAME, where)
+        if config['architecture'] != variant:
+            raise UsageError(f'{where!r} holds weights of {config["architecture"]}, not of {variant}')
+        if cfg.source not in ('hf-hub', 'local-dir'):  # otherwise timm has done this
+            model_args = dict(config.get('model_args') or {})
+            given = {key: value for key, value in overlay.items() if key not in _SOURCES}
+            own = {key: config[key] for key in ('num_classes', 'label_names', 'label_descriptions') if key in config}
+            values = {**values, **config['pretrained_cfg'], **own, **given}
+            kwargs['pretrained_model_args'] = dict(model_args)
+            for key, value in model_args.items():
+                kwargs.setdefault(key, value)
+    values = {key: value for key, value in values.items() if key not in _SOURCES}
+    kwargs['pretrained_cfg'] = {**values, **place, 'architecture': variant}
+    kwargs['pretrained_cfg_overlay'] = None
+    return model_args
+
+
+def _read_config(path: Path, where: str) -> dict[str, Any]:
+    try:
+        config = json.loads(path.read_text())
+        if isinstance(config['architecture'], str) and isinstance(config['pretrained_cfg'], dict):
+            return config
+    except (KeyError, TypeError, ValueError):
+        pass
+    raise RunError(f'{CONFIG_NAME} of {where!r} is damaged or not one of timm')
+
+
+def _no_weights(variant: str) -> str:
+    recipe = next(iter(model_recipes(variant)), None)
+    command = f'timm-mixpath train -c {recipe}' if recipe else f'timm-mixpath train --model {variant}'
+    return (
+        f'no weights of {variant} are published; train it with `{command}`, or name weights of your own: '
+        "pretrained_cfg_overlay=dict(file='model.safetensors') or dict(hf_hub_id='ORG/NAME'), "
+        "checkpoint_path='model_best.pth.tar' without pretrained=True, or create_model('hf-hub:ORG/NAME')"
+    )
+
+
+def check_state_dict(state_dict: dict[str, torch.Tensor], model: nn.Module) -> dict[str, torch.Tensor]:
+    """Check names and shapes of tensors before any is used: a `pretrained_filter_fn` of timm.
+
+    timm itself stops being strict where it adapts weights to other classes or channels.
+
+    Raises:
+        RunError: They are not those of the model.
+    """
+    cfg = model.pretrained_cfg
+    expected = {key: value.shape for key, value in model.state_dict().items()}
+    given = {key: getattr(value, 'shape', None) for key, value in state_dict.items()}
+    classifier = f'{cfg.get("classifier")}.'
+    if model.num_classes != cfg['num_classes']:  # timm drops the classifier
+        if given.get(f'{classifier}weight', (0,))[0] == model.num_classes:
+            raise RunError(
+                f'the weights are for {model.num_classes} classes, but the pretrained cfg says {cfg["num_classes"]}, '
+                f'so timm would drop their classifier; add num_classes={model.num_classes} to pretrained_cfg_overlay'
+            )
+        expected, given = (
+            {key: shape for key, shape in shapes.items() if not key.startswith(classifier)}
+            for shapes in (expected, given)
+        )
+    first_conv = f'{cfg.get("first_conv")}.weight'
+    if first_conv in given and first_conv in expected and cfg['input_size'][0] != expected[first_conv][1]:
+        del expected[first_conv], given[first_conv]  # timm adapts the channels
+    problem = None
+    if missing := expected.keys() - given.keys():
+        problem = f'{min(missing)} is missing'
+    elif extra := given.keys() - expected.keys():
+        problem = f'the model has no {min(extra)}'
+    elif wrong := [key for key in sorted(expected) if expected[key] != given[key]]:
+        shape = None if given[wrong[0]] is None else tuple(given[wrong[0]])
+        problem = f'{wrong[0]} has shape {shape}, the model needs {tuple(expected[wrong[0]])}'
+    if problem:
+        raise RunError(
+            f'the weights do not fit this {cfg.get("architecture", "model")}: {problem}; it must be built as for the '
+            'training, with the same arch and num_classes'
+        )
+    return state_dict
+
+
+@contextmanager
+def readable(variant: str, pretrained_cfg: dict[str, Any]) -> Iterator[None]:
+    """Turn what is raised for an unreadable file of weights into one sentence.
+
+    Raises:
+        RunError: The file is damaged, or would have to run code to be read.
+    """
+    try:
+        yield
+    except (UsageError, RunError):
+        raise
+    except (EOFError, RuntimeError, SafetensorError, pickle.UnpicklingError) as e:
+        where = pretrained_cfg.get('file') or pretrained_cfg.get('hf_hub_id') or pretrained_cfg.get('url')
+        raise RunError(f'weights of {variant} in {where!r} can not be loaded: {concise(e)}') from e

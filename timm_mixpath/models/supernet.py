@@ -1,0 +1,178 @@
+"""The one-shot supernet: samples an arch per training step, runs `active_arch` in eval, hands out sub-networks."""
+
+import logging
+from typing import Any, ClassVar, Protocol, runtime_checkable
+
+import timm
+import torch
+import torch.nn as nn
+
+from ..spaces.sampling import check_strategy, sample
+from ..spaces.space import Space
+from .layers import ShadowBatchNorm2d
+
+__all__ = ['SumSite', 'Supernet']
+
+_logger = logging.getLogger(__name__)
+
+
+@runtime_checkable
+class SumSite(Protocol):
+    """A module that sums paths. `path_statistics` looks at every module of a supernet that has this method."""
+
+    def path_outputs(self, *args: Any, **kwargs: Any) -> dict[str, torch.Tensor]:
+        """Return the outputs of all candidate paths, not only of the active ones; nothing if a path has no input.
+
+        A sum that can not be of any 1 to m of these has a method `path_sets() -> list[tuple[str, ...]]`, the sets of
+        paths that can be active at once, by name.
+
+        Args:
+            *args: What the module's `forward` gets; it must be left as it is.
+            **kwargs: Likewise.
+
+        Returns:
+            Outputs [B, C, H, W] by the name of the path, as they would be summed; the same names in every call.
+        """
+        ...
+
+
+class Supernet(nn.Module):
+    """What all supernets do, as a mixin in front of the network's class: sample, activate, hand out sub-networks.
+
+    In training mode every forward samples an arch, a function of `seed` and of the step counter `sample_step`, a
+    persistent buffer: all ranks of a distributed run agree in every step, and a resumed run goes on with the very
+    same sequence. Parameters that were not sampled take no part in the graph, their gradient stays None, so neither
+    weight decay nor momentum moves them. In eval mode `active_arch` runs.
+
+    With gradient checkpointing, a backward pass has to follow its forward pass before the next one samples.
+
+    `torch.jit.script` scripts the sub-network of `active_arch`, since TorchScript can not choose among modules; in a
+    module that holds a supernet it puts the sub-network in the supernet's place. `torch.export` and ONNX export trace
+    it in eval mode. Whatever they make is bound to that arch. Export `extract()` instead to leave the weights of the
+    other paths out of the file.
+
+    Attributes:
+        space: The space that is searched, with this supernet's m and width.
+        seed: Seed of the sampled sequence.
+        sampling: How archs are drawn, see `timm_mixpath.sample`.
+        sampled_arch: The arch of the latest forward in training mode, None before.
+        sample_step: Number of archs sampled so far, int64 scalar tensor.
+    """
+
+    space: Space
+    sampled_arch: str | None
+    # Arguments of the supernet that its sub-networks do not take
+    _supernet_args: ClassVar[tuple[str, ...]] = ('arch', 'm', 'seed', 'sampling')
+
+    def _init_sampling(self, seed: int, sampling: str, device: Any = None) -> None:
+        """Start the sequence; the network's constructor calls it when all modules exist."""
+        self.seed = seed
+        self.sampling = check_strategy(sampling)
+        self.sampled_arch = None
+        # The buffer is what is saved, broadcast and averaged; the int beside it spares a device sync per step.
+        self.register_buffer('sample_step', torch.zeros((), dtype=torch.int64, device=device))
+        self._step = 0
+        self._activate(self._active_arch)
+
+    @property
+    def active_arch(self) -> str:
+        """The arch that eval mode runs, an arch of the space or its text to set; `space.default_arch` at first."""
+        return self._active_arch
+
+    @active_arch.setter
+    def active_arch(self, arch: str) -> None:
+        self._active_arch = self.space.arch(arch)
+        self._activate(self._active_arch)
+
+    def _activate(self, arch: str) -> None:
+        """Make the paths of an arch those that a forward runs."""
+        raise NotImplementedError
+
+    def _sample(self) -> None:
+        self.sampled_arch = sample(self.space, seed=self.seed, step=self._step, strategy=self.sampling)
+        self._activate(self.sampled_arch)
+        self._step += 1
+        self.sample_step += 1
+
+    def train(self, mode: bool = True) -> 'Supernet':
+        super().train(mode)
+        if not mode:
+            self._activate(self._active_arch)
+        return self
+
+    def forward_features(self, x: torch.Tensor) -> torch.Tensor:
+        if self.training:
+            self._sample()
+        return super().forward_features(x)
+
+    def forward_intermediates(self, x: torch.Tensor, *args: Any, **kwargs: Any):
+        if self.training:
+            self._sample()
+        return super().forward_intermediates(x, *args, **kwargs)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+        self._step = int(self.sample_step)
+
+    def extract(self, arch: str | None = None) -> nn.Module:
+        """Return the stand-alone network of an arch with the weights it inherits.
+
+        Shadow batch norms are reduced to the plain one that was in use, so the network equals this supernet in eval
+        mode with that `active_arch`.
+
+        Args:
+            arch: Arch or its text, `active_arch` if None.
+
+        Returns:
+            A `mixpath_<space>` model in the mode, on the device and in the dtype of the supernet.
+
+        Raises:
+            ValueError: The space does not hold the arch, it is not registered, or the batch norms are folded.
+        """
+        arch = self.space.arch(arch) if arch is not None else self.active_arch
+        name = f'mixpath_{self.space.name}'
+        if not timm.is_model(name):
+            raise ValueError(
+                f'space {self.space.name!r} is not registered; call timm_mixpath.register_space(space) first'
+            )
+        if any(getattr(module, 'folded', False) for module in self.modules()):
+            raise ValueError('the batch norms of this supernet are folded; extract from the supernet it was made of')
+        # timm keeps what the supernet was created with in a form that config.json can hold
+        kwargs = dict(getattr(self, '_model_args', self._subnet_kwargs))
+        kwargs.update(num_classes=self.num_classes, global_pool=self.global_pool.pool_type)
+        for key in self._supernet_args:
+            kwargs.pop(key, None)
+        kwargs.update(self._subnet_overrides())
+        model = timm.create_model(name, arch=str(arch), **kwargs)
+        self._prune_like_this(model)
+        model.load_state_dict(self._subnet_state_dict(model))
+        reference = next(self.parameters())
+        model.to(device=reference.device, dtype=reference.dtype)
+        pretrained_cfg = getattr(self, 'pretrained_cfg', None)
+        if pretrained_cfg:
+            model.pretrained_cfg = model.default_cfg = dict(pretrained_cfg, architecture=name)
+        return model.train(self.training)
+
+    @property
+    def norm_of_sums(self) -> str:
+        """What stands behind sums of paths: `'sbn'`, `'bn'` or `'none'`; `'bn'` where nothing is ever summed."""
+        if any(isinstance(module, ShadowBatchNorm2d) for module in self.modules()):
+            return 'sbn'
+        return getattr(self, 'sum_norm', 'bn')
+
+    def _subnet_overrides(self) -> dict[str, Any]:
+        """Arguments of a sub-network that differ from the supernet's."""
+        return {}
+
+    def _prune_like_this(self, model: nn.Module) -> None:
+        """Take from a new sub-network what was taken from this supernet, by features_only for example."""
+
+    def _subnet_state_dict(self, model: nn.Module) -> dict[str, torch.Tensor]:
+        """What the sub-network of `model.arch` inherits, by its own names."""
+        raise NotImplementedError
+
+    def __prepare_scriptable__(self) -> nn.Module:
+        # The hook of torch.jit.script. Stock scripts call that before eval(), so training mode is no error.
+        if self.training:
+            _logger.warning(f'Scripting the sub-network {self.active_arch} of the supernet, a script samples nothing.')
+        return self.extract()

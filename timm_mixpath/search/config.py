@@ -1,0 +1,105 @@
+"""What to search for."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from ..utils.errors import UsageError
+
+__all__ = ['LIMITED', 'SearchConfig']
+
+
+ALGORITHMS = ('nsga2', 'random')
+
+OBJECTIVES = ('error', 'macs', 'params')
+
+LIMITED = ('macs', 'params')
+
+
+@dataclass(frozen=True)
+class SearchConfig:
+    """What to search for and how long.
+
+    A search makes `num_evaluations = population + generations * offspring` evaluations, all of different archs. It
+    makes fewer only if it finds no further arch inside the limits.
+
+    Attributes:
+        algorithm: 'nsga2' or 'random'.
+        population: Archs of generation 0, drawn at random; the size of NSGA-II's population ever after.
+        offspring: Archs evaluated in each generation after that.
+        generations: Generations after generation 0.
+        objectives: What to minimise, {name: weight} or (name, weight) pairs of 'error' (which must be there), 'macs'
+            and 'params'. A weight says how much closeness in this objective counts when NSGA-II thins out a crowded
+            front; it does not change which arch dominates which. Only the proportions of the weights matter.
+        max_macs: Largest MACs an arch may have.
+        min_macs: Smallest MACs an arch may have.
+        max_params: Largest number of parameters an arch may have.
+        min_params: Smallest number of parameters an arch may have.
+        seed: Seed of everything that is drawn.
+
+    Raises:
+        UsageError: A value is out of range, or two contradict each other.
+    """
+
+    algorithm: str = 'nsga2'
+    population: int = 40
+    offspring: int = 20
+    generations: int = 20
+    objectives: Mapping[str, float] | Sequence[tuple[str, float]] = (('error', 1.0), ('macs', 1.0), ('params', 1.0))
+    max_macs: int | None = None
+    min_macs: int | None = None
+    max_params: int | None = None
+    min_params: int | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.algorithm not in ALGORITHMS:
+            raise UsageError(f'unknown algorithm {self.algorithm!r}, known are {", ".join(ALGORITHMS)}')
+        for name, least in (('population', 1), ('offspring', 1), ('generations', 0), ('seed', 0)):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < least:
+                raise UsageError(f'{name}={value!r} is not an integer of at least {least}')
+        for metric in LIMITED:
+            for name in (f'max_{metric}', f'min_{metric}'):
+                value = getattr(self, name)
+                if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 0):
+                    raise UsageError(f'{name}={value!r} is not an integer of at least 0')
+            low, high = self.limits(metric)
+            if low > high:
+                raise UsageError(f'min_{metric}={low} is above max_{metric}={high}, no arch can satisfy both')
+
+        # One order and one type, so that equal configurations compare and are saved as equal
+        pairs = list(self.objectives.items() if isinstance(self.objectives, Mapping) else self.objectives)
+        try:
+            weights = {name: float(weight) for name, weight in pairs}
+        except (TypeError, ValueError):
+            raise UsageError(f'objectives={self.objectives!r} are not pairs of a name and a weight') from None
+        for name, weight in weights.items():
+            if name not in OBJECTIVES:
+                raise UsageError(f'unknown objective {name!r}, known are {", ".join(OBJECTIVES)}')
+            if not 0 < weight < math.inf:
+                raise UsageError(f'weight {weight} of objective {name!r} must be positive, leave it out instead')
+        if 'error' not in weights or len(weights) < len(pairs):
+            raise UsageError(f"objectives={self.objectives!r} must name 'error', and each objective once")
+        ordered = tuple((name, weights[name]) for name in OBJECTIVES if name in weights)
+        object.__setattr__(self, 'objectives', ordered)
+
+    @property
+    def num_evaluations(self) -> int:
+        """Evaluations that the search makes, unless there are fewer archs inside the limits."""
+        return self.population + self.generations * self.offspring
+
+    @property
+    def objective_names(self) -> tuple[str, ...]:
+        """Names of the objectives, in the order of `OBJECTIVES`."""
+        return tuple(name for name, _ in self.objectives)
+
+    def limits(self, metric: str) -> tuple[float, float]:
+        """Smallest and largest value that an arch may have in 'macs' or 'params', infinite where there is no limit."""
+        low, high = getattr(self, f'min_{metric}'), getattr(self, f'max_{metric}')
+        return (-math.inf if low is None else low), (math.inf if high is None else high)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return a JSON-ready dict; `SearchConfig(**config.to_dict()) == config`."""
+        return dict(asdict(self), objectives=dict(self.objectives))

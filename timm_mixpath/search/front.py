@@ -1,0 +1,172 @@
+"""The front of a search as CSV, JSON, table and figure."""
+
+import csv
+import io
+import json
+import os
+from pathlib import Path
+
+from ..utils.figures import ACCENT, BLUE, GREY, new_figure, save_figure, tidy_axes
+from ..utils.files import write_text
+from .result import SearchResult, has_latency, hypervolume, make_record
+
+__all__ = ['format_front', 'plot_pareto', 'print_result', 'write_front_csv', 'write_front_json']
+
+
+def write_front_csv(result: SearchResult, path: str | os.PathLike) -> None:
+    """Write the front as CSV, whole or not at all.
+
+    Columns are `chosen` (1 or 0), `top1` and `error` in percent, `loss`, `macs`, `params`, `index` and `generation` of
+    the evaluation, and `arch`; `latency_ms` behind `chosen` if it was measured.
+    """
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator='\n')
+    names = ('top1', 'error', 'loss', 'macs', 'params', 'index', 'generation', 'arch')
+    latency = ('latency_ms',) if has_latency(result) else ()
+    writer.writerow(('chosen', *latency, *names))
+    for candidate in result.front:
+        row = (candidate.extra.get(name) for name in latency)
+        writer.writerow((int(candidate is result.chosen), *row, *(getattr(candidate, name) for name in names)))
+    write_text(path, text.getvalue())
+
+
+def write_front_json(result: SearchResult, path: str | os.PathLike) -> None:
+    """Write the front as JSON with all that is known of it, whole or not at all.
+
+    `front` has an entry per candidate: what stands in the archive, the integer `vector` of the arch, its `error` in
+    percent, and whether it is the `chosen` one. `hypervolume` is null where pymoo is not installed.
+    """
+    content = dict(
+        space=result.space.name,
+        max_paths=result.space.max_paths,
+        config=result.config.to_dict(),
+        fingerprint=result.fingerprint,
+        num_evaluations=len(result.evaluations),
+        hypervolume=hypervolume(result),
+        front=[
+            dict(
+                make_record(c),
+                vector=list(result.space.encode(c.arch)),
+                error=c.error,
+                chosen=c is result.chosen,
+            )
+            for c in result.front
+        ],
+    )
+    write_text(path, json.dumps(content, indent=2, allow_nan=False) + '\n')
+
+
+def format_front(result: SearchResult) -> str:
+    """Return the front as a table for the terminal, the chosen candidate marked with `*`."""
+    latency = has_latency(result)
+    header = ('', 'top-1 (%)', 'error (%)', 'loss', 'MACs (M)', 'params (M)', *(['ms'] * latency), 'arch')
+    rows = [
+        (
+            '*' if c is result.chosen else '',
+            f'{c.top1:.2f}',
+            f'{c.error:.2f}',
+            f'{c.loss:.4f}',
+            f'{c.macs / 1e6:.2f}',
+            f'{c.params / 1e6:.3f}',
+            *([f'{c.extra["latency_ms"]:.2f}'] if latency else []),
+            str(c.arch),
+        )
+        for c in result.front
+    ]
+    widths = [max(map(len, column)) for column in zip(header, *rows)]
+    # Numbers to the right, text to the left
+    return '\n'.join(
+        '  '.join((*(cell.rjust(width) for cell, width in zip(row[:-1], widths)), row[-1])) for row in (header, *rows)
+    )
+
+
+def print_result(result: SearchResult, output: str | os.PathLike) -> None:
+    """Print the front and where it was written."""
+    print(format_front(result))
+    chosen = result.chosen
+    print(
+        f'\nchosen (*): error {chosen.error:.2f} % on the search split, {chosen.macs / 1e6:.2f} M MACs, '
+        f'{chosen.params / 1e6:.3f} M params\n{chosen.arch}\n'
+        f'{len(result.evaluations)} evaluations and the front are in {Path(output)}'
+    )
+
+
+def plot_pareto(result: 'SearchResult', path: str | os.PathLike, *, title: str | None = None) -> None:
+    """Draw what a search evaluated and its front as PNG, whole or not at all.
+
+    MACs (in millions) lie on the x axis and the top-1 error on the search split (in percent) on the y axis. Evaluated
+    candidates are small and grey, those of the front are large and, if parameters are an objective, coloured by them.
+    The line joins the candidates of the front that nothing beats in error and MACs alone; with parameters as third
+    objective the front has others too, which lie above the line because they have fewer parameters.
+
+    Args:
+        result: Result of a search.
+        path: PNG file to write.
+        title: Title, the space and the numbers of evaluations and of candidates on the front if None.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+    """
+    figure = new_figure(8.0, 5.0)
+    front, chosen = result.front, result.chosen
+    ax = figure.add_subplot()
+
+    ax.scatter(
+        [c.macs / 1e6 for c in result.evaluations],
+        [c.error for c in result.evaluations],
+        s=12,
+        color=GREY,
+        linewidths=0,
+        label='evaluated',
+        zorder=1,
+    )
+    # The front is sorted by MACs, so each candidate has to be better than all before it
+    line = [c for i, c in enumerate(front) if all(c.error < earlier.error for earlier in front[:i])]
+    ax.plot(
+        [c.macs / 1e6 for c in line],
+        [c.error for c in line],
+        color='0.35',
+        linewidth=1.0,
+        label='best error up to these MACs',
+        zorder=2,
+    )
+    x, y = [c.macs / 1e6 for c in front], [c.error for c in front]
+    label = f'front ({", ".join("MACs" if n == "macs" else n for n in result.config.objective_names)})'
+    style = dict(s=34, edgecolors='0.2', linewidths=0.5, label=label, zorder=3)
+    if 'params' in result.config.objective_names:
+        points = ax.scatter(x, y, c=[c.params / 1e6 for c in front], cmap='viridis', **style)
+        figure.colorbar(points, ax=ax, label='parameters (M)', pad=0.02)
+    else:
+        ax.scatter(x, y, color=BLUE, **style)
+
+    at = (chosen.macs / 1e6, chosen.error)
+    ax.scatter(*at, s=190, marker='o', facecolors='none', edgecolors=ACCENT, linewidths=1.8, label='chosen', zorder=4)
+    # The chosen one has the lowest error, so there are no points below it
+    low, high = ax.get_ylim()
+    ax.set_ylim(low - 0.1 * (high - low), high)
+    left, right = ax.get_xlim()
+    to_the_right = at[0] < (left + right) / 2
+    ax.annotate(
+        f'{chosen.top1:.2f} % top-1, {chosen.macs / 1e6:.1f} M MACs, {chosen.params / 1e6:.2f} M parameters',
+        at,
+        xytext=(-8 if to_the_right else 8, -14),
+        textcoords='offset points',
+        ha='left' if to_the_right else 'right',
+        va='top',
+        color=ACCENT,
+        fontsize=9,
+    )
+
+    ax.set_xlabel('MACs (M)')
+    ax.set_ylabel('top-1 error on the search split (%)')
+    if title is None:
+        counts = f'archs evaluated: {len(result.evaluations)}, on the Pareto front: {len(front)}'
+        title = f'Search in {result.space.name}, {counts}'
+    ax.set_title(title, fontsize=11)
+    tidy_axes(ax)
+    legend = ax.legend(loc='upper right', fontsize=9, frameon=True, framealpha=0.9, edgecolor='none')
+    for handle in legend.legend_handles:
+        if hasattr(handle, 'set_sizes'):
+            handle.set_sizes([40])  # the ring of the chosen one would be larger than the line of text
+
+    save_figure(figure, path)

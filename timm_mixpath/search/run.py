@@ -1,0 +1,268 @@
+"""The search of stage 2: which archs of a trained supernet are the best trade-offs of accuracy and cost.
+
+NSGA-II (pymoo) or random search propose archs, `evaluate` scores them in the supernet, and every score goes to an
+archive on disk at once. A search is a function of its configuration and of the scores, so a search that was cut off
+is run again from its start with the scores of the archive in the place of evaluations, and ends where it would have.
+
+NSGA-II and the hypervolume need `pip install 'timm-mixpath[search]'`; to import this module does not.
+"""
+
+import itertools
+import logging
+import math
+import os
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from ..models.cost import cost_table
+from ..models.latency import measure_latency
+from ..models.supernet import Supernet
+from ..spaces.arch import Arch
+from ..spaces.space import SearchSpace
+from ..train.checkpoint import load_supernet
+from ..utils.distributed import Ranks, open_process
+from ..utils.errors import RunError, UsageError
+from ..utils.figures import plot_or_warn
+from ..utils.files import make_output_dir
+from ..utils.progress import Progress
+from ..version import __version__
+from .accuracy import SupernetEvaluator
+from .archive import Archive
+from .config import LIMITED, SearchConfig
+from .front import plot_pareto, write_front_csv, write_front_json
+from .images import SearchData, load_images
+from .nsga2 import propose_nsga2, propose_random
+from .pareto import require_pymoo
+from .pool import ArchPool, check_limits
+from .result import Candidate, SearchResult, is_diverged, make_front, make_record, restore, with_metrics
+
+if TYPE_CHECKING:
+    from ..models.cost import CostTable
+
+__all__ = ['search', 'search_checkpoint']
+
+_logger = logging.getLogger(__name__)
+
+
+def search(
+    space: SearchSpace,
+    cost: 'CostTable',
+    evaluate: Callable[[Arch], Mapping[str, Any]],
+    config: SearchConfig,
+    *,
+    archive_path: str | os.PathLike,
+    fingerprint: Mapping[str, Any],
+    progress: Callable[[Candidate, int], None] | None = None,
+    rank: int = 0,
+    world_size: int = 1,
+) -> SearchResult:
+    """Search a space, or go on with a search that was cut off.
+
+    All random numbers come from `config.seed`; global random states are neither read nor changed. `evaluate` should
+    be a function of the arch alone, otherwise a search that was resumed or distributed differs from one that was not.
+
+    Args:
+        space: Space to search.
+        cost: Costs of the archs of this space.
+        evaluate: Returns the metrics of an arch on the search split, at least `top1` in percent and `loss`. Metrics
+            are numbers, text or None.
+        config: What to search for.
+        archive_path: Archive of this search, JSON lines. A search of the same configuration and fingerprint goes on
+            with it; `generations` alone may have grown.
+        fingerprint: All that the scores depend on (checkpoint, data, ...), JSON-ready.
+        progress: Called in rank 0 after every new evaluation, with the candidate and `config.num_evaluations`.
+        rank: Rank of this process.
+        world_size: Number of processes that evaluate. If there are several, `torch.distributed` is initialised and
+            all of them call `search` with the same arguments. Rank 0 proposes and keeps the archive, the others
+            evaluate what it hands out.
+
+    Returns:
+        The result, the same in all ranks.
+
+    Raises:
+        UsageError: The limits exclude every arch, the archive belongs to another search, or the metrics lack `top1`
+            or `loss`.
+        RunError: The archive does not hold what this search would have evaluated, or another rank failed.
+        ImportError: pymoo is not installed.
+    """
+    if config.algorithm == 'nsga2':
+        require_pymoo()
+    check_limits(config, cost)
+    ranks = Ranks(rank, world_size)
+    archive = Archive(
+        archive_path,
+        'search',
+        config=config.to_dict(),
+        fingerprint=fingerprint,
+        versions=_versions(config),
+        grows='generations',
+    )
+    pool = ArchPool(space, cost, config)
+    propose = (propose_nsga2 if config.algorithm == 'nsga2' else propose_random)(pool, config)
+
+    def next_generation(candidates: list[Candidate] | None) -> list[Arch]:
+        try:
+            return propose.send(candidates)
+        except StopIteration:
+            return []
+
+    def keep(found: list[Candidate]) -> None:
+        for candidate in found:
+            archive.append(make_record(candidate))
+            if progress is not None:
+                progress(candidate, config.num_evaluations)
+
+    evaluations: list[Candidate] = []
+    candidates = None
+    try:
+        records = ranks.from_first(archive.open)
+        for generation in itertools.count():
+            archs = ranks.from_first(lambda c=candidates: next_generation(c))
+            if not archs:
+                break
+            todo = [
+                Candidate(arch, math.nan, math.nan, cost.macs(arch), cost.params(arch), index, generation)
+                for index, arch in enumerate(archs, len(evaluations))
+            ]
+            known = [restore(c, record, archive.path) for c, record in zip(todo, records[len(evaluations) :])]
+            candidates = known
+            for start in range(len(known), len(todo), world_size):
+                chunk = todo[start : start + world_size]
+                metrics = ranks.map(evaluate, [c.arch for c in chunk])
+                found = [with_metrics(c, m) for c, m in zip(chunk, metrics)]
+                ranks.from_first(lambda found=found: keep(found))
+                candidates = candidates + found
+            evaluations += candidates
+    finally:
+        archive.close()
+    if len(evaluations) < len(records):
+        raise RunError(
+            is_diverged(archive.path, f'it holds {len(records)} evaluations, this search {len(evaluations)}')
+        )
+
+    return SearchResult(
+        space=space,
+        config=config,
+        fingerprint=archive.header['fingerprint'],
+        evaluations=evaluations,
+        front=make_front(evaluations, config.objective_names),
+        bounds={'error': (0.0, 100.0), **{metric: cost.bounds(metric) for metric in LIMITED}},
+    )
+
+
+def _versions(config: SearchConfig) -> dict[str, str]:
+    versions = {'timm_mixpath': __version__, 'numpy': np.__version__}
+    if config.algorithm == 'nsga2':
+        import pymoo
+
+        versions['pymoo'] = pymoo.__version__
+    return versions
+
+
+def search_checkpoint(
+    checkpoint: str | os.PathLike,
+    output: str | os.PathLike,
+    config: SearchConfig,
+    data: SearchData | None = None,
+    *,
+    recalibration_images: int = 0,
+    cost_input_size: tuple[int, int, int] | None = None,
+    cost_num_classes: int | None = None,
+    batch_size: int = 100,
+    device: str | None = None,
+    workers: int = 2,
+    latency: bool = False,
+    progress: bool = True,
+) -> SearchResult:
+    """Search a trained supernet.
+
+    Under torchrun the evaluations are shared among the ranks.
+
+    Args:
+        checkpoint: Training checkpoint or model folder of a supernet.
+        output: Folder for `archive.jsonl`, `front.csv`, `front.json`, `pareto.png`. A search that was cut off goes on
+            where it stopped when it is called with the same arguments.
+        config: What to search for.
+        data: Where the search split comes from.
+        recalibration_images: Training images to recalibrate the batch norms of every candidate with, 0 for none.
+        cost_input_size: Input (channels, height, width) to count MACs for, in pixels; that of the training if None.
+            A supernet may be trained at a lower resolution than its winner.
+        cost_num_classes: Number of classes to count MACs and parameters for, that of the supernet if None.
+        batch_size: Images per forward pass.
+        device: Device, the GPU if there is one and None is given.
+        workers: Processes that decode the images, once.
+        latency: Measure the latency of the archs on the front too, on this machine.
+        progress: Show a progress bar on a terminal, lines elsewhere.
+
+    Returns:
+        The result.
+
+    Raises:
+        UsageError: See `search`, `load_model` and `open_dataset`; or the checkpoint is not of a supernet.
+        RunError: The data, checkpoint or archive can't be read, or the output not be written.
+    """
+    if config.algorithm == 'nsga2':
+        require_pymoo()
+    loaded = load_supernet(checkpoint, 'search', recalibration_images)
+    with open_process(device) as process:
+        rank = process.rank
+        output = make_output_dir(output)
+        supernet = loaded.model.to(device=process.device, memory_format=torch.channels_last)
+        if cost_num_classes is not None and cost_num_classes < 0:
+            raise UsageError(f'number of classes {cost_num_classes} to count costs for must not be negative')
+        cost = cost_table(supernet, cost_input_size or loaded.data_config['input_size'], cost_num_classes)
+        check_limits(config, cost)
+        images = load_images(loaded, data, recalibration_images, batch_size, process.device, workers)
+        fingerprint = dict(
+            **images.fingerprint,
+            cost_input_size=list(cost.input_size),
+            cost_num_classes=cost.num_classes,
+        )
+        if rank == 0:
+            _logger.info(
+                f'Searching space {supernet.space.name} (m = {supernet.space.max_paths}, {supernet.space.size:.3g} '
+                f'archs): {config.num_evaluations} evaluations on {fingerprint["num_images"]} images of split '
+                f'{fingerprint["split"]!r}'
+            )
+        show = _search_progress(config.num_evaluations) if progress and rank == 0 else None
+        result = search(
+            supernet.space,
+            cost,
+            SupernetEvaluator(supernet, images.batches, images.recalibration),
+            config,
+            archive_path=output / 'archive.jsonl',
+            fingerprint=fingerprint,
+            progress=show,
+            rank=rank,
+            world_size=process.world_size,
+        )
+        if show is not None:
+            show.close()
+        if rank == 0:
+            if latency:
+                _measure_front(result, supernet)
+            write_front_csv(result, output / 'front.csv')
+            write_front_json(result, output / 'front.json')
+            plot_or_warn(plot_pareto, result, output / 'pareto.png')
+        return result
+
+
+def _search_progress(total: int) -> Progress:
+    lowest = 100.0
+
+    def status(candidate: Candidate) -> str:
+        nonlocal lowest
+        lowest = min(lowest, candidate.error)
+        return f'lowest error {lowest:.2f} %'
+
+    return Progress('Search', total, lambda c: f'error {c.error:.2f} %  {c.arch}', status)
+
+
+def _measure_front(result: SearchResult, supernet: Supernet) -> None:
+    for candidate in result.front:
+        model = supernet.extract(candidate.arch)
+        candidate.extra['latency_ms'] = round(measure_latency(model, channels_last=True), 4)
+        _logger.info(f'{candidate.extra["latency_ms"]:.2f} ms per image  {candidate.arch}')

@@ -1,0 +1,1 @@
+"""What can be chosen: archs, search spaces, sampling. No torch."""

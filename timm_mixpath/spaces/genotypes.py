@@ -1,0 +1,35 @@
+"""Archs of the discovered models.
+
+The paper draws the genotypes of MixPath-A, -B and -c in figures only. These are reconstructions: found by this
+package's own search, inside the budgets that were published. `recipes/genotypes/` tells how each was found.
+"""
+
+__all__ = ['MIXPATH_A', 'MIXPATH_B', 'MIXPATH_C']
+
+
+# S3, m = 1
+MIXPATH_A = (
+    'k3.7.7.3_e6,k3.7.7.3_e3,'
+    'k5.3.3.7_e6,k5.7.3.7_e6,k7.3.3.5_e6,k9.7.9.3_e6,'
+    'k3.3.5.9_e6,k5.3.3.9_e6,k9.7.3.3_e6,k3.9.5.3_e6,'
+    'k7.3.5.5_e6,k5.3.3.5_e3,k5.9.3.3_e3,k3.3.3.5_e3,'
+    'k3.9.3.5_e6,k7.3.5.5_e6,k5.5.3.9_e6,k7.5.7.5_e6'
+)
+
+# S2, m = 2
+MIXPATH_B = (
+    'k3_e6,k3+5_e3,'
+    'k5+9_e6,k5+7_e6,k3+9_e6,k3_e6,'
+    'k9_e6,k5_e6,k3_e6,k3+5_e6,'
+    'k5+7_e6,k3_e3,k9_e3,k5_e3,'
+    'k3+5_e6,k7_e6,k3+5_e6,k9_e6'
+)
+
+# S1
+MIXPATH_C = (
+    'k3+5+9_e3,k5+7+9_e3,'
+    'k3+5+7_e6,k3+5+7+9_e6,k3+5+7+9_e6,'
+    'k9_e6,k3+7+9_e3,k3+5+7+9_e3,'
+    'k5_e6,k3+5+9_e6,'
+    'k7+9_e6,k3+5+7+9_e3'
+)

@@ -1,0 +1,310 @@
+"""Search spaces as data: backbone table, choices per block, bounds.
+
+A space knows which archs it holds, how many, and how they map to integer vectors. It knows nothing of tensors.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import cache
+from itertools import combinations, product
+from typing import Protocol, runtime_checkable
+
+from .arch import Arch, BlockChoice, cached_choice, check_vector
+
+__all__ = ['BlockSpec', 'SearchSpace', 'Space']
+
+
+@runtime_checkable
+class Space(Protocol):
+    """What training, search and ranking ask of a search space. Archs are text (`str`), of which a space knows more."""
+
+    name: str
+    max_paths: int
+    input_size: tuple[int, int, int]
+    num_classes: int
+    description: str
+
+    @property
+    def size(self) -> int:
+        """Number of archs in the space."""
+
+    @property
+    def default_arch(self) -> str:
+        """The arch that models have unless another is given."""
+
+    @property
+    def gene_sizes(self) -> tuple[int, ...]:
+        """Number of values of each entry of an integer vector."""
+
+    def with_max_paths(self, m: int | None) -> 'Space':
+        """Return the space with another m, unchanged if None."""
+
+    def arch(self, arch: str) -> str:
+        """Return an arch in its canonical form; ValueError if the space does not hold it."""
+
+    def encode(self, arch: str) -> tuple[int, ...]:
+        """Return the integer vector of an arch."""
+
+    def decode(self, vector: Sequence[int]) -> str:
+        """Return the arch of an integer vector."""
+
+    def sample(self, draw: Callable[[], float]) -> str:
+        """Draw an arch as MixPath does, see `timm_mixpath.sample`."""
+
+
+@dataclass(frozen=True)
+class BlockSpec:
+    """One choice block of a search space.
+
+    Attributes:
+        out_chs: Output channels.
+        stride: Stride of the depthwise convolutions.
+        expand_ratios: Expansions to choose from, each with its own weights.
+        kernel_sizes: Depthwise kernels to choose from.
+        num_groups: Channel groups the expanded channels are split into; each chooses its own kernels.
+        exp_groups: Convolution groups of the 1x1 expansion.
+        pwl_groups: Convolution groups of the 1x1 projection.
+        se_ratio: Squeeze-and-excite channels relative to the input of the block, 0 for none.
+        act_layer: Activation, by timm name; the space's if None.
+    """
+
+    out_chs: int
+    stride: int = 1
+    expand_ratios: tuple[int, ...] = (3, 6)
+    kernel_sizes: tuple[int, ...] = (3, 5, 7, 9)
+    num_groups: int = 1
+    exp_groups: int = 1
+    pwl_groups: int = 1
+    se_ratio: float = 0.0
+    act_layer: str | None = None
+
+    def __post_init__(self) -> None:
+        # lists are welcome, but a space is hashed and compared
+        object.__setattr__(self, 'expand_ratios', tuple(self.expand_ratios))
+        object.__setattr__(self, 'kernel_sizes', tuple(self.kernel_sizes))
+
+
+@dataclass(frozen=True)
+class SearchSpace:
+    """A multi-path search space of inverted bottlenecks.
+
+    Every block chooses one expansion and, in each of its channel groups, 1 to `max_paths` of its kernels, without
+    repetition.
+
+    Attributes:
+        name: Short name; the models are `mixpath_<name>` and `mixpath_<name>_supernet`.
+        blocks: The choice blocks in order. Neighbours with equal `out_chs` form a stage.
+        stem_chs: Output channels of the 3x3 stem convolution.
+        stem_stride: Stride of the stem.
+        num_features: Output channels of the 1x1 head convolution.
+        ds_chs: Output channels of a fixed 3x3 depthwise-separable block behind the stem, None for no such block.
+        max_paths: m of the paper, the largest number of paths that may be active in a channel group of a block.
+        act_layer: Activation, by timm name.
+        fix_group_fanout: Initialise depthwise and grouped convolutions as timm does, by the fan out of a group. The
+            released code of S1 takes the fan out of all groups.
+        input_size: Default input as (channels, height, width), in pixels.
+        num_classes: Default number of classes.
+        description: One line for listings.
+
+    Raises:
+        ValueError: `max_paths` is out of range, or there is no block.
+    """
+
+    name: str
+    blocks: tuple[BlockSpec, ...]
+    stem_chs: int = 32
+    stem_stride: int = 1
+    num_features: int = 1280
+    ds_chs: int | None = None
+    max_paths: int = 2
+    act_layer: str = 'relu6'
+    fix_group_fanout: bool = False
+    input_size: tuple[int, int, int] = (3, 32, 32)
+    num_classes: int = 10
+    description: str = ''
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, 'blocks', tuple(self.blocks))
+        if not self.blocks:
+            raise ValueError(f'space {self.name!r} has no blocks')
+        for block in self.blocks:
+            if not block.expand_ratios or not block.kernel_sizes:
+                raise ValueError(f'space {self.name!r}: every block needs at least one expansion and one kernel')
+            if block.out_chs < 1 or block.stride not in (1, 2):
+                raise ValueError(
+                    f'space {self.name!r}: out_chs={block.out_chs} must be positive, stride={block.stride} be 1 or 2'
+                )
+            for field in ('num_groups', 'exp_groups', 'pwl_groups'):
+                if type(getattr(block, field)) is not int or getattr(block, field) < 1:
+                    raise ValueError(f'space {self.name!r}: {field}={getattr(block, field)!r} must be at least 1')
+            if len(set(block.expand_ratios)) < len(block.expand_ratios):
+                raise ValueError(f'space {self.name!r}: an expansion of {block.expand_ratios} is given twice')
+            try:  # what is wrong with all kernels at once, or with an expansion, is wrong with a block made of them
+                for expand_ratio in block.expand_ratios:
+                    BlockChoice((block.kernel_sizes,), expand_ratio)
+            except ValueError as e:
+                raise ValueError(f'space {self.name!r}: {e}') from None
+        limit = self.max_paths_limit
+        if isinstance(self.max_paths, bool) or not isinstance(self.max_paths, int) or not 1 <= self.max_paths <= limit:
+            raise ValueError(f'm={self.max_paths!r} is out of range for space {self.name!r}, allowed are 1 to {limit}')
+
+    @property
+    def max_paths_limit(self) -> int:
+        """The largest m the space allows: the number of kernels of its block with the fewest."""
+        return min(len(block.kernel_sizes) for block in self.blocks)
+
+    def with_max_paths(self, m: int | None) -> 'SearchSpace':
+        """Return the space with another m, unchanged if None."""
+        return self if m is None else replace(self, max_paths=m)
+
+    def scaled(self, width_mult: float) -> 'SearchSpace':
+        """Return the space with its channels multiplied and rounded as timm's EfficientNet builder does.
+
+        The head widens above 1 and keeps its width below, as in MobileNetV2.
+        """
+        if width_mult == 1.0:
+            return self
+        if not width_mult > 0:
+            raise ValueError(f'width_mult={width_mult!r} must be positive')
+        from timm.models._efficientnet_builder import round_channels  # torch behind it, so not at import
+
+        return replace(
+            self,
+            stem_chs=round_channels(self.stem_chs, width_mult),
+            blocks=tuple(replace(b, out_chs=round_channels(b.out_chs, width_mult)) for b in self.blocks),
+            num_features=round_channels(self.num_features, max(1.0, width_mult)),
+            ds_chs=None if self.ds_chs is None else round_channels(self.ds_chs, width_mult),
+        )
+
+    @property
+    def stages(self) -> list[list[BlockSpec]]:
+        """The blocks grouped into stages of equal width."""
+        stages: list[list[BlockSpec]] = []
+        for block in self.blocks:
+            if stages and stages[-1][-1].out_chs == block.out_chs and block.stride == 1:
+                stages[-1].append(block)
+            else:
+                stages.append([block])
+        return stages
+
+    @property
+    def reduction(self) -> int:
+        """Stride of the whole network: input pixels per pixel of its last features."""
+        return self.stem_stride * math.prod(block.stride for block in self.blocks)
+
+    def subsets(self, index: int) -> tuple[tuple[int, ...], ...]:
+        """Kernel subsets that a channel group of block `index` may activate, by size and then by kernel."""
+        return _subsets(self.blocks[index].kernel_sizes, self.max_paths)
+
+    def choices(self, index: int) -> list[BlockChoice]:
+        """All choices of block `index`; with channel groups there are many, see `num_choices`."""
+        block = self.blocks[index]
+        return [
+            BlockChoice(groups, expand_ratio)
+            for expand_ratio in block.expand_ratios
+            for groups in product(self.subsets(index), repeat=block.num_groups)
+        ]
+
+    def num_choices(self, index: int) -> int:
+        """Number of choices of block `index`; 8, 20, 28, 30 in S1 for m = 1..4."""
+        block = self.blocks[index]
+        return len(block.expand_ratios) * len(self.subsets(index)) ** block.num_groups
+
+    @property
+    def size(self) -> int:
+        """Number of archs in the space."""
+        return math.prod(self.num_choices(i) for i in range(len(self.blocks)))
+
+    @property
+    def default_arch(self) -> Arch:
+        """The smallest kernel alone at the largest expansion in every block, the plain MobileNetV2 block."""
+        return Arch.from_blocks(
+            BlockChoice(((min(b.kernel_sizes),),) * b.num_groups, max(b.expand_ratios)) for b in self.blocks
+        )
+
+    def arch(self, arch: Arch | str) -> Arch:
+        """Parse `arch` and check that the space holds it.
+
+        Raises:
+            ValueError: Malformed text, or a choice that the space does not have; the message names the block, the
+                value and what is allowed.
+        """
+        arch = Arch(arch)
+        if len(arch.blocks) != len(self.blocks):
+            raise ValueError(
+                f'arch has {len(arch.blocks)} blocks, space {self.name!r} needs {len(self.blocks)}: {str(arch)!r}'
+            )
+        for index, (choice, spec) in enumerate(zip(arch.blocks, self.blocks)):
+            problem = None
+            unknown = [k for group in choice.groups for k in group if k not in spec.kernel_sizes]
+            if len(choice.groups) != spec.num_groups:
+                problem = f'{len(choice.groups)} channel groups, the space has {spec.num_groups}'
+            elif choice.expand_ratio not in spec.expand_ratios:
+                problem = f'expansion {choice.expand_ratio} is not one of {_join(spec.expand_ratios)}'
+            elif max(choice.num_paths) > self.max_paths:
+                problem = f'{max(choice.num_paths)} paths, at most m={self.max_paths} may be active'
+            elif unknown:
+                problem = f'kernel {unknown[0]} is not one of {_join(spec.kernel_sizes)}'
+            if problem:
+                raise ValueError(f'arch block {index} ({str(choice)!r}) is not in space {self.name!r}: {problem}')
+        return arch
+
+    @property
+    def gene_sizes(self) -> tuple[int, ...]:
+        """Number of values of each entry of an integer vector: per block the expansion, then the groups' kernels."""
+        sizes: list[int] = []
+        for index, block in enumerate(self.blocks):
+            sizes += [len(block.expand_ratios), *[len(self.subsets(index))] * block.num_groups]
+        return tuple(sizes)
+
+    def encode(self, arch: Arch | str) -> tuple[int, ...]:
+        """Return the integer vector of an arch: entries are indices into expansions and `subsets`."""
+        vector: list[int] = []
+        for index, choice in enumerate(self.arch(arch).blocks):
+            subsets = self.subsets(index)
+            vector.append(self.blocks[index].expand_ratios.index(choice.expand_ratio))
+            vector += [subsets.index(group) for group in choice.groups]
+        return tuple(vector)
+
+    def decode(self, vector: Sequence[int]) -> Arch:
+        """Return the arch of an integer vector, the inverse of `encode`.
+
+        Raises:
+            ValueError: Wrong length, or an entry out of range.
+        """
+        check_vector(vector, self.gene_sizes, self.name)
+        genes = iter(vector)
+        choices: list[BlockChoice] = []
+        for index, block in enumerate(self.blocks):
+            expand_ratio, subsets = block.expand_ratios[next(genes)], self.subsets(index)
+            groups = tuple(subsets[next(genes)] for _ in range(block.num_groups))
+            choices.append(cached_choice(groups, expand_ratio))
+        return Arch.from_blocks(choices)
+
+    def sample(self, draw: Callable[[], float]) -> Arch:
+        """Draw an arch: per block the expansion is uniform, in every channel group the number of paths in 1..m.
+
+        Args:
+            draw: Gives numbers in [0, 1), as `random.random` does.
+        """
+        blocks: list[BlockChoice] = []
+        for spec in self.blocks:
+            expand_ratio = spec.expand_ratios[int(draw() * len(spec.expand_ratios))]
+            groups: list[tuple[int, ...]] = []
+            for _ in range(spec.num_groups):
+                num_paths = 1 + int(draw() * self.max_paths)
+                kernel_sizes = list(spec.kernel_sizes)
+                paths = [kernel_sizes.pop(int(draw() * len(kernel_sizes))) for _ in range(num_paths)]
+                groups.append(tuple(sorted(paths)))
+            blocks.append(cached_choice(tuple(groups), expand_ratio))
+        return Arch.from_blocks(blocks)
+
+
+@cache  # a search decodes every vector that it considers
+def _subsets(kernel_sizes: tuple[int, ...], max_paths: int) -> tuple[tuple[int, ...], ...]:
+    return tuple(s for k in range(1, max_paths + 1) for s in combinations(sorted(kernel_sizes), k))
+
+
+def _join(values: Sequence[int]) -> str:
+    return ', '.join(str(v) for v in values)

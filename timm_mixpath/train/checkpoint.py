@@ -1,0 +1,239 @@
+"""Training checkpoints: written atomically, loaded without unpickling anything but weights and plain values."""
+
+import hashlib
+import os
+import shutil
+from argparse import Namespace
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from timm.data import resolve_data_config
+from timm.models import clean_state_dict
+from timm.models._helpers import _torch_load
+from timm.utils import CheckpointSaver
+from torch import nn
+
+from ..models.supernet import Supernet
+from ..utils.errors import RunError, UsageError, as_usage_error, concise
+from ..utils.hub_client import fetch_model
+
+__all__ = [
+    'AtomicCheckpointSaver',
+    'LoadedModel',
+    'check_model_name',
+    'check_supernet',
+    'create_model',
+    'load_model',
+    'load_supernet',
+    'read_checkpoint',
+    'resolve_data',
+    'state_dict_sha256',
+]
+
+
+class AtomicCheckpointSaver(CheckpointSaver):
+    """timm's saver without its moment, between unlink and rename, in which `last.pth.tar` does not exist."""
+
+    def _save(self, save_path: str, epoch: int, metric: float | None = None) -> None:
+        super()._save(save_path, epoch, metric)
+        with open(save_path, 'rb') as f:
+            os.fsync(f.fileno())
+
+    def _replace(self, src: str, dst: str) -> None:
+        os.replace(src, dst)
+
+    def _duplicate(self, src: str, dst: str) -> None:
+        temporary = f'{dst}.tmp'
+        Path(temporary).unlink(missing_ok=True)
+        try:
+            os.link(src, temporary)
+        except OSError:  # no hard links on this file system
+            shutil.copy2(src, temporary)
+        os.replace(temporary, dst)
+
+
+@dataclass
+class LoadedModel:
+    """A model from a checkpoint, with what it was trained with.
+
+    Attributes:
+        model: The model, in eval mode on the CPU.
+        args: Options of its training, empty for a model folder.
+        data_config: Input size, mean, std and resizing, see `timm.data.resolve_data_config`.
+        epoch: Last epoch it was trained for, None if unknown.
+        metric: Value of the training's `eval_metric` after that epoch, None if unknown.
+        is_ema: The weights are the averaged ones.
+    """
+
+    model: nn.Module
+    args: Namespace
+    data_config: dict[str, Any]
+    epoch: int | None = None
+    metric: float | None = None
+    is_ema: bool = False
+
+
+def read_checkpoint(path: str | os.PathLike) -> dict[str, Any]:
+    """Read a training checkpoint, ours or of timm's train.py.
+
+    Raises:
+        UsageError: It does not exist, or is not a training checkpoint.
+        RunError: It is damaged, or would have to run code to be read.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise UsageError(
+            f'checkpoint {str(path)!r} does not exist'
+            if not path.exists()
+            else f'{str(path)!r} is not a file; pass the last.pth.tar in it'
+        )
+    try:
+        checkpoint = _torch_load(str(path), map_location='cpu', weights_only=True)
+    except Exception as e:  # torch raises half a dozen types for a file that is no checkpoint
+        raise RunError(f'{str(path)!r} is not a readable checkpoint: {concise(e)}') from None
+    if not isinstance(checkpoint, dict) or not ({'state_dict', 'args'} <= checkpoint.keys()):
+        raise UsageError(
+            f"{str(path)!r} is not a training checkpoint, it has no 'state_dict' and 'args'; "
+            'pass the last.pth.tar or model_best.pth.tar of a run'
+        )
+    return checkpoint
+
+
+def load_model(path: str | os.PathLike, *, use_ema: bool = True) -> LoadedModel:
+    """Load a model of a training checkpoint (ours or of timm's train.py), of a model folder or of a Hub repo.
+
+    Args:
+        path: `*.pth.tar` file, a folder with `config.json` and `model.safetensors`, or `hf-hub:ORG/NAME[@REVISION]`.
+        use_ema: Prefer the averaged weights where there are any.
+
+    Raises:
+        UsageError: No such file, or not a checkpoint of a known model.
+        RunError: The file is damaged, its weights do not fit its model, or the Hub does not give it.
+    """
+    name = str(path)
+    path = fetch_model(name.removeprefix('hf-hub:')) if name.startswith('hf-hub:') else Path(path)
+    if path.is_dir():
+        if not (path / 'config.json').exists():
+            raise UsageError(f'{str(path)!r} is not a model folder, it has no config.json')
+        try:
+            model = timm.create_model(f'local-dir:{path}', pretrained=True)
+        except Exception as e:  # a config.json of others may hold anything, and timm raise as much
+            raise RunError(f'model {name!r} can not be loaded: {concise(e)}') from None
+        return LoadedModel(model.eval(), Namespace(), resolve_data_config({}, model=model))
+
+    checkpoint = read_checkpoint(path)
+    args = checkpoint['args']
+    model = create_model(args)
+    key = 'state_dict_ema' if use_ema and checkpoint.get('state_dict_ema') is not None else 'state_dict'
+    try:
+        model.load_state_dict(clean_state_dict(checkpoint[key]))
+    except RuntimeError as e:
+        details = ' '.join(line.strip() for line in str(e).splitlines()[1:3])
+        raise RunError(f'weights of {str(path)!r} do not fit {args.model}: {details[:300]}') from None
+    data_config = resolve_data(args, model)
+    return LoadedModel(
+        model.eval(), args, data_config, checkpoint.get('epoch'), checkpoint.get('metric'), key == 'state_dict_ema'
+    )
+
+
+def create_model(args: Namespace, **overrides: Any) -> nn.Module:
+    """Create the model that training options describe, as timm's train.py does.
+
+    Args:
+        args: Training options.
+        **overrides: Arguments of `timm.create_model` that take precedence.
+
+    Raises:
+        UsageError: Unknown model, or a value that it does not take.
+    """
+    in_chans = getattr(args, 'in_chans', None)
+    if in_chans is None:
+        input_size = getattr(args, 'input_size', None)
+        in_chans = input_size[0] if input_size else 3
+    check_model_name(args.model)
+    with as_usage_error(f'model {args.model!r} can not be created'):
+        kwargs = dict(
+            in_chans=in_chans,
+            num_classes=args.num_classes,
+            drop_rate=args.drop,
+            drop_path_rate=args.drop_path,
+            global_pool=args.gp,
+            bn_momentum=args.bn_momentum,
+            bn_eps=args.bn_eps,
+            **args.model_kwargs,
+        )
+        return timm.create_model(args.model, **{**kwargs, **overrides})
+
+
+def resolve_data(args: Namespace, model: nn.Module) -> dict[str, Any]:
+    """Return input size, mean, std and resizing, see `timm.data.resolve_data_config`.
+
+    Unlike there, `in_chans` alone changes the channels of the input.
+
+    Raises:
+        UsageError: A value is out of range.
+    """
+    values = dict(vars(args))
+    in_chans = values.get('in_chans')
+    if in_chans is not None and values.get('input_size') is None:
+        height, width = model.pretrained_cfg['input_size'][1:]
+        size = values.get('img_size')
+        values['input_size'] = (in_chans, size or height, size or width)
+    with as_usage_error('input size, mean, std or crop is out of range'):
+        data_config = resolve_data_config(values, model=model)
+    channels = data_config['input_size'][0]
+    if min(data_config['input_size']) < 1:
+        raise UsageError(f'input size {data_config["input_size"]} must be three positive numbers')
+    for name in ('mean', 'std'):
+        if len(data_config[name]) != channels:
+            if values.get(name) is not None:
+                raise UsageError(f'--{name} has {len(data_config[name])} values, the input {channels} channels')
+            # a default for RGB, of which other inputs take the average
+            data_config[name] = (sum(data_config[name]) / len(data_config[name]),) * channels
+    return data_config
+
+
+def check_model_name(name: str) -> None:
+    """Raise UsageError for a name that timm does not know."""
+    if ':' not in name and not timm.is_model(timm.models.split_model_name_tag(name)[0]):
+        known = ', '.join(timm.list_models('mixpath*'))
+        raise UsageError(f'unknown model {name!r}; mixpath models are {known}, timm.list_models() lists all')
+
+
+def load_supernet(checkpoint: str | os.PathLike, what: str, recalibration_images: int) -> LoadedModel:
+    """Load the supernet that a search or ranking is of."""
+    if recalibration_images < 0:
+        raise UsageError(f'number of recalibration images {recalibration_images} must not be negative')
+    loaded = load_model(checkpoint)
+    if not isinstance(loaded.model, Supernet):
+        raise UsageError(f'{str(checkpoint)!r} holds {type(loaded.model).__name__}, a {what} needs a supernet')
+    return loaded
+
+
+def state_dict_sha256(tensors: dict[str, torch.Tensor]) -> str:
+    """Return a fingerprint of tensors by name."""
+    digest = hashlib.sha256()
+    for key, value in sorted(tensors.items()):
+        digest.update(f'{key} {value.dtype} {tuple(value.shape)}'.encode())
+        digest.update(value.detach().cpu().contiguous().numpy())
+    return digest.hexdigest()
+
+
+def check_supernet(model: nn.Module, what: str | None = None) -> None:
+    """Check that a model is a supernet that still has its batch norms.
+
+    Args:
+        model: Model.
+        what: What it is called in the message, its type if None.
+
+    Raises:
+        UsageError: It is not.
+    """
+    if not isinstance(model, Supernet):
+        found = f'{what!r} holds {type(model).__name__}' if what else f'{type(model).__name__} is no supernet'
+        raise UsageError(f'{found}; statistics of paths need a supernet')
+    if any(getattr(module, 'folded', False) for module in model.modules()):
+        raise UsageError('the batch norms of this supernet are folded; pass the supernet it was made of')

@@ -1,0 +1,444 @@
+"""A short training loop of timm's public parts, for supernets and for ordinary models.
+
+It takes the options of timm's train.py (see `options.py`), and adds what a search needs: a held-out search split, a
+run that resumes bit for bit on the CPU, and a stop at the first loss that is not finite.
+"""
+
+import logging
+import math
+import time
+from argparse import Namespace
+from collections import OrderedDict
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from datetime import datetime
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import yaml
+from timm import utils
+from timm.data import Mixup
+from timm.layers import convert_sync_batchnorm
+from timm.loss import create_classification_loss
+from timm.models import safe_model_name
+from timm.optim import create_optimizer_v2, optimizer_kwargs
+from timm.scheduler import create_scheduler_v2, scheduler_kwargs
+from timm.task import ClassificationTask, evaluation_sample_limit, load_task_ema_checkpoint, resume_task_checkpoint
+from timm.utils.summary import trim_summary
+from torch import nn
+
+from ..models.supernet import Supernet
+from ..utils.distributed import init_device
+from ..utils.errors import RunError, UsageError, as_usage_error
+from ..utils.files import make_output_dir, write_atomic
+from ..utils.progress import progress_bar
+from .checkpoint import AtomicCheckpointSaver, create_model, read_checkpoint, resolve_data
+from .data import iterate
+from .loaders import create_loaders, open_data
+from .options import check_values, default_args, make_storable, mixup_active
+from .task import create_task
+
+__all__ = ['TrainResult', 'train']
+
+_logger = logging.getLogger(__name__)
+
+
+@dataclass
+class TrainResult:
+    """What a training run left behind.
+
+    Attributes:
+        output_dir: Folder of checkpoints, `args.yaml` and `summary.csv`; None on other ranks than the first.
+        best_metric: Best validation metric, top-1 in percent by default.
+        best_epoch: Its epoch.
+        metrics: Training and validation metrics of the last epoch.
+    """
+
+    output_dir: Path | None
+    best_metric: float | None = None
+    best_epoch: int | None = None
+    metrics: dict[str, float] = field(default_factory=dict)
+
+
+def train(args: Namespace) -> TrainResult:
+    """Train a model.
+
+    Args:
+        args: Options, see `options.add_train_options`; `default_args` gives a set to start from.
+
+    Raises:
+        UsageError: A model, data set or value that does not exist.
+        RunError: The loss is not finite, the output can't be written, or the data can't be read.
+    """
+    args = Namespace(**vars(args))
+    make_storable(args)
+    check_values(args)
+    if args.resume:
+        check_resumed(args, read_checkpoint(args.resume)['args'])
+    device = init_device(args)
+    if torch.cuda.is_available():
+        torch.backends.cuda.matmul.allow_tf32 = True
+        torch.backends.cudnn.benchmark = True
+    try:
+        return _train(args, device)
+    finally:
+        if args.distributed:
+            dist.destroy_process_group()
+
+
+def _init_head(model: nn.Module, args: Namespace) -> None:
+    if args.head_init_scale is None and args.head_init_bias is None:
+        return
+    head = model.get_classifier()
+    if not hasattr(head, 'weight') or head.bias is None:
+        raise UsageError(f'model {args.model!r} has no linear classifier for --head-init-scale and --head-init-bias')
+    with torch.no_grad():
+        if args.head_init_scale is not None:
+            head.weight.mul_(args.head_init_scale)
+            head.bias.mul_(args.head_init_scale)
+        if args.head_init_bias is not None:
+            head.bias.fill_(args.head_init_bias)
+
+
+def _train(args: Namespace, device: torch.device) -> TrainResult:
+    primary = utils.is_primary(args)
+    output_dir = _output_dir(args) if primary else None
+
+    # Model, task, optimizer, in the order of timm's train.py
+    utils.random_seed(args.seed, args.rank)
+    model = create_model(args, pretrained=args.pretrained, checkpoint_path=args.initial_checkpoint)
+    _init_head(model, args)
+    args.num_classes = model.num_classes
+    if isinstance(model, Supernet) and 'seed' not in args.model_kwargs:
+        model.seed = args.model_kwargs['seed'] = args.seed
+    if args.grad_checkpointing:
+        model.set_grad_checkpointing(enable=True)
+    data_config = resolve_data(args, model)
+    train_set, val_set = open_data(args, model, data_config)
+    if primary:
+        _logger.info(f'Model {args.model}: {sum(p.numel() for p in model.parameters()):,} parameters')
+        val_text = f'{len(val_set):,} validation images' if val_set is not None else 'no validation'
+        _logger.info(f'Data: {len(train_set):,} training images, {val_text}, input {data_config["input_size"]}')
+
+    model.to(device=device)
+    if args.channels_last:
+        model.to(memory_format=torch.channels_last)
+    if args.distributed and args.sync_bn:
+        args.dist_bn = ''  # nothing left to distribute
+        model = convert_sync_batchnorm(model)
+
+    amp_dtype = torch.bfloat16 if args.amp_dtype == 'bfloat16' else torch.float16
+    autocast = partial(torch.autocast, device_type=device.type, dtype=amp_dtype) if args.amp else nullcontext
+    loss_scaler = None
+    if args.amp and device.type == 'cuda' and amp_dtype == torch.float16:
+        loss_scaler = utils.NativeScaler(device=device.type)
+
+    with as_usage_error('an augmentation or loader option is out of range'):
+        loader_train, loader_val, mixup_fn = create_loaders(args, data_config, train_set, val_set, device)
+    if len(loader_train) == 0:
+        raise UsageError(
+            f'{len(train_set)} training images do not fill one batch of {args.batch_size} on {args.world_size} '
+            'process(es), incomplete batches are dropped; lower --batch-size'
+        )
+    _resolve_lr(args)
+
+    with as_usage_error(f'the loss can not be created with --smoothing {args.smoothing}'):
+        criterion = create_classification_loss(smoothing=args.smoothing, soft_targets=mixup_active(args))
+    task = create_task(model, criterion, device=device, verbose=primary)
+    if isinstance(model, Supernet) and args.opt_kwargs.get('fused'):
+        raise UsageError(
+            '--opt-kwargs fused=True does not work for a supernet: fused optimizers want a gradient of every parameter'
+        )
+    with as_usage_error(f'optimizer {args.opt!r} can not be created'):
+        optimizer = create_optimizer_v2(model, **optimizer_kwargs(args), **args.opt_kwargs)
+
+    resume_epoch = None
+    if args.resume:
+        resume_epoch = _resume(args, task, optimizer, loss_scaler)
+    if args.model_ema:
+        task.setup_ema(decay=args.model_ema_decay, use_warmup=args.model_ema_warmup)
+        if args.resume:
+            load_task_ema_checkpoint(task, args.resume)
+    if args.distributed:
+        device_ids = None if device.type == 'cpu' else [device]
+        task.prepare_distributed(device_ids=device_ids, broadcast_buffers=not args.no_ddp_bb)
+
+    updates_per_epoch = math.ceil(len(loader_train) / args.grad_accum_steps)
+    eval_metric = args.eval_metric if loader_val is not None else 'loss'
+    decreasing = eval_metric == 'loss'
+    with as_usage_error(f'schedule {args.sched!r} can not be created'):
+        scheduler, num_epochs = create_scheduler_v2(
+            optimizer, **scheduler_kwargs(args, decreasing_metric=decreasing), updates_per_epoch=updates_per_epoch
+        )
+    start_epoch = next((e for e in (args.start_epoch, resume_epoch) if e is not None), 0)
+    if scheduler is not None and start_epoch > 0:
+        if args.sched_on_updates:
+            scheduler.step_update(start_epoch * updates_per_epoch)
+        else:
+            scheduler.step(start_epoch)
+
+    saver = None
+    if primary:
+        saver = AtomicCheckpointSaver(
+            model=model,
+            optimizer=optimizer,
+            args=args,
+            amp_scaler=loss_scaler,
+            checkpoint_dir=str(output_dir),
+            recovery_dir=str(output_dir),
+            decreasing=decreasing,
+            max_history=args.checkpoint_hist,
+            task=task,
+        )
+        if args.resume and Path(args.resume).resolve().parent == output_dir.resolve():
+            saver.load_state_dict_from_checkpoint(args.resume)
+        with write_atomic(output_dir / 'args.yaml') as path:
+            # options alone, without what was found out on the way, so that `-c args.yaml` repeats the run
+            known = vars(default_args()).keys() - {'config'}
+            options = {k: v for k, v in vars(args).items() if k in known}
+            path.write_text(yaml.safe_dump(options, default_flow_style=False))
+        trim_summary(output_dir / 'summary.csv', start_epoch)
+        _logger.info(f'Training epochs {start_epoch} to {num_epochs - 1} on {args.device}, output in {output_dir}')
+
+    result = TrainResult(output_dir)
+    if saver is not None:
+        result.best_metric, result.best_epoch = saver.best_metric, saver.best_epoch
+    for epoch in range(start_epoch, num_epochs):
+        _start_epoch(args, loader_train, epoch)
+        train_metrics = _train_one_epoch(
+            args, epoch, task, loader_train, optimizer, scheduler, loss_scaler, autocast, mixup_fn, output_dir
+        )
+        if args.distributed and args.dist_bn:
+            utils.distribute_bn(task.get_trainable_module(), args.world_size, args.dist_bn == 'reduce')
+        if (epoch + 1) % args.val_interval != 0 and epoch + 1 != num_epochs:
+            if saver is not None:
+                saver.save_checkpoint(epoch)
+            if scheduler is not None:
+                scheduler.step(epoch + 1, metric=None)
+            continue
+
+        val_metrics = None
+        if loader_val is not None:
+            ema = task.has_ema()
+            if ema and args.distributed and args.dist_bn:
+                utils.distribute_bn(task.get_trainable_module(ema=True), args.world_size, args.dist_bn == 'reduce')
+            val_metrics = _validate(args, task, loader_val, autocast, ema=ema)
+            if not math.isfinite(val_metrics['loss']):  # the last step may have broken what its loss did not show
+                raise RunError(_not_finite(epoch, updates_per_epoch, val_metrics['loss'], output_dir))
+        metric = (val_metrics or train_metrics)[eval_metric]
+        if saver is not None:
+            lrs = [group['lr'] for group in optimizer.param_groups]
+            utils.update_summary(
+                epoch, train_metrics, val_metrics, filename=output_dir / 'summary.csv', lr=sum(lrs) / len(lrs)
+            )
+            result.best_metric, result.best_epoch = saver.save_checkpoint(epoch, metric=metric)
+        if scheduler is not None:
+            scheduler.step(epoch + 1, metric)
+        result.metrics = {f'train_{k}': v for k, v in train_metrics.items()}
+        result.metrics.update({f'eval_{k}': v for k, v in (val_metrics or {}).items()})
+        if primary:
+            shown = '  '.join(f'{k} {v:.4g}' for k, v in result.metrics.items())
+            _logger.info(f'Epoch {epoch}: {shown}')
+    return result
+
+
+def check_resumed(args: Namespace, before: Namespace) -> None:
+    """Check that a resumed run goes on with the model and the images it had, and take the rest from the checkpoint."""
+    if args.model != before.model:
+        raise UsageError(f'--resume {args.resume!r} is a checkpoint of {before.model}, not of {args.model}')
+    # train.py knows neither a hold-out nor a seed of the sampling
+    holdout = getattr(before, 'search_holdout', None) or 0.0
+    if args.search_holdout is None:
+        args.search_holdout = holdout
+    if args.search_holdout != holdout:
+        raise UsageError(
+            f'--search-holdout {args.search_holdout} differs from the {holdout} that {args.resume!r} was trained with: '
+            'the model has seen images that would be held out, or the reverse'
+        )
+    kwargs = dict(before.model_kwargs)
+    if args.model.endswith('_supernet'):
+        kwargs.setdefault('seed', 0)
+    for key, value in args.model_kwargs.items():
+        if kwargs.get(key) != value:
+            raise UsageError(
+                f'--model-kwargs {key}={value} differs from what {args.resume!r} was trained with ({kwargs.get(key)})'
+            )
+    args.model_kwargs = kwargs
+    if not args.output and not args.experiment:
+        folder = Path(args.resume).resolve().parent
+        args.output, args.experiment = str(folder.parent), folder.name
+
+
+def _output_dir(args: Namespace) -> Path:
+    name = args.experiment or '-'.join([datetime.now().strftime('%Y%m%d-%H%M%S'), safe_model_name(args.model)])
+    output_dir = Path(args.output or './output/train') / name
+    last = output_dir / 'last.pth.tar'
+    if last.exists() and not (args.resume and Path(args.resume).resolve().parent == output_dir.resolve()):
+        raise UsageError(
+            f'{str(output_dir)!r} holds a run already and is not overwritten; go on with it by --resume {last}, or '
+            'choose another --experiment or --output'
+        )
+    return make_output_dir(output_dir)
+
+
+def _resolve_lr(args: Namespace) -> None:
+    if args.lr is not None:
+        return
+    ratio = args.batch_size * args.world_size * args.grad_accum_steps / args.lr_base_size
+    scale = args.lr_base_scale or ('sqrt' if any(o in args.opt.lower() for o in ('ada', 'lamb')) else 'linear')
+    args.lr = args.lr_base * (ratio**0.5 if scale == 'sqrt' else ratio)
+
+
+def _resume(args: Namespace, task: ClassificationTask, optimizer: Any, loss_scaler: Any) -> int | None:
+    restore = not args.no_resume_opt
+    try:
+        return resume_task_checkpoint(
+            task,
+            args.resume,
+            optimizer=optimizer if restore else None,
+            loss_scaler=loss_scaler if restore else None,
+            log_info=utils.is_primary(args),
+        )
+    except (RuntimeError, ValueError, EOFError, OSError) as e:
+        raise RunError(
+            f'--resume {args.resume!r} does not fit {args.model}: {" ".join(str(e).split())[:300]}'
+        ) from None
+
+
+def _start_epoch(args: Namespace, loader: Any, epoch: int) -> None:
+    # Seeded by epoch, so that an epoch's data order and augmentation do not depend on the ones before it: that is
+    # what makes a resumed run equal to an unbroken one.
+    utils.random_seed((args.seed * 1_000_003 + epoch * 7_919) % 2**31, args.rank)
+    for owner in (loader, loader.dataset, loader.sampler):
+        if hasattr(owner, 'set_epoch'):
+            owner.set_epoch(epoch)
+
+
+def _train_one_epoch(
+    args: Namespace,
+    epoch: int,
+    task: ClassificationTask,
+    loader: Any,
+    optimizer: torch.optim.Optimizer,
+    scheduler: Any,
+    loss_scaler: Any,
+    autocast: Any,
+    mixup_fn: Mixup | None,
+    output_dir: Path | None,
+) -> OrderedDict[str, float]:
+    if args.mixup_off_epoch and epoch >= args.mixup_off_epoch:
+        if mixup_fn is not None:
+            mixup_fn.mixup_enabled = False
+        elif getattr(loader, 'mixup_enabled', False):
+            loader.mixup_enabled = False
+    primary = utils.is_primary(args)
+    module = task.get_trainable_module()
+    module.train()
+    optimizer.zero_grad()
+
+    num_batches = len(loader)
+    accum_steps = args.grad_accum_steps
+    second_order = getattr(optimizer, 'is_second_order', False)
+    last_accum_steps = num_batches % accum_steps or accum_steps
+    updates_per_epoch = math.ceil(num_batches / accum_steps)
+    num_updates = epoch * updates_per_epoch
+    loss_sum = torch.zeros((), device=task.device)  # stays on the device, reading it would wait for every step
+    num_samples = 0
+    start = time.monotonic()
+    progress = progress_bar(updates_per_epoch, f'Epoch {epoch}', leave=False, disable=not primary)
+    for batch_index, (input, target) in enumerate(iterate(loader)):
+        if args.no_prefetcher:
+            input, target = input.to(task.device), target.to(task.device)
+            if mixup_fn is not None:
+                input, target = mixup_fn(input, target)
+        if args.channels_last:
+            input = input.contiguous(memory_format=torch.channels_last)
+        update_index = batch_index // accum_steps
+        last_group = update_index == updates_per_epoch - 1
+        steps = last_accum_steps if last_group else accum_steps
+        need_update = batch_index + 1 == num_batches or (batch_index + 1) % accum_steps == 0
+
+        with nullcontext() if need_update else task.no_sync():
+            with autocast():
+                loss = task(input, target)['loss']
+            scaled_loss = loss / steps if steps > 1 else loss
+            clip_parameters = None
+            if args.clip_grad is not None:
+                clip_parameters = task.get_clip_parameters(exclude_head='agc' in args.clip_mode)
+            if loss_scaler is not None:
+                loss_scaler(
+                    scaled_loss,
+                    optimizer,
+                    clip_grad=args.clip_grad,
+                    clip_mode=args.clip_mode,
+                    parameters=clip_parameters,
+                    create_graph=second_order,
+                    need_update=need_update,
+                )
+            else:
+                scaled_loss.backward(create_graph=second_order)
+                if need_update:
+                    if args.clip_grad is not None:
+                        utils.dispatch_clip_grad(clip_parameters, value=args.clip_grad, mode=args.clip_mode)
+                    optimizer.step()
+        loss_sum += loss.detach()
+        num_samples += input.shape[0] * args.world_size
+        if not need_update:
+            continue
+
+        num_updates += 1
+        optimizer.zero_grad()
+        task.update_ema(step=num_updates)
+        if update_index % args.log_interval == 0 or last_group:
+            loss_avg = _mean_over_ranks(args, loss_sum / (batch_index + 1))
+            if not math.isfinite(loss_avg):
+                raise RunError(_not_finite(epoch, update_index, loss_avg, output_dir))
+            lr = optimizer.param_groups[0]['lr']
+            speed = num_samples / (time.monotonic() - start)
+            progress.set_postfix_str(f'loss {loss_avg:.3f}, {speed:.0f} images/s')
+            if primary and progress.disable:
+                _logger.info(
+                    f'Train: {epoch} [{update_index:>4d}/{updates_per_epoch}]  Loss: {loss_avg:#.4g}  '
+                    f'LR: {lr:.3e}  {speed:.1f} images/s'
+                )
+        progress.update()
+        if scheduler is not None:
+            scheduler.step_update(num_updates=num_updates, metric=None)
+    progress.close()
+    if hasattr(optimizer, 'sync_lookahead'):
+        optimizer.sync_lookahead()
+    return OrderedDict(loss=loss_avg)
+
+
+def _not_finite(epoch: int, step: int, loss: float, output_dir: Path | None) -> str:
+    last = output_dir / 'last.pth.tar' if output_dir else None
+    kept = f'the last good checkpoint is {last}' if last and last.exists() else 'there is no checkpoint yet'
+    return (
+        f'the loss is {loss} in epoch {epoch}, step {step}: training stops, {kept}; start again with a lower --lr or '
+        'with --clip-grad (a --resume keeps the old learning rate unless --no-resume-opt is given)'
+    )
+
+
+def _mean_over_ranks(args: Namespace, value: torch.Tensor) -> float:
+    return (utils.reduce_tensor(value, args.world_size) if args.distributed else value).item()
+
+
+def _validate(
+    args: Namespace, task: ClassificationTask, loader: Any, autocast: Any, ema: bool
+) -> OrderedDict[str, float]:
+    model = task.get_eval_model(ema=ema)
+    model.eval()
+    evaluator = task.create_evaluator(max_samples=evaluation_sample_limit(loader))
+    with torch.inference_mode():
+        for input, target in iterate(loader):
+            if args.no_prefetcher:
+                input, target = input.to(task.device), target.to(task.device)
+            if args.channels_last:
+                input = input.contiguous(memory_format=torch.channels_last)
+            with autocast():
+                output = model(input)
+            evaluator.update(output, target)
+    return evaluator.compute(distributed=args.distributed)

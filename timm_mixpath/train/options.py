@@ -1,0 +1,297 @@
+"""Options of a training, those of timm's train.py, from a command line, a recipe or Python."""
+
+import argparse
+import os
+from argparse import Namespace
+from pathlib import Path
+from typing import Any
+
+import yaml
+from timm.utils import ParseKwargs
+
+from ..utils.errors import UsageError
+from .data import HOLDOUT_SPLIT
+
+__all__ = [
+    'KeyValue',
+    'add_data_options',
+    'add_train_options',
+    'apply_config',
+    'check_values',
+    'default_args',
+    'make_storable',
+    'mixup_active',
+]
+
+
+class KeyValue(ParseKwargs):
+    """timm's `ParseKwargs`, with a message for what is not of the form key=value."""
+
+    def __call__(self, parser: argparse.ArgumentParser, namespace: Any, values: Any, option_string: Any = None) -> None:
+        for value in values:
+            if value and '=' not in value:
+                parser.error(f'argument {option_string}: {value!r} is not of the form key=value')
+        super().__call__(parser, namespace, values, option_string)
+
+
+def add_data_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options that say where images come from and how they are read."""
+    add = parser.add_argument_group('data').add_argument
+    add('--data-dir', metavar='DIR', help='root folder of the data set')
+    add('--dataset', default='', metavar='NAME', help='type/name as in timm, a folder or tar of class folders if empty')
+    add('--train-split', default='train', metavar='NAME', help='training split (default: train)')
+    add('--val-split', default='validation', metavar='NAME',
+        help=f'validation split, none if empty; {HOLDOUT_SPLIT} for the images of --search-holdout '
+             '(default: validation)')  # fmt: skip
+    add('--dataset-download', action='store_true', help='download torch/ and tfds/ data sets that support it')
+    add('--class-map', default='', metavar='FILE', help='file that maps class names to indices')
+    add('--input-img-mode', default=None, metavar='MODE', help='PIL mode of the images (default: RGB, L for 1 channel)')
+    add('--search-holdout', type=float, default=None, metavar='SHARE',
+        help='share of the training images kept away from a supernet, for the search '
+             '(default: 0.1 for a supernet, 0 for other models; not an option of timm\'s train.py)')  # fmt: skip
+    add('--cache-images', action='store_true',
+        help='decode the training images once and keep them in memory, at the input size; the augmentation is a shift '
+             'by up to an eighth and --hflip, other augmentation options are refused or have no effect (for small '
+             'images on a CPU; not an option of timm\'s train.py)')  # fmt: skip
+    add('-j', '--workers', type=int, default=4, metavar='N', help='data loading processes')
+
+
+def add_train_options(parser: argparse.ArgumentParser) -> None:
+    """Add all options of `timm-mixpath train`."""
+    parser.add_argument('-c', '--config', default='', metavar='FILE', help='YAML recipe, a file or a name of `recipes`')
+    add_data_options(parser)
+
+    add = parser.add_argument_group('model').add_argument
+    add('--model', default='', metavar='NAME', help='any timm model')
+    add('--model-kwargs', nargs='*', default={}, action=KeyValue, metavar='KEY=VALUE', help='for example arch=...')
+    add('--pretrained', action='store_true', help='start from pretrained weights')
+    add('--initial-checkpoint', default='', metavar='PATH', help='load this checkpoint into the model')
+    add('--resume', default='', metavar='PATH', help='go on with a run: its last.pth.tar')
+    add('--no-resume-opt', action='store_true', help='do not restore the optimizer')
+    add('--num-classes', type=int, default=None, metavar='N', help="number of classes (default: the model's)")
+    add('--gp', default=None, metavar='POOL', help='global pooling')
+    add('--img-size', type=int, default=None, metavar='N', help="image size in pixels (default: the model's)")
+    add('--in-chans', type=int, default=None, metavar='N', help='input channels (default: 3)')
+    add('--input-size', default=None, nargs=3, type=int, metavar='N', help='channels, height, width')
+    add('--crop-pct', type=float, default=None, metavar='N', help='centre crop share in validation')
+    add('--mean', type=float, nargs='+', default=None, metavar='MEAN', help='mean of the pixel values')
+    add('--std', type=float, nargs='+', default=None, metavar='STD', help='standard deviation of the pixel values')
+    add('--interpolation', default='', metavar='NAME', help='resize interpolation')
+    add('-b', '--batch-size', type=int, default=128, metavar='N', help='images per step and process')
+    add('-vb', '--validation-batch-size', type=int, default=None, metavar='N', help='images per validation step')
+    add('--channels-last', action='store_true', help='channels_last memory format, faster on CPU and GPU')
+    add('--grad-accum-steps', type=int, default=1, metavar='N', help='forward passes per optimizer step')
+    add('--head-init-scale', type=float, default=None, metavar='N', help='multiply the initial classifier by N')
+    add('--head-init-bias', type=float, default=None, metavar='N', help='initial bias of the classifier')
+    add('--grad-checkpointing', action='store_true', help='recompute activations in the backward pass')
+
+    add = parser.add_argument_group('device').add_argument
+    add('--device', default=None, metavar='NAME', help='cuda, cpu, ... (default: cuda if there is a GPU, else cpu)')
+    add('--device-modules', default=None, nargs='+', metavar='MODULE', help='Python modules to import first')
+    add('--amp', action='store_true', help='mixed precision')
+    add('--amp-dtype', default='float16', choices=('float16', 'bfloat16'), help='dtype of mixed precision')
+    add('--no-ddp-bb', action='store_true', help='DDP does not broadcast buffers')
+    add('--local_rank', default=0, type=int, help=argparse.SUPPRESS)
+
+    add = parser.add_argument_group('optimizer').add_argument
+    add('--opt', default='sgd', metavar='NAME', help='timm optimizer')
+    add('--opt-eps', type=float, default=None, metavar='EPS')
+    add('--opt-betas', type=float, nargs='+', default=None, metavar='BETA')
+    add('--momentum', type=float, default=0.9, metavar='M')
+    add('--weight-decay', type=float, default=2e-5)
+    add('--clip-grad', type=float, default=None, metavar='NORM', help='gradient clipping')
+    add('--clip-mode', default='norm', choices=('norm', 'value', 'agc'))
+    add('--layer-decay', type=float, default=None)
+    add('--opt-kwargs', nargs='*', default={}, action=KeyValue, metavar='KEY=VALUE')
+
+    add = parser.add_argument_group('learning rate schedule').add_argument
+    add('--sched', default='cosine', metavar='NAME', help='timm scheduler')
+    add('--sched-on-updates', action='store_true', help='step the schedule per update instead of per epoch')
+    add('--lr', type=float, default=None, help='learning rate, overrides --lr-base')
+    add('--lr-base', type=float, default=0.1, help='lr = lr_base * global batch size / lr_base_size')
+    add('--lr-base-size', type=int, default=256)
+    add('--lr-base-scale', default='', choices=('', 'linear', 'sqrt'))
+    add('--lr-cycle-mul', type=float, default=1.0)
+    add('--lr-cycle-decay', type=float, default=0.5)
+    add('--lr-cycle-limit', type=int, default=1)
+    add('--lr-k-decay', type=float, default=1.0)
+    add('--warmup-lr', type=float, default=1e-5)
+    add('--min-lr', type=float, default=0)
+    add('--epochs', type=int, default=300, metavar='N')
+    add('--start-epoch', type=int, default=None, metavar='N')
+    add('--decay-milestones', default=[90, 180, 270], type=int, nargs='+')
+    add('--decay-epochs', type=float, default=90)
+    add('--warmup-epochs', type=int, default=5)
+    add('--warmup-prefix', action='store_true')
+    add('--cooldown-epochs', type=int, default=0)
+    add('--patience-epochs', type=int, default=10)
+    add('--decay-rate', '--dr', type=float, default=0.1)
+
+    add = parser.add_argument_group('augmentation and regularization').add_argument
+    add('--no-aug', action='store_true', help='no training augmentation')
+    add('--train-crop-mode', default=None, metavar='MODE', help='rrc, rkrc, rkrr')
+    add('--scale', type=float, nargs='+', default=[0.08, 1.0], metavar='PCT', help='random resized crop, area')
+    add('--ratio', type=float, nargs='+', default=[3.0 / 4.0, 4.0 / 3.0], help='random resized crop, aspect')
+    add('--hflip', type=float, default=0.5)
+    add('--vflip', type=float, default=0.0)
+    add('--color-jitter', type=float, default=0.4)
+    add('--color-jitter-prob', type=float, default=None)
+    add('--grayscale-prob', type=float, default=None)
+    add('--gaussian-blur-prob', type=float, default=None)
+    add('--aa', default=None, metavar='NAME', help='AutoAugment or RandAugment policy')
+    add('--reprob', type=float, default=0.0, help='random erasing probability')
+    add('--remode', default='pixel')
+    add('--recount', type=int, default=1)
+    add('--mixup', type=float, default=0.0)
+    add('--cutmix', type=float, default=0.0)
+    add('--cutmix-minmax', type=float, nargs='+', default=None)
+    add('--mixup-prob', type=float, default=1.0)
+    add('--mixup-switch-prob', type=float, default=0.5)
+    add('--mixup-mode', default='batch', choices=('batch', 'pair', 'elem'))
+    add('--mixup-off-epoch', default=0, type=int)
+    add('--smoothing', type=float, default=0.1, help='label smoothing')
+    add('--train-interpolation', default='random')
+    add('--drop', type=float, default=0.0, help='dropout rate')
+    add('--drop-path', type=float, default=None, help='stochastic depth rate')
+
+    add = parser.add_argument_group('batch norm').add_argument
+    add('--bn-momentum', type=float, default=None)
+    add('--bn-eps', type=float, default=None)
+    add('--sync-bn', action='store_true', help='synchronized batch norm')
+    add('--dist-bn', default='reduce', choices=('broadcast', 'reduce', ''))
+
+    add = parser.add_argument_group('model EMA').add_argument
+    add('--model-ema', action='store_true', help='moving average of the weights')
+    add('--model-ema-decay', type=float, default=0.9998)
+    add('--model-ema-warmup', action='store_true')
+
+    add = parser.add_argument_group('run').add_argument
+    add('--seed', type=int, default=42, help='seed of weights, data order, augmentation, and of the sampled archs')
+    add('--worker-seeding', default='all')
+    add('--log-interval', type=int, default=50, metavar='N', help='steps between log lines')
+    add('--val-interval', type=int, default=1, metavar='N', help='epochs between validations and checkpoints')
+    add('--checkpoint-hist', type=int, default=10, metavar='N', help='checkpoints to keep')
+    add('--pin-mem', action='store_true')
+    add('--no-prefetcher', action='store_true')
+    add('--output', default='', metavar='PATH', help='output folder (default: ./output/train)')
+    add('--experiment', default='', metavar='NAME', help='sub-folder of the run (default: date-model-size)')
+    add('--eval-metric', default='top1', choices=('top1', 'top5', 'loss'), help='metric of model_best')
+
+
+def apply_config(parser: argparse.ArgumentParser, path: str | Path) -> dict[str, Any]:
+    """Make the keys of a YAML recipe the defaults of a parser, as timm's train.py does.
+
+    Returns:
+        The recipe.
+
+    Raises:
+        UsageError: The file can't be read, is no mapping, or has a key or value that the parser does not know.
+    """
+    try:
+        config = yaml.safe_load(Path(path).read_text())
+    except OSError as e:
+        raise UsageError(f'recipe {str(path)!r} can not be read: {e.strerror}') from None
+    except yaml.YAMLError as e:
+        raise UsageError(f'recipe {str(path)!r} is not valid YAML: {e}'.replace('\n', ' ')) from None
+    if not isinstance(config, dict):
+        raise UsageError(f'recipe {str(path)!r} must map option names to values')
+    actions = {action.dest: action for action in parser._actions}
+    for key, value in config.items():
+        if key not in actions:
+            raise UsageError(
+                f'recipe {str(path)!r}: {key!r} is not an option of `timm-mixpath train`; see `timm-mixpath train -h`, '
+                'keys have underscores, for example batch_size'
+            )
+        if isinstance(actions[key], ParseKwargs) and not isinstance(value, dict):
+            raise UsageError(f'recipe {str(path)!r}: {key} must be a mapping, not {value!r}')
+        config[key] = _convert(value, actions[key], f'recipe {str(path)!r}: {key}')
+    parser.set_defaults(**config)
+    return config
+
+
+def _convert(value: Any, action: argparse.Action, what: str) -> Any:
+    """Check a value of a recipe as argparse would check a word of the command line."""
+    if isinstance(value, dict) or (value is None and action.default is None):
+        return value
+    is_list = action.nargs in ('+', '*', 3)
+    if is_list != isinstance(value, list):
+        raise UsageError(f'{what} is {value!r}, expected a {"list" if is_list else "single value"}')
+    if action.nargs == 0:  # a switch
+        if not isinstance(value, bool):
+            raise UsageError(f'{what} is {value!r}, expected true or false')
+        return value
+    kind = action.type or str
+    values = value if is_list else [value]
+    try:  # YAML reads 1e-5 as text
+        converted = [kind(v) for v in values]
+        if kind is int and any(isinstance(v, bool) or float(v) != c for v, c in zip(values, converted)):
+            raise ValueError
+        if any(v is None for v in values):
+            raise ValueError
+    except (TypeError, ValueError):
+        raise UsageError(f'{what} is {value!r}, expected {"a list of " if is_list else ""}{kind.__name__}') from None
+    if action.choices and not set(converted) <= set(action.choices):
+        raise UsageError(f'{what} is {value!r}, allowed are {", ".join(map(repr, action.choices))}')
+    return converted if is_list else converted[0]
+
+
+def default_args(**overrides: Any) -> argparse.Namespace:
+    """Return the options of `timm-mixpath train` at their defaults, for `train` without a command line.
+
+    Args:
+        **overrides: Options that differ, by their names with underscores.
+
+    Raises:
+        UsageError: There is no such option.
+    """
+    parser = argparse.ArgumentParser()
+    add_train_options(parser)
+    args = parser.parse_args([])
+    for name, value in overrides.items():
+        if not hasattr(args, name):
+            raise UsageError(f'{name!r} is not an option of timm_mixpath train')
+        setattr(args, name, value)
+    return args
+
+
+def make_storable(args: Namespace) -> None:
+    """Make the options storable in a checkpoint that loads with weights_only."""
+    for key, value in vars(args).items():
+        if isinstance(value, Path):
+            setattr(args, key, str(value))
+    if args.data_dir:
+        args.data_dir = os.path.abspath(args.data_dir)  # a later search may start from another folder
+    args.model_kwargs = {k: str(v) if isinstance(v, str) else v for k, v in args.model_kwargs.items()}
+
+
+def check_values(args: Namespace) -> None:
+    if not args.model:
+        raise UsageError('no model: pass --model NAME, or a recipe with -c (`timm-mixpath recipes` lists them)')
+    for name in ('batch_size', 'grad_accum_steps', 'checkpoint_hist', 'epochs', 'val_interval', 'log_interval'):
+        if getattr(args, name) < 1:
+            raise UsageError(f'--{name.replace("_", "-")} {getattr(args, name)} must be at least 1')
+    if args.workers < 0:
+        raise UsageError(f'--workers {args.workers} must not be negative')
+    if mixup_active(args) and args.batch_size % 2:
+        raise UsageError(f'--batch-size {args.batch_size} must be even with --mixup or --cutmix, which mix pairs')
+    if args.cache_images and (mixup_active(args) or args.aa or args.reprob or args.vflip):
+        raise UsageError(
+            '--cache-images shifts and flips images and does nothing else; leave it out, or --mixup, --cutmix, --aa, '
+            '--reprob and --vflip'
+        )
+    if not 0 <= args.seed < 2**31:
+        raise UsageError(f'--seed {args.seed} is out of range, allowed are 0 to {2**31 - 1}')
+    if args.clip_grad is not None and args.clip_grad <= 0:
+        raise UsageError(f'--clip-grad {args.clip_grad} must be positive')
+    if args.validation_batch_size is not None and args.validation_batch_size < 1:
+        raise UsageError(f'--validation-batch-size {args.validation_batch_size} must be at least 1')
+    if args.in_chans is not None and args.in_chans < 1:
+        raise UsageError(f'--in-chans {args.in_chans} must be at least 1')
+    if args.initial_checkpoint and not Path(args.initial_checkpoint).is_file():
+        raise UsageError(f'--initial-checkpoint {args.initial_checkpoint!r} is not a file')
+    if args.resume and args.sched == 'plateau':
+        raise UsageError('--sched plateau can not be resumed: what it has seen is not in the checkpoint')
+
+
+def mixup_active(args: Namespace) -> bool:
+    return args.mixup > 0 or args.cutmix > 0 or args.cutmix_minmax is not None

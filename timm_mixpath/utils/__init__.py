@@ -1,0 +1,1 @@
+"""What all rooms use, and nothing of architecture search."""
