@@ -3,6 +3,10 @@
 Importing the package registers its models with timm.
 """
 
+from .utils.timm_version import check_timm
+
+check_timm()  # before anything that an older timm lacks
+
 from .models import nasbench as _nasbench  # noqa: F401  registers the models of the benchmarks
 from .models.cellnet import CellNet, CellSupernet
 from .models.layers import ShadowBatchNorm2d
