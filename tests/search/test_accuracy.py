@@ -88,3 +88,30 @@ def test_recalibration_carries_nothing_from_one_candidate_to_the_next(supernet, 
     backward = [evaluator(a) for a in reversed(archs)][::-1]
     assert forward == backward
     assert len({f['loss'] for f in forward}) == 3
+
+
+@pytest.mark.parametrize('name', ['mixpath_nano_supernet', 'mixpath_nb201_supernet'])
+def test_recalibration_touches_only_the_norms_that_the_arch_runs(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    supernet = timm.create_model(name, num_classes=10).eval()
+    arch = sample(supernet.space, seed=0, step=0)
+    reset: list[nn.Module] = []
+    original = nn.BatchNorm2d.reset_running_stats
+    used = [m for m in supernet.extract(arch).modules() if isinstance(m, nn.BatchNorm2d)]
+    monkeypatch.setattr(nn.BatchNorm2d, 'reset_running_stats', lambda bn: (reset.append(bn), original(bn))[1])
+    batch = torch.randn(8, 3, 32, 32), torch.zeros(8, dtype=torch.int64)
+    with recalibrate_bn(supernet, arch, [batch, batch]):
+        norms = [m for m in supernet.modules() if isinstance(m, nn.BatchNorm2d)]
+        assert not any(bn.training for bn in norms)
+    assert len(reset) == len(set(reset)) == len(used) < len(norms)
+    assert not any(bn._forward_pre_hooks for bn in norms)
+
+
+def test_recalibration_that_fails_leaves_the_supernet_as_it_was(supernet, batches) -> None:
+    before = {k: v.clone() for k, v in supernet.state_dict().items()}
+    broken = [batches[0], (batches[0][0][:, :2], batches[0][1])]  # the second batch has too few channels
+    with pytest.raises(RuntimeError), recalibrate_bn(supernet, supernet.space.default_arch, broken):
+        pass
+    assert all(torch.equal(v, before[k]) for k, v in supernet.state_dict().items())
+    norms = [m for m in supernet.modules() if isinstance(m, nn.BatchNorm2d)]
+    assert not any(bn.training or bn._forward_pre_hooks or bn.momentum is None for bn in norms)

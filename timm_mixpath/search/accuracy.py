@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from timm.task import ClassificationEvaluator
@@ -47,29 +48,37 @@ def recalibrate_bn(supernet: Supernet, arch: Arch | str, batches: Batches) -> It
     """
     supernet.eval()
     supernet.active_arch = arch
-    norms = [m for m in supernet.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
-    saved = [
-        (bn, bn.momentum, bn.running_mean.clone(), bn.running_var.clone(), bn.num_batches_tracked.clone())
-        for bn in norms
-    ]
-    try:
-        for bn in norms:
+    saved: dict[nn.modules.batchnorm._BatchNorm, tuple[float | None, tuple[torch.Tensor, ...]]] = {}
+
+    def reset(bn: nn.modules.batchnorm._BatchNorm, _: Any) -> None:
+        # in front of its first forward pass: an arch runs a fraction of the norms of its supernet
+        if bn not in saved:
+            saved[bn] = bn.momentum, tuple(s.clone() for s in (bn.running_mean, bn.running_var, bn.num_batches_tracked))
             bn.reset_running_stats()
             bn.momentum = None  # cumulative average over the batches
             bn.train()
-        with torch.no_grad():
-            for x, _ in batches:
-                supernet(x)
-        for bn in norms:
-            bn.eval()
+
+    hooks = [
+        module.register_forward_pre_hook(reset)
+        for module in supernet.modules()
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.running_mean is not None
+    ]
+    try:
+        try:
+            with torch.no_grad():
+                for x, _ in batches:
+                    supernet(x)
+        finally:
+            for hook in hooks:
+                hook.remove()
+            for bn in saved:
+                bn.eval()
         yield supernet
     finally:
-        for bn, momentum, mean, var, tracked in saved:
+        for bn, (momentum, statistics) in saved.items():
             bn.momentum = momentum
-            bn.running_mean.copy_(mean)
-            bn.running_var.copy_(var)
-            bn.num_batches_tracked.copy_(tracked)
-            bn.eval()
+            for now, before in zip((bn.running_mean, bn.running_var, bn.num_batches_tracked), statistics):
+                now.copy_(before)
 
 
 class SupernetEvaluator:
