@@ -6,11 +6,10 @@ from typing import Any, ClassVar
 
 import torch
 from timm.layers import ConvNormAct, DropPath, LayerType, create_conv2d, get_norm_act_layer, make_divisible
-from timm.layers.mixed_conv2d import _split_channels
-from timm.models._efficientnet_blocks import DepthwiseSeparableConv, SqueezeExcite
 from torch import nn
 
 from ..spaces.space import BlockSpec
+from ._timm import DepthwiseSeparableConv, SqueezeExcite
 from .layers import fold_bn, sum_paths
 
 __all__ = ['DepthwiseSeparable', 'GroupedPaths', 'MultiPathResidual', 'PathSum', 'path_name', 'spec_kwargs']
@@ -126,7 +125,9 @@ class MultiPathResidual(nn.Module):
         self.bn1 = norm_act_layer(mid_chs, inplace=True, **dd)
 
         # Parallel depth-wise paths
-        self.group_chs = _split_channels(mid_chs, len(groups))
+        # what does not divide goes to the first group, as in timm's MixedConv2d
+        group_chs = mid_chs // len(groups)
+        self.group_chs = [mid_chs - group_chs * (len(groups) - 1), *[group_chs] * (len(groups) - 1)]
         runs = self._make_runs(groups)
         splits = [sum(self.group_chs[i] for i in run) for run in runs]
         # Where nothing is summed, one norm and activation behind all groups does what one in every path would

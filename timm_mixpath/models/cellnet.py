@@ -5,10 +5,10 @@ from typing import Any, ClassVar
 import torch
 import torch.nn as nn
 from timm.layers import LayerType, create_classifier, get_device_dtype, get_norm_layer
-from timm.models._features import feature_take_indices
-from timm.models._manipulate import checkpoint_seq
+from timm.models import checkpoint_seq
 
 from ..spaces.nasbench import CellArch, CellSpace
+from ._timm import feature_take_indices
 from .cells import CellNode, CellPath, NB101Cell, NB201Cell
 from .layers import ShadowBatchNorm2d
 from .supernet import Supernet

@@ -20,13 +20,13 @@ import torch.nn as nn
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import LayerType, create_classifier, create_conv2d, get_act_layer, get_norm_act_layer
 from timm.models import generate_default_cfgs, is_model, register_model
-from timm.models._efficientnet_builder import _init_weight_goog, efficientnet_init_weights
-from timm.models.efficientnet import EfficientNet
+from timm.models.efficientnet import EfficientNet, efficientnet_init_weights
 
 from ..spaces.arch import Arch
 from ..spaces.catalog import add_space, get_space, list_spaces
 from ..spaces.genotypes import MIXPATH_A, MIXPATH_B, MIXPATH_C
 from ..spaces.space import BlockSpec, SearchSpace
+from ._timm import init_weight_goog
 from .blocks import DepthwiseSeparable, MultiPathResidual, spec_kwargs
 from .choice_blocks import ActivePathSum, ChoiceBlock, subnet_state_dict
 from .layers import fold_bn
@@ -149,7 +149,7 @@ class MixPath(EfficientNet):
         )
         self.head_hidden_size = self.num_features * self.global_pool.feat_mult()
 
-        efficientnet_init_weights(self, partial(_init_weight_goog, fix_group_fanout=space.fix_group_fanout))
+        efficientnet_init_weights(self, partial(init_weight_goog, fix_group_fanout=space.fix_group_fanout))
 
     def _set_space(self, space: SearchSpace, arch: Arch | str | None, norm_sums: bool | None) -> None:
         # m bounds the search, not what a stand-alone network may be made of

@@ -16,7 +16,7 @@ import torch
 from safetensors import SafetensorError
 from timm.layers import get_norm_layer
 from timm.models import build_model_with_cfg, resolve_pretrained_cfg
-from timm.models._efficientnet_builder import resolve_bn_args
+from timm.models.efficientnet import resolve_bn_args
 from torch import nn
 
 from ..utils.errors import RunError, UsageError, concise

@@ -167,14 +167,17 @@ class SearchSpace:
             return self
         if not width_mult > 0:
             raise ValueError(f'width_mult={width_mult!r} must be positive')
-        from timm.models._efficientnet_builder import round_channels  # torch behind it, so not at import
+        from timm.layers import make_divisible  # torch behind it, so not at import
+
+        def scale(channels: int, multiplier: float = width_mult) -> int:
+            return make_divisible(channels * multiplier)
 
         return replace(
             self,
-            stem_chs=round_channels(self.stem_chs, width_mult),
-            blocks=tuple(replace(b, out_chs=round_channels(b.out_chs, width_mult)) for b in self.blocks),
-            num_features=round_channels(self.num_features, max(1.0, width_mult)),
-            ds_chs=None if self.ds_chs is None else round_channels(self.ds_chs, width_mult),
+            stem_chs=scale(self.stem_chs),
+            blocks=tuple(replace(b, out_chs=scale(b.out_chs)) for b in self.blocks),
+            num_features=scale(self.num_features, max(1.0, width_mult)),
+            ds_chs=None if self.ds_chs is None else scale(self.ds_chs),
         )
 
     @property

@@ -12,7 +12,6 @@ import timm
 import torch
 from timm.data import resolve_data_config
 from timm.models import clean_state_dict
-from timm.models._helpers import _torch_load
 from timm.utils import CheckpointSaver
 from torch import nn
 
@@ -91,7 +90,8 @@ def read_checkpoint(path: str | os.PathLike) -> dict[str, Any]:
             else f'{str(path)!r} is not a file; pass the last.pth.tar in it'
         )
     try:
-        checkpoint = _torch_load(str(path), map_location='cpu', weights_only=True)
+        with torch.serialization.safe_globals([Namespace]):  # what timm's saver puts beside tensors
+            checkpoint = torch.load(path, map_location='cpu', weights_only=True)
     except Exception as e:  # torch raises half a dozen types for a file that is no checkpoint
         raise RunError(f'{str(path)!r} is not a readable checkpoint: {concise(e)}') from None
     if not isinstance(checkpoint, dict) or not ({'state_dict', 'args'} <= checkpoint.keys()):

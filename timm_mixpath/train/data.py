@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 from timm.data import create_dataset
-from timm.data.dataset_factory import _search_split
 from torch.utils.data import Dataset, IterableDataset
 
+from ..models._timm import search_split
 from ..utils.errors import RunError, UsageError, concise
 
 __all__ = ['HOLDOUT_SPLIT', 'Subset', 'class_names', 'hold_out', 'iterate', 'open_dataset', 'targets']
@@ -78,7 +78,7 @@ def open_dataset(
             f'{root!r} is a file, which would be used whole for every split; pass the folder that it is in as '
             f'--data-dir and its name as --train-split'
         )
-    if not name and split and Path(root).is_dir() and _search_split(root, split) == root:
+    if not name and split and Path(root).is_dir() and search_split(root, split) == root:
         # timm would silently take the whole folder, training images included, for the split
         found = ', '.join(sorted(p.name for p in Path(root).iterdir())[:10]) or 'nothing'
         raise UsageError(f'split {split!r} is not in data folder {root!r}, which holds {found}')
