@@ -1,16 +1,18 @@
 """The cell spaces of NAS-Bench-201 and of MixPath's NAS-Bench-101 sub-space, whose archs have published accuracies.
 
-As data only: which archs there are, their text, how they are drawn and encoded. The networks are in `cellnet.py`.
+As data only: which archs there are, their text, how they are drawn and encoded. The networks are in
+`models/nasbench.py`.
 """
 
-import math
+from abc import abstractmethod
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import combinations_with_replacement, product
 from typing import Any
 
 from .arch import check_vector
+from .space import Space
 
 __all__ = ['CellArch', 'CellSpace', 'NB101Space', 'NB201Space']
 
@@ -42,7 +44,7 @@ class CellArch(str):
 
 
 @dataclass(frozen=True)
-class CellSpace:
+class CellSpace(Space):
     """A space of networks that repeat one cell; all cells of a network have the same arch.
 
     Attributes:
@@ -63,69 +65,11 @@ class CellSpace:
     description: str = field(default='', compare=False)
 
     def __post_init__(self) -> None:
-        limit = self.max_paths_limit
-        if isinstance(self.max_paths, bool) or not isinstance(self.max_paths, int) or not 1 <= self.max_paths <= limit:
-            raise ValueError(f'm={self.max_paths!r} is out of range for space {self.name!r}, allowed are 1 to {limit}')
+        self._check_max_paths()
 
-    @property
-    def max_paths_limit(self) -> int:
-        """The largest m the space allows."""
-        raise NotImplementedError
-
-    @property
-    def gene_sizes(self) -> tuple[int, ...]:
-        """Number of values of each entry of an integer vector."""
-        raise NotImplementedError
-
-    @property
-    def default_arch(self) -> CellArch:
-        """The arch that models have unless another is given."""
-        raise NotImplementedError
-
-    def with_max_paths(self, m: int | None) -> 'CellSpace':
-        """Return the space with another m, unchanged if None."""
-        return self if m is None else replace(self, max_paths=m)
-
-    @property
-    def size(self) -> int:
-        """Number of archs in the space."""
-        return math.prod(self.gene_sizes)
-
-    def arch(self, arch: str) -> CellArch:
-        """Parse an arch and check that the space holds it.
-
-        Args:
-            arch: Arch or its text. Text in another order than the canonical one is put in order.
-
-        Raises:
-            ValueError: Malformed text, or an arch that the space does not have; the message names what is wrong and
-                what is allowed.
-        """
-        raise NotImplementedError
-
-    def encode(self, arch: str) -> tuple[int, ...]:
-        """Return the integer vector of an arch."""
-        raise NotImplementedError
-
-    def decode(self, vector: Sequence[int]) -> CellArch:
-        """Return the arch of an integer vector, the inverse of `encode`.
-
-        Raises:
-            ValueError: Wrong length, or an entry out of range.
-        """
-        raise NotImplementedError
-
-    def sample(self, draw: Callable[[], float]) -> CellArch:
-        """Draw an arch with the number of paths uniform in 1..m wherever paths are summed, see `sampling.sample`.
-
-        Args:
-            draw: Gives numbers in [0, 1), as `random.random` does.
-        """
-        raise NotImplementedError
-
+    @abstractmethod
     def covering_archs(self) -> list[CellArch]:
         """Return as few archs as show every operation in every place; they may have more than m paths."""
-        raise NotImplementedError
 
 
 @dataclass(frozen=True)

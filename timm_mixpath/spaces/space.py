@@ -4,20 +4,33 @@ A space knows which archs it holds, how many, and how they map to integer vector
 """
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from itertools import combinations, product
-from typing import Protocol, runtime_checkable
+from typing import TYPE_CHECKING
 
 from .arch import Arch, BlockChoice, cached_choice, check_vector
+
+if TYPE_CHECKING:
+    from typing_extensions import Self  # of typing itself from Python 3.11 on
 
 __all__ = ['BlockSpec', 'SearchSpace', 'Space']
 
 
-@runtime_checkable
-class Space(Protocol):
-    """What training, search and ranking ask of a search space. Archs are text (`str`), of which a space knows more."""
+class Space(ABC):
+    """What training, search and ranking ask of a search space. Archs are text (`str`), of which a space knows more.
+
+    Spaces are frozen dataclasses with the attributes below. Their constructors call `_check_max_paths`.
+
+    Attributes:
+        name: Short name; the models are `mixpath_<name>` and `mixpath_<name>_supernet`.
+        max_paths: m of the paper, the largest number of paths that may be active where paths are summed.
+        input_size: Default input as (channels, height, width), in pixels.
+        num_classes: Default number of classes.
+        description: One line for listings.
+    """
 
     name: str
     max_paths: int
@@ -25,32 +38,77 @@ class Space(Protocol):
     num_classes: int
     description: str
 
-    @property
-    def size(self) -> int:
-        """Number of archs in the space."""
+    def _check_max_paths(self) -> None:
+        m, limit = self.max_paths, self.max_paths_limit
+        if isinstance(m, bool) or not isinstance(m, int) or not 1 <= m <= limit:
+            raise ValueError(f'm={m!r} is out of range for space {self.name!r}, allowed are 1 to {limit}')
 
     @property
+    @abstractmethod
+    def max_paths_limit(self) -> int:
+        """The largest m the space allows."""
+
+    def with_max_paths(self, m: int | None) -> 'Self':
+        """Return the space with another m, unchanged if None.
+
+        Raises:
+            ValueError: m is out of range.
+        """
+        return self if m is None else replace(self, max_paths=m)
+
+    @property
+    @abstractmethod
     def default_arch(self) -> str:
         """The arch that models have unless another is given."""
 
     @property
+    @abstractmethod
     def gene_sizes(self) -> tuple[int, ...]:
         """Number of values of each entry of an integer vector."""
 
-    def with_max_paths(self, m: int | None) -> 'Space':
-        """Return the space with another m, unchanged if None."""
+    @property
+    def size(self) -> int:
+        """Number of archs in the space."""
+        return math.prod(self.gene_sizes)
 
+    @abstractmethod
     def arch(self, arch: str) -> str:
-        """Return an arch in its canonical form; ValueError if the space does not hold it."""
+        """Parse an arch and check that the space holds it.
 
+        Args:
+            arch: Arch or its text. Text in another order than the canonical one is put in order.
+
+        Returns:
+            The arch, its own canonical text.
+
+        Raises:
+            ValueError: Malformed text, or an arch that the space does not have; the message names what is wrong and
+                what is allowed.
+        """
+
+    @abstractmethod
     def encode(self, arch: str) -> tuple[int, ...]:
-        """Return the integer vector of an arch."""
+        """Return the integer vector of an arch.
 
+        Raises:
+            ValueError: See `arch`.
+        """
+
+    @abstractmethod
     def decode(self, vector: Sequence[int]) -> str:
-        """Return the arch of an integer vector."""
+        """Return the arch of an integer vector, the inverse of `encode`.
 
+        Raises:
+            ValueError: Wrong length, or an entry out of range.
+        """
+
+    @abstractmethod
     def sample(self, draw: Callable[[], float]) -> str:
-        """Draw an arch as MixPath does, see `timm_mixpath.sample`."""
+        """Draw an arch with the number of paths uniform in 1..m wherever paths are summed, see `sampling.sample`.
+
+        Args:
+            draw: Gives numbers in [0, 1), as `random.random` does.
+        """
 
 
 @dataclass(frozen=True)
@@ -86,7 +144,7 @@ class BlockSpec:
 
 
 @dataclass(frozen=True)
-class SearchSpace:
+class SearchSpace(Space):
     """A multi-path search space of inverted bottlenecks.
 
     Every block chooses one expansion and, in each of its channel groups, 1 to `max_paths` of its kernels, without
@@ -145,18 +203,12 @@ class SearchSpace:
                     BlockChoice((block.kernel_sizes,), expand_ratio)
             except ValueError as e:
                 raise ValueError(f'space {self.name!r}: {e}') from None
-        limit = self.max_paths_limit
-        if isinstance(self.max_paths, bool) or not isinstance(self.max_paths, int) or not 1 <= self.max_paths <= limit:
-            raise ValueError(f'm={self.max_paths!r} is out of range for space {self.name!r}, allowed are 1 to {limit}')
+        self._check_max_paths()
 
     @property
     def max_paths_limit(self) -> int:
         """The largest m the space allows: the number of kernels of its block with the fewest."""
         return min(len(block.kernel_sizes) for block in self.blocks)
-
-    def with_max_paths(self, m: int | None) -> 'SearchSpace':
-        """Return the space with another m, unchanged if None."""
-        return self if m is None else replace(self, max_paths=m)
 
     def scaled(self, width_mult: float) -> 'SearchSpace':
         """Return the space with its channels multiplied and rounded as timm's EfficientNet builder does.
@@ -213,11 +265,6 @@ class SearchSpace:
         """Number of choices of block `index`; 8, 20, 28, 30 in S1 for m = 1..4."""
         block = self.blocks[index]
         return len(block.expand_ratios) * len(self.subsets(index)) ** block.num_groups
-
-    @property
-    def size(self) -> int:
-        """Number of archs in the space."""
-        return math.prod(self.num_choices(i) for i in range(len(self.blocks)))
 
     @property
     def default_arch(self) -> Arch:
