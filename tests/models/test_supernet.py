@@ -138,17 +138,18 @@ def test_channel_groups_equal_reference(m, sbn):
 def test_extracted_imagenet_network_equals_supernet(name, kwargs):
     torch.manual_seed(0)
     supernet = reference.perturb(timm.create_model(f'mixpath_{name}_supernet', num_classes=10, **kwargs))
-    supernet = supernet.double().eval()  # joined and separate convolutions round differently on every kind of CPU
+    # Joined and separate convolutions round differently on every kind of CPU, and 18 random blocks make 1e8 of it
+    supernet = supernet.double().eval()
     x = make_input().double()
     single = supernet.space.default_arch
     for arch in (single, sample(supernet.space, seed=0, step=0), sample(supernet.space, seed=0, step=1)):
         supernet.active_arch = arch
-        torch.testing.assert_close(supernet.extract()(x), supernet(x), rtol=1e-9, atol=1e-9)
+        torch.testing.assert_close(supernet.extract()(x), supernet(x), rtol=1e-6, atol=1e-6)
     # Rebuilt from what config.json holds: the norms behind the sums do not depend on this arch alone
     rebuilt = timm.create_model(f'mixpath_{name}', **supernet.extract(single)._model_args)
     rebuilt.load_state_dict(supernet.extract(single).state_dict())
     supernet.active_arch = single
-    torch.testing.assert_close(rebuilt.double().eval()(x), supernet(x), rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(rebuilt.double().eval()(x), supernet(x), rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize(
