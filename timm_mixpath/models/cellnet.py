@@ -10,7 +10,7 @@ from timm.models import checkpoint_seq
 from ..spaces.nasbench import CellArch, CellSpace
 from ._timm import feature_take_indices
 from .cells import CellNode, CellPath, NB101Cell, NB201Cell
-from .layers import ShadowBatchNorm2d
+from .layers import ActiveShadowBatchNorm2d
 from .supernet import Supernet
 
 __all__ = ['CellNet', 'CellSupernet']
@@ -130,7 +130,7 @@ class CellNet(nn.Module):
                 raise ValueError(
                     'norm_layer is no batch norm and has no shadows; use a batch norm, or another sum_norm'
                 )
-            norm = ShadowBatchNorm2d(chs, max_paths, **self._bn_kwargs(), **dd)
+            norm = ActiveShadowBatchNorm2d(chs, max_paths, **self._bn_kwargs(), **dd)
         elif self.sum_norm == 'bn':
             norm = self._norm_layer(chs, **dd)
         else:
@@ -289,11 +289,6 @@ class CellSupernet(Supernet):
     def cell_parts(self, arch: CellArch | str) -> list[str]:
         """Return the names of the modules of a cell that are part of the sub-network of an arch."""
         raise NotImplementedError
-
-    def train(self, mode: bool = True) -> 'CellSupernet':
-        if mode and any(getattr(module, 'folded', False) for module in self.modules()):
-            raise RuntimeError('the batch norms of this supernet are folded, it can be evaluated but not trained')
-        return super().train(mode)
 
     def _subnet_overrides(self) -> dict[str, Any]:
         return {} if self.sum_norm == 'none' else {'sum_norm': 'bn'}

@@ -6,7 +6,7 @@ import torch
 import torch.nn as nn
 from timm.layers import ConvNormAct, LayerType, create_conv2d
 
-from .layers import ShadowBatchNorm2d, fold_bn, sum_paths
+from .layers import fold_bn, set_num_paths, sum_paths
 
 __all__ = [
     'ActConvNorm',
@@ -106,14 +106,18 @@ class ChoiceNode(CellNode):
 
     def __init__(self, paths: dict[str, CellPath], norm: nn.Module) -> None:
         super().__init__(paths, norm)
-        self.active = tuple(paths)[:1]
+        self.active: tuple[str, ...] = tuple(paths)[:1]
+
+    def set_paths(self, names: tuple[str, ...]) -> None:
+        """Activate the paths of these names."""
+        self.active = names
+        set_num_paths(self.norm, len(names))
 
     def forward(self, xs: list[torch.Tensor | None]) -> torch.Tensor | None:
         """Outputs of the sources, each [B, C, H, W] -> [B, C, H, W]; None stands for one that has none."""
         if not self.active:
             return None
-        x = sum_paths([self.paths[name](xs) for name in self.active])
-        return self.norm(x, len(self.active)) if isinstance(self.norm, ShadowBatchNorm2d) else self.norm(x)
+        return self.norm(sum_paths([self.paths[name](xs) for name in self.active]))
 
 
 class NB201ChoiceNode(ChoiceNode):

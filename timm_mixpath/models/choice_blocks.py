@@ -3,7 +3,7 @@
 Its parameter names are those of the fixed block, below the expansion.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -13,7 +13,7 @@ from torch import nn
 from ..spaces.arch import BlockChoice
 from ..spaces.space import BlockSpec
 from .blocks import GroupedPaths, MultiPathResidual, PathSum, path_name, spec_kwargs
-from .layers import LeanReLU6, ShadowBatchNorm2d, fuse_conv_bn, sum_paths
+from .layers import ActiveConv2d, ActiveShadowBatchNorm2d, fuse_conv_bn, set_num_paths, sum_paths
 
 __all__ = ['ActivePathSum', 'ChoiceBlock', 'subnet_state_dict']
 
@@ -45,6 +45,23 @@ class ActivePathSum(PathSum):
             weight.copy_(F.pad(weights[0], [(weight.shape[-1] - weights[0].shape[-1]) // 2] * 4))
 
 
+class GroupNorms(nn.ModuleList):
+    """A norm per channel group.
+
+    Args:
+        norms: One per group.
+        splits: Channels of each group.
+    """
+
+    def __init__(self, norms: Iterable[nn.Module], splits: Sequence[int]) -> None:
+        super().__init__(norms)
+        self.splits = list(splits)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """[B, C, H, W] -> [B, C, H, W]."""
+        return torch.cat([norm(chunk) for norm, chunk in zip(self, torch.split(x, self.splits, 1))], 1)
+
+
 class ChoiceBranch(MultiPathResidual):
     """One expansion of a choice block: all candidate paths, of which `forward` runs the active ones.
 
@@ -71,7 +88,8 @@ class ChoiceBranch(MultiPathResidual):
                         f'norm_layer {type(self.bn2).__name__} can not normalise the sums of channel groups; '
                         'use a batch norm, or m=1'
                     )
-                self.bn2 = nn.ModuleList([_make_shadows(self.bn2, chs, num_shadows) for chs in self.paths.splits])
+                norms = [_make_shadows(self.bn2, chs, num_shadows) for chs in self.paths.splits]
+                self.bn2 = GroupNorms(norms, self.paths.splits)
         elif num_shadows is not None:
             self.bn3 = _make_shadows(self.bn3, self.bn3.num_features, num_shadows)
 
@@ -83,35 +101,22 @@ class ChoiceBranch(MultiPathResidual):
         """The candidate paths, per channel group."""
         return list(self.paths.values()) if isinstance(self.paths, GroupedPaths) else [self.paths]
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """[B, C_in, H, W] -> [B, C_out, H / stride, W / stride]."""
-        if self.folded and self.training:
-            raise RuntimeError('the batch norms of this supernet are folded, it can be evaluated but not trained')
-        shortcut = x
-        x = self.bn1(self.conv_pw(x))
-        x = self._normalised_groups(x) if isinstance(self.bn2, nn.ModuleList) else self.paths(x)
-        x = self.se(x)
-        if isinstance(self.bn3, ShadowBatchNorm2d):
-            x = self.bn3(self.conv_pwl(x), len(self.paths.active))
-        elif isinstance(self.conv_pwl, nn.ModuleList):
-            x = self.conv_pwl[len(self.paths.active) - 1](x)
-        else:
-            x = self.bn3(self.conv_pwl(x))
-        if self.has_skip:
-            x = self.drop_path(x) + shortcut
-        return x
-
-    def _normalised_groups(self, x: torch.Tensor) -> torch.Tensor:
-        outputs: list[torch.Tensor] = []
-        for chunk, paths, bn in zip(torch.split(x, self.paths.splits, 1), self.path_sums, self.bn2):
-            y = paths(chunk)
-            outputs.append(bn(y, len(paths.active)) if isinstance(bn, ShadowBatchNorm2d) else bn(y))
-        return torch.cat(outputs, 1)
+    def set_paths(self, groups: Sequence[Sequence[int]]) -> None:
+        """Activate the paths of these kernels, per channel group."""
+        for paths, group in zip(self.path_sums, groups):
+            paths.active = tuple(path_name(k) for k in group)
+        if isinstance(self.bn2, GroupNorms):
+            for norm, group in zip(self.bn2, groups):
+                set_num_paths(norm, len(group))
+        # With channel groups nothing here counts paths, with a single one its number is that of the block
+        for module in (self.conv_pwl, self.bn3):
+            set_num_paths(module, len(groups[0]))
 
     def _fold_projection(self) -> None:
         # One projection per shadow: what a shadow normalises is folded once and serves every arch
-        if isinstance(self.bn3, ShadowBatchNorm2d):
-            self.conv_pwl = nn.ModuleList([fuse_conv_bn(self.conv_pwl, bn) for bn in self.bn3.shadows])
+        if isinstance(self.bn3, ActiveShadowBatchNorm2d):
+            convs = [fuse_conv_bn(self.conv_pwl, bn) for bn in self.bn3.shadows]
+            self.conv_pwl = ActiveConv2d(convs, self.bn3.num_paths)
             self.bn3 = nn.Identity()
         else:
             super()._fold_projection()
@@ -122,7 +127,7 @@ def _make_shadows(bn: nn.BatchNorm2d, num_features: int, num_shadows: int | None
     kwargs = dict(eps=bn.eps, momentum=bn.momentum, device=bn.weight.device, dtype=bn.weight.dtype)
     if num_shadows is None:
         return nn.BatchNorm2d(num_features, **kwargs)
-    return ShadowBatchNorm2d(num_features, num_shadows, **kwargs)
+    return ActiveShadowBatchNorm2d(num_features, num_shadows, **kwargs)
 
 
 class ChoiceBlock(nn.Module):
@@ -137,8 +142,6 @@ class ChoiceBlock(nn.Module):
 
     def __init__(self, in_chs: int, spec: BlockSpec, num_shadows: int | None = None, **kwargs: Any) -> None:
         super().__init__()
-        if kwargs.get('act_layer') is nn.ReLU6:
-            kwargs['act_layer'] = LeanReLU6
         self.out_chs = spec.out_chs
         for expand_ratio in spec.expand_ratios:
             branch = ChoiceBranch(
@@ -156,8 +159,7 @@ class ChoiceBlock(nn.Module):
     def set_choice(self, choice: BlockChoice) -> None:
         """Activate the paths of a choice."""
         self.active_branch = _branch_name(choice.expand_ratio)
-        for paths, group in zip(self._modules[self.active_branch].path_sums, choice.groups):
-            paths.active = tuple(path_name(k) for k in group)
+        self._modules[self.active_branch].set_paths(choice.groups)
 
     def feature_info(self, location: str) -> dict[str, Any]:
         """Feature tap of the block, the bottleneck in every case: the expansion's width varies."""

@@ -1,5 +1,6 @@
 """Shadow Batch Normalization, an activation that trains in less memory, and folding of batch norms."""
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -7,7 +8,16 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-__all__ = ['LeanReLU6', 'ShadowBatchNorm2d', 'fold_bn', 'fuse_conv_bn', 'sum_paths']
+__all__ = [
+    'ActiveConv2d',
+    'ActiveShadowBatchNorm2d',
+    'LeanReLU6',
+    'ShadowBatchNorm2d',
+    'fold_bn',
+    'fuse_conv_bn',
+    'set_num_paths',
+    'sum_paths',
+]
 
 
 class _ReLU6InPlace(torch.autograd.Function):
@@ -100,6 +110,43 @@ class ShadowBatchNorm2d(nn.Module):
 
     def extra_repr(self) -> str:
         return f'{self.num_features}, num_shadows={self.num_shadows}'
+
+
+class ActiveShadowBatchNorm2d(ShadowBatchNorm2d):
+    """A `ShadowBatchNorm2d` that is told beforehand how many paths are active, so that it is called as any norm.
+
+    Attributes:
+        num_paths: Number of active paths in front of it; 0 where nothing runs.
+    """
+
+    num_paths = 1
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """[B, C, H, W] -> [B, C, H, W]."""
+        return super().forward(x, self.num_paths)
+
+
+class ActiveConv2d(nn.ModuleList):
+    """Convolutions, one per number of active paths: what a convolution and shadows behind it become when folded.
+
+    Args:
+        convs: For 1, 2, ... active paths.
+        num_paths: Number of active paths.
+    """
+
+    def __init__(self, convs: Iterable[nn.Conv2d], num_paths: int) -> None:
+        super().__init__(convs)
+        self.num_paths = num_paths
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """[B, C_in, H, W] -> [B, C_out, H, W]."""
+        return self[self.num_paths - 1](x)
+
+
+def set_num_paths(module: nn.Module, num_paths: int) -> None:
+    """Tell a module behind a sum how many paths are active, if it makes a difference to it."""
+    if hasattr(module, 'num_paths'):
+        module.num_paths = num_paths
 
 
 def fold_bn(parent: nn.Module, conv: str, bn: str) -> None:

@@ -29,7 +29,7 @@ from ..spaces.space import BlockSpec, SearchSpace
 from ._timm import init_weight_goog
 from .blocks import DepthwiseSeparable, MultiPathResidual, spec_kwargs
 from .choice_blocks import ActivePathSum, ChoiceBlock, subnet_state_dict
-from .layers import fold_bn
+from .layers import LeanReLU6, fold_bn
 from .pretrained import add_weights, build_model, check_state_dict
 from .released import checkpoint_filter_fn, remap_state_dict
 from .supernet import Supernet
@@ -262,6 +262,8 @@ class MixPathSupernet(Supernet, MixPath):
 
     def _make_block(self, index: int, in_chs: int, spec: BlockSpec, **kwargs: Any) -> nn.Module:
         norm_sums = self._norm_sums and spec.num_groups > 1
+        if kwargs['act_layer'] is nn.ReLU6:
+            kwargs['act_layer'] = LeanReLU6
         return ChoiceBlock(in_chs, spec, num_shadows=self._num_shadows, norm_sums=norm_sums, **kwargs)
 
     def _activate(self, arch: Arch) -> None:

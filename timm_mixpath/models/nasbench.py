@@ -127,7 +127,7 @@ class NB201Supernet(CellSupernet, NB201Net):
         names = [tuple(path_name(op, i) for i, op in edges) for edges in self.space.live_edges(arch)]
         for cell in self._cells:
             for node, active in zip(cell.nodes, names):
-                node.active = active
+                node.set_paths(active)
 
     def cell_parts(self, arch: CellArch | str) -> list[str]:
         parts: list[str] = []
@@ -162,7 +162,8 @@ class NB101Supernet(CellSupernet, NB101Net):
         *parallel, behind = arch.ops
         active = tuple(path_name(op, node) for op, node in zip(parallel, nodes))
         for cell in self._cells:
-            cell.node.active, cell.active, cell.active_nodes = active, behind, tuple(nodes[: len(parallel)])
+            cell.node.set_paths(active)
+            cell.active, cell.active_nodes = behind, tuple(nodes[: len(parallel)])
 
     def cell_parts(self, arch: CellArch | str) -> list[str]:
         *parallel, behind = self.space.arch(arch).ops

@@ -94,7 +94,19 @@ class Supernet(nn.Module):
         self._step += 1
         self.sample_step += 1
 
+    @property
+    def is_folded(self) -> bool:
+        """Whether batch norms are folded into convolutions: such a supernet can be evaluated and nothing else."""
+        return any(getattr(module, 'folded', False) for module in self.modules())
+
     def train(self, mode: bool = True) -> 'Supernet':
+        """Set the mode, see `nn.Module.train`; eval mode runs `active_arch`.
+
+        Raises:
+            RuntimeError: Training mode for a supernet whose batch norms are folded.
+        """
+        if mode and self.is_folded:
+            raise RuntimeError('the batch norms of this supernet are folded, it can be evaluated but not trained')
         super().train(mode)
         if not mode:
             self._activate(self._active_arch)
@@ -135,7 +147,7 @@ class Supernet(nn.Module):
             raise ValueError(
                 f'space {self.space.name!r} is not registered; call timm_mixpath.register_space(space) first'
             )
-        if any(getattr(module, 'folded', False) for module in self.modules()):
+        if self.is_folded:
             raise ValueError('the batch norms of this supernet are folded; extract from the supernet it was made of')
         # timm keeps what the supernet was created with in a form that config.json can hold
         kwargs = dict(getattr(self, '_model_args', self._subnet_kwargs))
