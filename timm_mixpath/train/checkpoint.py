@@ -6,6 +6,7 @@ import shutil
 from argparse import Namespace
 from dataclasses import dataclass
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import timm
@@ -92,6 +93,11 @@ def read_checkpoint(path: str | os.PathLike) -> dict[str, Any]:
     try:
         with torch.serialization.safe_globals([Namespace]):  # what timm's saver puts beside tensors
             checkpoint = torch.load(path, map_location='cpu', weights_only=True)
+    except UnpicklingError:
+        raise RunError(
+            f'{str(path)!r} is no checkpoint, or holds more than tensors and plain values and would have to run code to be '
+            'read (weights_only=False), which is never done; take the last.pth.tar or model_best.pth.tar of a run'
+        ) from None
     except Exception as e:  # torch raises half a dozen types for a file that is no checkpoint
         raise RunError(f'{str(path)!r} is not a readable checkpoint: {concise(e)}') from None
     if not isinstance(checkpoint, dict) or not ({'state_dict', 'args'} <= checkpoint.keys()):
