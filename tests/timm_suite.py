@@ -14,10 +14,13 @@ import timm_mixpath  # noqa: F401  registers the models
 _registry._module_to_models['efficientnet'].update(timm.list_models('mixpath*'))
 
 NO_GRADIENT = 'expects a gradient for every parameter; a supernet trains the paths of one arch per step'
+NO_SCRIPT = 'a supernet chooses its modules when it runs; what it extracts can be scripted'
 SUPERNET_SKIPS = {
     'test_model_backward': NO_GRADIENT,
     'test_model_backward_fx': NO_GRADIENT,
     'test_prune_intermediate_layers_contract': NO_GRADIENT,
+    'test_model_forward_torchscript': NO_SCRIPT,
+    'test_model_forward_fx_torchscript': NO_SCRIPT,
 }
 
 

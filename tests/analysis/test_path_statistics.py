@@ -75,7 +75,7 @@ def make_supernet(space: SearchSpace, **kwargs) -> MixPathSupernet:
 def result_of(supernet: MixPathSupernet, batches: Batches) -> StatsResult:
     space = supernet.space
     sites, shadows = path_statistics(supernet, batches), shadow_statistics(supernet)
-    return StatsResult(space.name, space.max_paths, 40, sites, shadows, {}, supernet.norm_of_sums)
+    return StatsResult(space.name, space.max_paths, 40, sites, shadows, {}, supernet.sum_norm)
 
 
 def make_equal(supernet: MixPathSupernet) -> None:

@@ -6,7 +6,7 @@ import torch
 import torch.nn as nn
 
 from timm_mixpath import ShadowBatchNorm2d
-from timm_mixpath.models.layers import LeanReLU6
+from timm_mixpath.models.layers import ReLU6FromOutput
 
 
 def make_sbn(m: int = 3, chs: int = 4, **kwargs) -> ShadowBatchNorm2d:
@@ -111,30 +111,6 @@ def test_buffers_that_distribute_bn_reduces():
     assert names == [f'shadows.{i}.running_{s}' for i in range(3) for s in ('mean', 'var')]
 
 
-class Scripted(nn.Module):
-    """Takes k as a variable, as a scripted network would."""
-
-    def __init__(self, sbn: ShadowBatchNorm2d) -> None:
-        super().__init__()
-        self.sbn = sbn
-
-    def forward(self, x: torch.Tensor, k: int) -> torch.Tensor:
-        return self.sbn(x, k)
-
-
-@pytest.mark.parametrize('training', [True, False])
-def test_torchscript(training):
-    sbn = make_sbn().train(training)
-    scripted = torch.jit.script(Scripted(copy.deepcopy(sbn)))
-    for k in (3, 1, 2):
-        assert torch.equal(scripted(make_input(), k), sbn(make_input(), k))
-    for name, value in sbn.state_dict().items():
-        assert torch.equal(scripted.state_dict()[f'sbn.{name}'], value)
-    for k in (0, 4):
-        with pytest.raises(Exception, match='out of range'):
-            scripted(make_input(), k)
-
-
 @pytest.mark.parametrize('training', [True, False])
 def test_channels_last(training):
     sbn = make_sbn().train(training)
@@ -162,7 +138,7 @@ def test_lean_relu6_has_the_values_and_gradients_of_relu6():
     x = (torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0)) * 6).requires_grad_()
     weight = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(1))
     results = []
-    for act in (nn.ReLU6(inplace=True), LeanReLU6(inplace=True), LeanReLU6()):
+    for act in (nn.ReLU6(inplace=True), ReLU6FromOutput(inplace=True), ReLU6FromOutput()):
         x.grad = None
         y = act(x * 1)  # in place on a tensor that is no leaf
         (y * weight).sum().backward()
@@ -173,7 +149,7 @@ def test_lean_relu6_has_the_values_and_gradients_of_relu6():
 
 
 def test_lean_relu6_works_in_place_without_a_copy_and_in_eval():
-    act = LeanReLU6(inplace=True)
+    act = ReLU6FromOutput(inplace=True)
     x = torch.tensor([-1.0, 3.0, 9.0], requires_grad=True) * 1
     assert act(x).data_ptr() == x.data_ptr()
     with torch.no_grad():

@@ -395,3 +395,13 @@ def test_reparameterize_folds_batch_norms():
     assert sum(isinstance(m, nn.BatchNorm2d) for m in folded.blocks.modules()) == 0
     assert sum(isinstance(m, nn.BatchNorm2d) for m in model.blocks.modules()) == 8 * 2 + 13  # kept: 2 a block, 1 a path
     torch.testing.assert_close(folded(make_input()), model(make_input()), rtol=1e-4, atol=1e-4)
+
+
+def test_no_attribute_of_timms_efficientnet_is_missing() -> None:
+    """MixPath sets by itself what the constructor of the class that it inherits from would set."""
+    attributes = vars(timm.create_model('efficientnet_b0')).keys()
+    modules = timm.create_model('efficientnet_b0')._modules.keys()
+    for model in (timm.create_model('mixpath_a'), timm.create_model('mixpath_nano_supernet')):
+        missing = attributes - vars(model).keys()
+        assert not missing, f'EfficientNet.__init__ sets {sorted(missing)}, MixPath.__init__ has to do so too'
+        assert modules == model._modules.keys()

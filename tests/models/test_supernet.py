@@ -479,6 +479,18 @@ def test_arch_argument_is_the_first_active_arch():
         timm.create_model('mixpath_nano_supernet', arch=THREE_PATHS)
 
 
+@pytest.mark.parametrize('name', ['mixpath_nano_supernet', 'mixpath_s3_supernet', 'mixpath_nb201_supernet'])
+def test_extract_draws_no_random_numbers_and_shares_no_memory(name):
+    """A training that extracts on the way goes on as if it had not."""
+    supernet = timm.create_model(name, num_classes=10)
+    state = torch.get_rng_state()
+    model = supernet.extract()
+    assert torch.equal(torch.get_rng_state(), state)
+    own = {t.data_ptr() for t in supernet.state_dict().values()}
+    assert not any(t.is_meta or t.data_ptr() in own for t in model.state_dict().values())
+    assert all(p.requires_grad for p in model.parameters())
+
+
 def test_extract_says_what_is_missing():
     unregistered = MixPathSupernet(replace(get_space('nano'), name='unregistered'))
     with pytest.raises(ValueError, match='register_space'):

@@ -191,7 +191,7 @@ def stats_checkpoint(
             path_statistics(supernet, batches, num_archs=num_archs),
             shadow_statistics(supernet),
             source,
-            supernet.norm_of_sums,
+            supernet.sum_norm,
         )
     if output is not None and process.rank == 0:
         write_stats_json(result, output / 'stats.json')

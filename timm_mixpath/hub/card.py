@@ -155,7 +155,7 @@ def _what(
             'sbn': 'Shadow Batch Normalization',
             'bn': 'a single batch norm behind the sum of paths',
             'none': 'no norm behind the sum of paths',
-        }[model.norm_of_sums]
+        }[model.sum_norm]
         return (
             f'A one-shot supernet (`{architecture}`) that holds all {model.space.size:.3g} networks of search space '
             f'`{model.space.name}` with up to m = {model.space.max_paths} paths per sum, with {bn}, after '

@@ -255,6 +255,7 @@ class CellSupernet(Supernet):
 
     _sum_norms: ClassVar[tuple[str, ...]] = SUM_NORMS
     _supernet_args: ClassVar[tuple[str, ...]] = (*Supernet._supernet_args, 'sum_norm')
+    _sum_args = ('sum_norm',)
 
     def __init__(
         self,
@@ -267,8 +268,8 @@ class CellSupernet(Supernet):
         **kwargs: Any,
     ) -> None:
         super().__init__(space.with_max_paths(m), arch, sum_norm=sum_norm, **kwargs)
-        # What a sub-network must be built with to fit this supernet
-        self._subnet_kwargs = {k: v for k, v in kwargs.items() if k != 'num_classes'}
+        self._network_kwargs = {key: value for key, value in kwargs.items() if key not in ('device', 'dtype')}
+        self._network_kwargs['sum_norm'] = 'none' if sum_norm == 'none' else 'bn'  # one norm of the shadows
         self._cells = list(self.get_cells().values())
         self._init_sampling(seed, sampling, kwargs.get('device'))
 
@@ -289,9 +290,6 @@ class CellSupernet(Supernet):
     def cell_parts(self, arch: CellArch | str) -> list[str]:
         """Return the names of the modules of a cell that are part of the sub-network of an arch."""
         raise NotImplementedError
-
-    def _subnet_overrides(self) -> dict[str, Any]:
-        return {} if self.sum_norm == 'none' else {'sum_norm': 'bn'}
 
     def _prune_like_this(self, model: CellNet) -> None:
         if len(self.stages) < len(model.stages):

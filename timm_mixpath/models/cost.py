@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cached_property, partial
 from itertools import product
-from operator import getitem
 from typing import Any, ClassVar
 
 import torch
@@ -66,9 +65,9 @@ def cost_table(
             raise ValueError(f'input_size {input_size} does not fit a supernet of {supernet.in_chans} input channels')
         if isinstance(supernet, CellSupernet):
             return CellCostTable(supernet, num_classes=num_classes, input_size=input_size)
-        kwargs = {k: v for k, v in supernet._subnet_kwargs.items() if k not in ('in_chans', 'width_mult')}
-        kwargs['global_pool'] = supernet.global_pool.pool_type  # reset_classifier may have changed it
-        return CostTable(supernet.space, num_classes=num_classes, input_size=input_size, **kwargs)
+        kwargs = supernet.subnet_kwargs(num_classes)
+        del kwargs['in_chans']  # they are those of the input
+        return CostTable(supernet.space, input_size=input_size, **kwargs)
 
 
 class _Costs:
@@ -155,10 +154,6 @@ class CostTable(_Costs):
             # timm's norm layers make the parameters of an activation on the CPU in any case
             self._add(model.to('meta'), arch)
 
-        # Cost of the choices seen so far, {metric: one dict per block}. They are keyed by text because an arch is its
-        # own canonical text: splitting it is all that a known arch needs.
-        self._seen: dict[str, list[dict[str, int]]] = {metric: [{} for _ in space.blocks] for metric in self.metrics}
-
     def _add(self, model: MixPath, arch: Arch) -> None:
         counts = {
             'macs': count_macs(model.eval(), self.input_size),
@@ -201,21 +196,8 @@ class CostTable(_Costs):
             ValueError: Unknown metric, or the space does not hold the arch.
         """
         self._check_metric(metric)
-        seen, base = self._seen[metric], self._base[metric]
-        if isinstance(arch, str):
-            choices = arch.split(',')
-            if len(choices) == len(seen):
-                try:
-                    return base + sum(map(getitem, seen, choices))
-                except KeyError:
-                    pass  # a choice that is new, in another spelling, or not in the space
-
-        costs: list[int] = []
-        for index, choice in enumerate(self.space.arch(arch).blocks):
-            costs.append(self._block_cost(metric, index, choice))
-            # Only what the space has approved gets here, so that a hit above needs no check
-            seen[index][str(choice)] = costs[-1]
-        return base + sum(costs)
+        choices = enumerate(self.space.arch(arch).blocks)
+        return self._base[metric] + sum(self._block_cost(metric, index, choice) for index, choice in choices)
 
     def smallest(self, metric: str) -> Arch:
         """Return an arch of the smallest cost, the first such in the order of `space.choices`.
@@ -273,14 +255,8 @@ class CellCostTable(_Costs):
         self.space = supernet.space
         self.num_classes = num_classes
         self.input_size = input_size
-        kwargs = dict(supernet._subnet_kwargs, num_classes=num_classes, in_chans=input_size[0], device='meta')
-        kwargs.update(
-            global_pool=supernet.global_pool.pool_type,  # reset_classifier may have changed it
-            sum_norm='none' if supernet.sum_norm == 'none' else 'bn',  # a sub-network has one norm of the shadows
-            dtype=None,
-        )
         space = self.space.with_max_paths(self.space.max_paths_limit)
-        whole = type(supernet)(space, **kwargs).eval()
+        whole = type(supernet)(space, **supernet.subnet_kwargs(num_classes), device='meta').eval()
         macs: dict[str, int] = {}
         for arch in space.covering_archs():
             whole.active_arch = arch
@@ -295,16 +271,11 @@ class CellCostTable(_Costs):
         }
         self._base = {m: _sum_below(count, '') - sum(self._parts[m].values()) for m, count in counts.items()}
         self._cell_parts = whole.cell_parts
-        self._seen: dict[str, dict[str, int]] = {metric: {} for metric in self.metrics}
 
     def cost(self, metric: str, arch: CellArch | str) -> int:
         """Return the cost of an arch by the metric's name, see `CostTable.cost`."""
         self._check_metric(metric)
-        arch = self.space.arch(arch)
-        seen = self._seen[metric]
-        if arch not in seen:
-            seen[arch] = self._base[metric] + sum(self._parts[metric][part] for part in self._cell_parts(arch))
-        return seen[arch]
+        return self._base[metric] + sum(self._parts[metric][part] for part in self._cell_parts(self.space.arch(arch)))
 
     def smallest(self, metric: str) -> CellArch:
         """Return an arch of the smallest cost, the first such in the order of integer vectors."""

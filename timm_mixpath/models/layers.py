@@ -4,14 +4,13 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 __all__ = [
     'ActiveConv2d',
     'ActiveShadowBatchNorm2d',
-    'LeanReLU6',
+    'ReLU6FromOutput',
     'ShadowBatchNorm2d',
     'fold_bn',
     'fuse_conv_bn',
@@ -35,7 +34,7 @@ class _ReLU6InPlace(torch.autograd.Function):
         return torch.ops.aten.hardtanh_backward(grad, y, 0.0, 6.0)
 
 
-class LeanReLU6(nn.ReLU6):
+class ReLU6FromOutput(nn.ReLU6):
     """ReLU6 whose backward pass works from its output.
 
     torch's own in-place ReLU6 keeps a copy of its input. The output is kept anyway, by the convolution behind it.
@@ -43,8 +42,6 @@ class LeanReLU6(nn.ReLU6):
     """
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if torch.jit.is_scripting():
-            return F.relu6(x, self.inplace)  # TorchScript knows neither Python's autograd functions nor super()
         if self.inplace and self.training and torch.is_grad_enabled() and x.requires_grad:
             return _ReLU6InPlace.apply(x)
         return super().forward(x)
@@ -100,12 +97,6 @@ class ShadowBatchNorm2d(nn.Module):
         """
         if num_paths < 1 or num_paths > self.num_shadows:
             raise ValueError(f'num_paths={num_paths} is out of range, allowed are 1 to {self.num_shadows}')
-        if torch.jit.is_scripting():
-            # TorchScript can't index a ModuleList with a variable, it unrolls this loop instead
-            for index, bn in enumerate(self.shadows):
-                if index == num_paths - 1:
-                    x = bn(x)
-            return x
         return self.shadows[num_paths - 1](x)
 
     def extra_repr(self) -> str:

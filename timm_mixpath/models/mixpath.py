@@ -29,7 +29,7 @@ from ..spaces.space import BlockSpec, SearchSpace
 from ._timm import init_weight_goog
 from .blocks import DepthwiseSeparable, MultiPathResidual, spec_kwargs
 from .choice_blocks import ActivePathSum, ChoiceBlock, subnet_state_dict
-from .layers import LeanReLU6, fold_bn
+from .layers import ReLU6FromOutput, fold_bn
 from .pretrained import add_weights, build_model, check_state_dict
 from .released import checkpoint_filter_fn, remap_state_dict
 from .supernet import Supernet
@@ -157,7 +157,7 @@ class MixPath(EfficientNet):
         self.arch = self.space.arch(arch) if arch is not None else space.default_arch
         if norm_sums is None:
             norm_sums = any(max(choice.num_paths) > 1 for choice in self.arch.blocks)
-        self._norm_sums = norm_sums
+        self.group_norm_sums = norm_sums
 
     def _make_block(self, index: int, in_chs: int, spec: BlockSpec, **kwargs: Any) -> nn.Module:
         choice = self.arch.blocks[index]
@@ -166,7 +166,7 @@ class MixPath(EfficientNet):
             spec.out_chs,
             choice.groups,
             choice.expand_ratio,
-            norm_sums=self._norm_sums and spec.num_groups > 1,
+            norm_sums=self.group_norm_sums and spec.num_groups > 1,
             **spec_kwargs(spec),
             **kwargs,
         )
@@ -216,7 +216,9 @@ class MixPathSupernet(Supernet, MixPath):
         ValueError: m is out of range, the space does not hold the arch, or a name is unknown.
     """
 
+    subnet_cls = MixPath
     _supernet_args: ClassVar[tuple[str, ...]] = (*Supernet._supernet_args, 'sum_norm', 'nested_init')
+    _sum_args = ('norm_sums',)
 
     def __init__(
         self,
@@ -247,23 +249,23 @@ class MixPathSupernet(Supernet, MixPath):
             for module in self.modules():
                 if isinstance(module, ActivePathSum):
                     module.nest()
-        # What a sub-network must be built with to fit this supernet
-        self._subnet_kwargs = dict(in_chans=in_chans, **kwargs)
-        if self._norm_sums and any(spec.num_groups > 1 for spec in space.blocks):
-            self._subnet_kwargs['norm_sums'] = True
-        if width_mult != 1.0:
-            self._subnet_kwargs['width_mult'] = width_mult
+        self._network_kwargs = {key: value for key, value in kwargs.items() if key not in ('device', 'dtype')}
+        norms_groups = self.group_norm_sums and any(spec.num_groups > 1 for spec in space.blocks)
+        if norms_groups:
+            self._network_kwargs['norm_sums'] = True
+        has_sums = norms_groups or any(spec.num_groups == 1 for spec in space.blocks)
+        self.sum_norm = sum_norm if has_sums else 'bn'
         self._init_sampling(seed, sampling, kwargs.get('device'))
 
     def _set_space(self, space: SearchSpace, arch: Arch | str | None, norm_sums: bool | None) -> None:
         self.space = space
-        self._norm_sums = space.max_paths > 1 if norm_sums is None else norm_sums
+        self.group_norm_sums = space.max_paths > 1 if norm_sums is None else norm_sums
         self._active_arch = space.arch(arch) if arch is not None else space.default_arch
 
     def _make_block(self, index: int, in_chs: int, spec: BlockSpec, **kwargs: Any) -> nn.Module:
-        norm_sums = self._norm_sums and spec.num_groups > 1
+        norm_sums = self.group_norm_sums and spec.num_groups > 1
         if kwargs['act_layer'] is nn.ReLU6:
-            kwargs['act_layer'] = LeanReLU6
+            kwargs['act_layer'] = ReLU6FromOutput
         return ChoiceBlock(in_chs, spec, num_shadows=self._num_shadows, norm_sums=norm_sums, **kwargs)
 
     def _activate(self, arch: Arch) -> None:
@@ -274,9 +276,6 @@ class MixPathSupernet(Supernet, MixPath):
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
         remap_state_dict(state_dict, prefix, self)
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
-
-    def _subnet_overrides(self) -> dict[str, Any]:
-        return {'norm_sums': True} if 'norm_sums' in self._subnet_kwargs else {}
 
     def _prune_like_this(self, model: MixPath) -> None:
         if isinstance(self.conv_head, nn.Identity):

@@ -118,6 +118,7 @@ class NB101Net(CellNet):
 class NB201Supernet(CellSupernet, NB201Net):
     """Supernet of NAS-Bench-201. See `CellSupernet` for arguments."""
 
+    subnet_cls = NB201Net
     _node_cls = NB201ChoiceNode
 
     def _edges(self) -> list[list[tuple[int, str]]]:
@@ -144,6 +145,7 @@ class NB101Supernet(CellSupernet, NB101Net):
     released code of MixPath draws them, so that all weights are trained alike; `active_arch` takes the first nodes.
     """
 
+    subnet_cls = NB101Net
     _node_cls = ChoiceNode
 
     def _ops(self) -> tuple[list[tuple[str, ...]], tuple[str, ...]]:

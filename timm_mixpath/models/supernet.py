@@ -1,19 +1,16 @@
 """The one-shot supernet: samples an arch per training step, runs `active_arch` in eval, hands out sub-networks."""
 
-import logging
 from typing import Any, ClassVar, Protocol, runtime_checkable
 
 import timm
 import torch
 import torch.nn as nn
+from timm.models import get_model_args
 
 from ..spaces.sampling import check_strategy, sample
 from ..spaces.space import Space
-from .layers import ShadowBatchNorm2d
 
 __all__ = ['SumSite', 'Supernet']
-
-_logger = logging.getLogger(__name__)
 
 
 @runtime_checkable
@@ -46,13 +43,14 @@ class Supernet(nn.Module):
 
     With gradient checkpointing, a backward pass has to follow its forward pass before the next one samples.
 
-    `torch.jit.script` scripts the sub-network of `active_arch`, since TorchScript can not choose among modules; in a
-    module that holds a supernet it puts the sub-network in the supernet's place. `torch.export` and ONNX export trace
-    it in eval mode. Whatever they make is bound to that arch. Export `extract()` instead to leave the weights of the
-    other paths out of the file.
+    `torch.export` and ONNX export trace `active_arch` in eval mode, and what they make is bound to it. Export
+    `extract()` instead to leave the weights of the other paths out of the file. `torch.jit.script` takes the
+    sub-networks that `extract` gives, not a supernet.
 
     Attributes:
         space: The space that is searched, with this supernet's m and width.
+        sum_norm: What stands behind sums of paths: `'sbn'`, `'bn'` or `'none'`; `'bn'` where nothing is ever summed.
+        subnet_cls: Class of the sub-networks.
         seed: Seed of the sampled sequence.
         sampling: How archs are drawn, see `timm_mixpath.sample`.
         sampled_arch: The arch of the latest forward in training mode, None before.
@@ -61,8 +59,13 @@ class Supernet(nn.Module):
 
     space: Space
     sampled_arch: str | None
-    # Arguments of the supernet that its sub-networks do not take
+    sum_norm: str
+    subnet_cls: ClassVar[type[nn.Module]]
+    # Arguments of the supernet that its sub-networks do not take, and those that it decides for them
     _supernet_args: ClassVar[tuple[str, ...]] = ('arch', 'm', 'seed', 'sampling')
+    _sum_args: ClassVar[tuple[str, ...]]
+    # Arguments of the network that do not depend on what the supernet has become since it was built
+    _network_kwargs: dict[str, Any]
 
     def _init_sampling(self, seed: int, sampling: str, device: Any = None) -> None:
         """Start the sequence; the network's constructor calls it when all modules exist."""
@@ -149,32 +152,34 @@ class Supernet(nn.Module):
             )
         if self.is_folded:
             raise ValueError('the batch norms of this supernet are folded; extract from the supernet it was made of')
-        # timm keeps what the supernet was created with in a form that config.json can hold
-        kwargs = dict(getattr(self, '_model_args', self._subnet_kwargs))
-        kwargs.update(num_classes=self.num_classes, global_pool=self.global_pool.pool_type)
-        for key in self._supernet_args:
-            kwargs.pop(key, None)
-        kwargs.update(self._subnet_overrides())
-        model = timm.create_model(name, arch=str(arch), **kwargs)
+        kwargs = self.subnet_kwargs()
+        with torch.device('meta'):  # what it would be initialised with is overwritten, and nothing random is drawn
+            model = self.subnet_cls(self.space, arch, **kwargs)
         self._prune_like_this(model)
-        model.load_state_dict(self._subnet_state_dict(model))
-        reference = next(self.parameters())
-        model.to(device=reference.device, dtype=reference.dtype)
-        pretrained_cfg = getattr(self, 'pretrained_cfg', None)
-        if pretrained_cfg:
-            model.pretrained_cfg = model.default_cfg = dict(pretrained_cfg, architecture=name)
+        inherited = {key: value.detach().clone() for key, value in self._subnet_state_dict(model).items()}
+        model.load_state_dict(inherited, assign=True)
+        cfg = getattr(self, 'pretrained_cfg', None) or timm.models.resolve_pretrained_cfg(name).to_dict()
+        model.pretrained_cfg = model.default_cfg = dict(cfg, architecture=name)
+        # What timm writes into config.json: the supernet's own in the form that it was given, JSON-ready
+        given = get_model_args(self)
+        args = dict(kwargs if given is None else {k: v for k, v in given.items() if k not in self._supernet_args})
+        args.update({k: kwargs[k] for k in ('num_classes', 'global_pool', *self._sum_args) if k in kwargs})
+        model._model_args = dict(args, arch=str(arch))
         return model.train(self.training)
 
-    @property
-    def norm_of_sums(self) -> str:
-        """What stands behind sums of paths: `'sbn'`, `'bn'` or `'none'`; `'bn'` where nothing is ever summed."""
-        if any(isinstance(module, ShadowBatchNorm2d) for module in self.modules()):
-            return 'sbn'
-        return getattr(self, 'sum_norm', 'bn')
+    def subnet_kwargs(self, num_classes: int | None = None) -> dict[str, Any]:
+        """Return what the networks that `extract` gives are built with, beside the space of this supernet and the arch.
 
-    def _subnet_overrides(self) -> dict[str, Any]:
-        """Arguments of a sub-network that differ from the supernet's."""
-        return {}
+        Args:
+            num_classes: Number of classes, the supernet's own if None.
+
+        Returns:
+            Arguments of `subnet_cls`. `width_mult` is not among them, the space is scaled already.
+        """
+        num_classes = self.num_classes if num_classes is None else num_classes
+        # reset_classifier may have changed the pooling
+        own = dict(in_chans=self.in_chans, num_classes=num_classes, global_pool=self.global_pool.pool_type)
+        return {**self._network_kwargs, **own}
 
     def _prune_like_this(self, model: nn.Module) -> None:
         """Take from a new sub-network what was taken from this supernet, by features_only for example."""
@@ -184,7 +189,7 @@ class Supernet(nn.Module):
         raise NotImplementedError
 
     def __prepare_scriptable__(self) -> nn.Module:
-        # The hook of torch.jit.script. Stock scripts call that before eval(), so training mode is no error.
-        if self.training:
-            _logger.warning(f'Scripting the sub-network {self.active_arch} of the supernet, a script samples nothing.')
-        return self.extract()
+        # The hook of torch.jit.script, which would fail with a sentence about Python's super()
+        raise RuntimeError(
+            'a supernet can not be scripted, it chooses its modules when it runs; script extract() instead'
+        )
