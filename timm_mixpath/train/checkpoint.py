@@ -95,8 +95,8 @@ def read_checkpoint(path: str | os.PathLike) -> dict[str, Any]:
             checkpoint = torch.load(path, map_location='cpu', weights_only=True)
     except UnpicklingError:
         raise RunError(
-            f'{str(path)!r} is no checkpoint, or holds more than tensors and plain values: it would have to run code to '
-            'be read (weights_only=False), which is never done; take the last.pth.tar or model_best.pth.tar of a run'
+            f'{str(path)!r} is no checkpoint, or holds more than tensors and plain values: it would have to run code '
+            'to be read (weights_only=False), which is never done; take the last.pth.tar or model_best.pth.tar of a run'
         ) from None
     except Exception as e:  # torch raises half a dozen types for a file that is no checkpoint
         raise RunError(f'{str(path)!r} is not a readable checkpoint: {concise(e)}') from None
