@@ -42,7 +42,9 @@ class CellNet(nn.Module):
     default_width: ClassVar[int]
     default_num_cells: ClassVar[int]
     _sum_norms: ClassVar[tuple[str, ...]] = ('bn', 'none')
+    # A supernet is its network with other nodes and cells
     _node_cls: ClassVar[type[CellNode]] = CellNode
+    _cell_cls: ClassVar[type[nn.Module]]
 
     def __init__(
         self,

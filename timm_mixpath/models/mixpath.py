@@ -43,7 +43,7 @@ BUILTIN_SPACES = frozenset(list_spaces())  # those that are known before anybody
 class MixPath(EfficientNet):
     """A network of a MixPath search space: stem, multi-path inverted bottlenecks, head.
 
-    Everything behind the constructor is timm's EfficientNet: features, classifier, pruning, parameter groups.
+    Features, classifier, pruning and parameter groups are timm's EfficientNet; constructor, blocks and folding are not.
 
     Args:
         space: Search space.

@@ -28,7 +28,6 @@ from .cells import (
     path_name,
 )
 from .pretrained import add_weights, build_model, check_state_dict
-from .supernet import Supernet
 
 __all__ = ['NB101Net', 'NB101Supernet', 'NB201Net', 'NB201Supernet']
 
@@ -38,6 +37,7 @@ class NB201Net(CellNet):
 
     default_width = 16
     default_num_cells = 5
+    _cell_cls = NB201Cell
 
     def _make_stem(self, in_chans: int, chs: int, **dd) -> nn.Module:
         return nn.Sequential(create_conv2d(in_chans, chs, 3, padding='', **dd), self._norm_layer(chs, **dd))
@@ -53,7 +53,7 @@ class NB201Net(CellNet):
 
     def _make_cell(self, in_chs: int, chs: int, **dd) -> nn.Module:
         nodes = [self._make_nb201_node(edges, node, chs, **dd) for node, edges in enumerate(self._edges(), 1)]
-        return (NB201ChoiceCell if isinstance(self, Supernet) else NB201Cell)(nodes)
+        return self._cell_cls(nodes)
 
     def _make_nb201_node(self, edges: list[tuple[int, str]], node: int, chs: int, **dd) -> CellNode:
         paths = {path_name(op, i): CellPath(i, self._make_op(op, chs, **dd)) for i, op in edges}
@@ -78,6 +78,7 @@ class NB101Net(CellNet):
 
     default_width = 128
     default_num_cells = 3
+    _cell_cls = NB101Cell
 
     def _conv(self, in_chs: int, out_chs: int, kernel_size: int, **dd) -> nn.Module:
         return FoldableConvNormAct(in_chs, out_chs, kernel_size, norm_layer=self._norm_layer, act_layer=nn.ReLU, **dd)
@@ -99,7 +100,7 @@ class NB101Net(CellNet):
         paths = {
             path_name(op, i): CellPath(i, self._make_op(op, chs, **dd)) for i, ops in enumerate(parallel) for op in ops
         }
-        return (NB101ChoiceCell if isinstance(self, Supernet) else NB101Cell)(
+        return self._cell_cls(
             [self._conv(in_chs, chs, 1, **dd) for _ in parallel],
             self._make_node(paths, chs, self.space.max_paths, **dd),
             {op: self._make_op(op, chs, **dd) for op in behind},
@@ -120,6 +121,7 @@ class NB201Supernet(CellSupernet, NB201Net):
 
     subnet_cls = NB201Net
     _node_cls = NB201ChoiceNode
+    _cell_cls = NB201ChoiceCell
 
     def _edges(self) -> list[list[tuple[int, str]]]:
         return [[(i, op) for i in range(node) for op in self.space.OPS[1:]] for node in (1, 2, 3)]
@@ -147,6 +149,7 @@ class NB101Supernet(CellSupernet, NB101Net):
 
     subnet_cls = NB101Net
     _node_cls = ChoiceNode
+    _cell_cls = NB101ChoiceCell
 
     def _ops(self) -> tuple[list[tuple[str, ...]], tuple[str, ...]]:
         return [self.space.OPS] * self.space.max_paths, self.space.OPS

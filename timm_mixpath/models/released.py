@@ -30,6 +30,7 @@ from torch import nn
 
 from ..spaces.space import SearchSpace
 from ..utils.errors import RunError
+from .supernet import Supernet
 
 __all__ = ['checkpoint_filter_fn', 'remap_state_dict']
 
@@ -60,7 +61,7 @@ def checkpoint_filter_fn(state_dict: dict[str, Any], model: nn.Module) -> dict[s
     if released is None:
         return state_dict
     name = f'mixpath_{model.space.name}'
-    if not hasattr(model, 'extract'):
+    if not isinstance(model, Supernet):
         raise RunError(
             f"a supernet of the authors' code does not fit {name}: load it into {name}_supernet and extract(arch) there"
         )
