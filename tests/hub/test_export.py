@@ -9,6 +9,7 @@ from safetensors import safe_open
 
 from timm_mixpath import sample
 from timm_mixpath.hub.export import export
+from timm_mixpath.hub.publish import write_repo
 from timm_mixpath.search.accuracy import evaluate
 from timm_mixpath.search.config import SearchConfig
 from timm_mixpath.search.images import SearchData, load_batches, open_search_split
@@ -139,3 +140,22 @@ def test_checkpoint_that_needs_arbitrary_pickle_is_refused(tmp_path: Path) -> No
     torch.save({'weights': torch.zeros(1)}, tmp_path / 'b.pth.tar')
     with pytest.raises(UsageError, match='not a training checkpoint'):
         export(tmp_path / 'b.pth.tar', tmp_path / 'model')
+
+
+def test_export_and_push_write_the_same_config(supernet_run: Path, tmp_path: Path) -> None:
+    """One record, the checkpoint, and one writer; the data set of the training need not be there any more."""
+    run = tmp_path / 'run'
+    run.mkdir()
+    checkpoint = torch.load(supernet_run / 'last.pth.tar', weights_only=False)
+    checkpoint['args'].data_dir = str(tmp_path / 'gone')
+    torch.save(checkpoint, run / 'last.pth.tar')
+    export(run / 'last.pth.tar', tmp_path / 'model')
+    write_repo(run / 'last.pth.tar', 'org/mixpath_nano_supernet', tmp_path / 'repo')
+    exported, pushed = (json.loads((tmp_path / name / 'config.json').read_text()) for name in ('model', 'repo'))
+    assert exported['label_names'] == [str(i) for i in range(10)]
+    for key in ('tag', 'license'):  # what only a repo has
+        exported['pretrained_cfg'].pop(key, None), pushed['pretrained_cfg'].pop(key, None)
+    assert exported == pushed
+    # and from folder to folder
+    write_repo(tmp_path / 'model', 'org/mixpath_nano_supernet', tmp_path / 'again')
+    assert json.loads((tmp_path / 'again' / 'config.json').read_text())['label_names'] == exported['label_names']

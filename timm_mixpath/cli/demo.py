@@ -190,7 +190,7 @@ def run_demo(config: DemoConfig, output: str | os.PathLike) -> Path:
     folder = output / 'model'
     if not folder.exists():
         loaded = load_model(output / 'final' / 'last.pth.tar')
-        save_model(loaded.model, folder, loaded.data_config)
+        save_model(loaded.model, folder, loaded.data_config, loaded.label_names)
 
     print()
     print_result(result, output / 'search')

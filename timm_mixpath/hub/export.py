@@ -1,8 +1,10 @@
 """Model folders that `timm.create_model('local-dir:...', pretrained=True)` reads."""
 
 import os
+from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
 from timm.models import save_for_hf
 from torch import nn
@@ -14,6 +16,7 @@ from ..spaces.arch import Arch
 from ..train.checkpoint import load_model
 from ..utils.errors import UsageError
 from ..utils.files import write_dir_atomic
+from .records import find_label_names
 
 __all__ = ['export', 'save_model']
 
@@ -62,18 +65,46 @@ def export(
             model = model.extract(arch)
     elif recalibration_images:
         raise UsageError('recalibration needs --arch: it is for a sub-network with inherited weights')
-    save_model(model, output, loaded.data_config)
+    save_model(model, output, loaded.data_config, find_label_names(loaded))
     return model
 
 
-def save_model(model: nn.Module, output: str | os.PathLike, data_config: dict | None = None) -> Path:
+def save_model(
+    model: nn.Module,
+    output: str | os.PathLike,
+    data_config: dict[str, Any] | None = None,
+    label_names: Sequence[str] | None = None,
+) -> Path:
     """Write a model folder, whole or not at all, weights as safetensors.
 
     Args:
         model: Model made by `timm.create_model`.
         output: Folder to make.
         data_config: Input size, mean, std and resizing it was trained with.
+        label_names: Class names in the order of their index, unknown if None.
     """
     with write_dir_atomic(output) as folder:
-        save_for_hf(model, str(folder), safe_serialization=True, data_config=data_config)
+        write_model(model, folder, data_config, label_names)
     return Path(output)
+
+
+def write_model(
+    model: nn.Module,
+    folder: Path,
+    data_config: dict[str, Any] | None,
+    label_names: Sequence[str] | None,
+    pretrained_cfg: dict[str, Any] | None = None,
+) -> None:
+    """Write config.json and model.safetensors into a folder: what `save_model` and `hub.publish.write_repo` share.
+
+    Args:
+        model: See `save_model`.
+        folder: Folder that exists.
+        data_config: See `save_model`.
+        label_names: See `save_model`.
+        pretrained_cfg: Entries of the pretrained cfg in the place of the model's own.
+    """
+    model_config: dict[str, Any] = {'pretrained_cfg': pretrained_cfg or {}}
+    if label_names:
+        model_config['label_names'] = list(label_names)
+    save_for_hf(model, str(folder), model_config=model_config, safe_serialization=True, data_config=data_config)

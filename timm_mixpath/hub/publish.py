@@ -10,18 +10,17 @@ from pathlib import Path
 
 from huggingface_hub import HfApi, get_token
 from huggingface_hub.utils import HFValidationError, validate_repo_id
-from timm.models import save_for_hf
 
 from ..models.cellnet import CellNet
 from ..models.mixpath import MixPath
-from ..train.checkpoint import LoadedModel, load_model, state_dict_sha256
-from ..train.data import HOLDOUT_SPLIT, class_names, open_dataset
-from ..utils.errors import RunError, UsageError
+from ..train.checkpoint import load_model, state_dict_sha256
+from ..utils.errors import UsageError
 from ..utils.files import write_dir_atomic
 from ..utils.hub_client import hub_errors
 from ..version import __version__
 from .card import CardDetails, make_card
-from .records import PLOT, read_search, read_training
+from .export import write_model
+from .records import PLOT, find_label_names, read_search, read_training
 
 __all__ = ['PushResult', 'push', 'write_repo']
 
@@ -91,13 +90,9 @@ def write_repo(
         searched = read_search(Path(search), model, state_dict_sha256(model.state_dict()))
     # The cfg that the model was created with says neither: it is that of untrained weights
     tag = repo_id.partition('/')[2].partition('.')[2] or None
-    model_config = {'pretrained_cfg': {'tag': tag, 'license': details.license}}
-    if names := _label_names(loaded):
-        model_config['label_names'] = names
+    cfg = {'tag': tag, 'license': details.license}
     with write_dir_atomic(folder) as temporary:
-        save_for_hf(
-            model, str(temporary), model_config=model_config, safe_serialization=True, data_config=loaded.data_config
-        )
+        write_model(model, temporary, loaded.data_config, find_label_names(loaded), cfg)
         make_card(repo_id, loaded, details, training, searched, revision).save(temporary / 'README.md')
         if searched is not None and searched.plot is not None:
             shutil.copyfile(searched.plot, temporary / PLOT)
@@ -177,20 +172,3 @@ def check_repo_id(repo_id: str) -> None:
     except HFValidationError as e:
         problem = re.split(r"[:.] (?=')|: '", str(e))[0].rstrip('.')
     raise UsageError(f'{repo_id!r} is not the name of a Hub repo, ORG/NAME: {problem}')
-
-
-def _label_names(loaded: LoadedModel) -> list[str] | None:
-    """Return the class names if config.json has none yet and the data set of the training is still there."""
-    args = loaded.args
-    dataset, split = getattr(args, 'dataset', ''), getattr(args, 'val_split', '') or getattr(args, 'train_split', '')
-    if split == HOLDOUT_SPLIT:
-        split = args.train_split
-    if not split or not (dataset or getattr(args, 'data_dir', None)):
-        return None
-    try:
-        options = dict(num_classes=loaded.model.num_classes, class_map=args.class_map)
-        names = class_names(open_dataset(dataset, args.data_dir, split, **options))
-    except (UsageError, RunError, OSError, ImportError) as e:
-        _logger.warning(f'config.json gets no class names, the data set of the training is not there: {e}')
-        return None
-    return names if names and len(names) == loaded.model.num_classes else None

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import logging
 import math
 from argparse import Namespace
 from dataclasses import dataclass, field
@@ -12,10 +13,13 @@ from ..models.cellnet import CellNet
 from ..models.mixpath import MixPath
 from ..models.supernet import Supernet
 from ..train.checkpoint import LoadedModel
+from ..train.data import HOLDOUT_SPLIT, class_names, open_dataset
 from ..utils.errors import RunError, UsageError
 
 __all__ = ['PLOT', 'SearchRecord', 'TrainingRecord', 'read_search', 'read_training']
 
+
+_logger = logging.getLogger(__name__)
 
 PLOT = 'pareto.png'
 
@@ -131,3 +135,26 @@ def read_search(folder: Path, model: MixPath | CellNet, weights_sha256: str) -> 
     if (folder / PLOT).exists():
         record.plot = folder / PLOT
     return record
+
+
+def find_label_names(loaded: LoadedModel) -> list[str] | None:
+    """Return the class names that a model was trained with, in the order of their index.
+
+    They are in checkpoints of this package and in model folders that tell them; for other checkpoints the data set of
+    the training is asked, if it is still there.
+
+    Returns:
+        The names, None if nothing tells them or they are of another number of classes.
+    """
+    names = loaded.label_names
+    args = loaded.args
+    dataset, split = getattr(args, 'dataset', ''), getattr(args, 'val_split', '') or getattr(args, 'train_split', '')
+    if split == HOLDOUT_SPLIT:
+        split = args.train_split
+    if not names and split and (dataset or getattr(args, 'data_dir', None)):
+        try:
+            options = dict(num_classes=loaded.model.num_classes, class_map=args.class_map)
+            names = class_names(open_dataset(dataset, args.data_dir, split, **options))
+        except (UsageError, RunError, OSError, ImportError) as e:
+            _logger.warning(f'config.json gets no class names, the data set of the training is not there: {e}')
+    return names if names and len(names) == loaded.model.num_classes else None

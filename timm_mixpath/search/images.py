@@ -11,7 +11,7 @@ from timm.data import create_loader
 from torch.utils.data import Dataset
 
 from ..train.checkpoint import LoadedModel, state_dict_sha256
-from ..train.data import Subset, hold_out, iterate, open_dataset
+from ..train.data import Subset, check_classes, hold_out, iterate, open_dataset
 from ..utils.errors import UsageError
 
 __all__ = ['Batches', 'SearchData', 'load_batches', 'load_images', 'open_search_split', 'recalibration_batches']
@@ -119,8 +119,8 @@ def open_search_split(loaded: LoadedModel, data: SearchData, *, warn: bool = Tru
     dataset = pick(data.dataset, 'dataset', '')
     root = pick(data.data_dir, 'data_dir')
     train_split = pick(data.train_split, 'train_split', 'train')
+    num_classes, trained = loaded.model.num_classes, loaded.label_names
     options = dict(
-        num_classes=loaded.model.num_classes,
         class_map=pick(data.class_map, 'class_map', ''),
         download=data.dataset_download,
         input_img_mode=pick(None, 'input_img_mode') or ('RGB' if loaded.data_config['input_size'][0] == 3 else 'L'),
@@ -128,6 +128,8 @@ def open_search_split(loaded: LoadedModel, data: SearchData, *, warn: bool = Tru
     if data.search_split:
         search_set = open_dataset(dataset, root, data.search_split, **options)
         train_set = open_dataset(dataset, root, train_split, **options)
+        splits = {f'split {train_split!r}': train_set, f'split {data.search_split!r}': search_set}
+        check_classes(splits, num_classes, trained)
         return search_set, train_set, dict(dataset=dataset, split=data.search_split)
     trained_holdout = getattr(loaded.args, 'search_holdout', None)
     holdout = next(v for v in (data.search_holdout, trained_holdout or None, 0.1) if v is not None)
@@ -149,7 +151,9 @@ def open_search_split(loaded: LoadedModel, data: SearchData, *, warn: bool = Tru
             f'the training held out {trained_holdout} of the images, the search takes {holdout}: '
             'some of them may have been trained on'
         )
-    train_set, search_set = hold_out(open_dataset(dataset, root, train_split, **options), holdout)
+    whole = open_dataset(dataset, root, train_split, **options)
+    check_classes({f'split {train_split!r}': whole}, num_classes, trained)
+    train_set, search_set = hold_out(whole, holdout)
     return search_set, train_set, dict(dataset=dataset, split=train_split, holdout=holdout)
 
 

@@ -75,6 +75,14 @@ class LoadedModel:
     metric: float | None = None
     is_ema: bool = False
 
+    @property
+    def label_names(self) -> list[str] | None:
+        """Class names that it was trained with, in the order of their index; None if that is not known."""
+        if vars(self.args):  # the cfg of a checkpoint's model is that of the name it was made from
+            return getattr(self.args, 'label_names', None)
+        names = self.model.pretrained_cfg.get('label_names')
+        return list(names) if isinstance(names, list | tuple) else None
+
 
 def read_checkpoint(path: str | os.PathLike) -> dict[str, Any]:
     """Read a training checkpoint, ours or of timm's train.py.

@@ -1,7 +1,7 @@
 """Data sets as timm reads them, and the search split that is held out from the training images."""
 
 import copy
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from tarfile import TarError
 from typing import Any
@@ -13,7 +13,7 @@ from torch.utils.data import Dataset, IterableDataset
 from ..models._timm import search_split
 from ..utils.errors import RunError, UsageError, concise
 
-__all__ = ['HOLDOUT_SPLIT', 'Subset', 'class_names', 'hold_out', 'iterate', 'open_dataset', 'targets']
+__all__ = ['HOLDOUT_SPLIT', 'Subset', 'check_classes', 'class_names', 'hold_out', 'iterate', 'open_dataset', 'targets']
 
 
 # Name under which the held-out training images are a split to validate on
@@ -61,7 +61,7 @@ def open_dataset(
         **kwargs: See `timm.data.create_dataset`.
 
     Raises:
-        UsageError: The folder or the split does not exist, or the number of classes differs.
+        UsageError: The folder or the split does not exist, or the number of classes differs, see `check_classes`.
         RunError: There is no image in it, or it can't be read.
     """
     if name and name.split('/')[0].lower() not in _KINDS:
@@ -89,13 +89,71 @@ def open_dataset(
         raise RunError(f'data set {name or root!r}, split {split!r}, can not be read: {concise(e)}') from e
     if empty:
         raise RunError(f'data set {name or root!r}, split {split!r}, holds no images')
-    names = class_names(dataset)
+    if num_classes is not None:
+        check_classes({f'split {split!r}': dataset}, num_classes)
+    return dataset
+
+
+def check_classes(
+    splits: Mapping[str, Dataset], num_classes: int | None = None, trained: Sequence[str] | None = None
+) -> list[str] | None:
+    """Check that splits number the same classes in the same way, that of the model's training, and as many as it has.
+
+    timm numbers the classes of every split by itself, in the order of the names of the folders that hold images. One
+    that is missing, empty or called otherwise in one split shifts the numbers of those behind it without a word.
+
+    Args:
+        splits: Data sets, which are skipped where they do not tell their classes, by what messages call them.
+        num_classes: Number of classes that the model tells apart, anything if None.
+        trained: Class names that the model was trained with, in the order of their index, unknown if None.
+
+    Returns:
+        Class names in the order of their index, None if no data set tells them.
+
+    Raises:
+        UsageError: They differ; the message names the classes that only one side has.
+    """
+    sides = {} if trained is None else {'the training of the checkpoint': list(trained)}
+    sides.update({what: names for what, names in zip(splits, map(class_names, splits.values())) if names is not None})
+    empty = sorted({name for dataset in splits.values() for name in _empty_classes(dataset)})
+    empty_text = f' (without images: {_shortened(empty)})' if empty else ''
+    (first, names), *others = sides.items() if sides else [('', None)]
+    for what, other in others:
+        if other == names:
+            continue
+        missing = (first, _without(names, other)), (what, _without(other, names))
+        only = [f'only {side} has {_shortened(classes)}' for side, classes in missing if classes]
+        problem = ', '.join(only) or f'{first} numbers them in another order'
+        raise UsageError(
+            f'the classes of {first} and {what} differ, so the same index would mean two classes: {problem}'
+            f'{empty_text}; make the class folders the same, or name all classes, one a line, in a file for '
+            '--class-map FILE.txt'
+        )
     if names is not None and num_classes is not None and len(names) != num_classes:
         raise UsageError(
-            f'data set {name or root!r}, split {split!r}, has {len(names)} classes but the model has {num_classes}; '
-            f'pass --num-classes {len(names)} if that is right'
+            f'{first} has {len(names)} classes{empty_text} but the model has {num_classes}; pass --num-classes '
+            f'{len(names)} if that is right' + (', or fill or remove the folders without images' if empty else '')
         )
-    return dataset
+    return names
+
+
+def _without(names: Sequence[str], others: Sequence[str]) -> list[str]:
+    known = set(others)
+    return [name for name in names if name not in known]
+
+
+def _shortened(names: Sequence[str]) -> str:
+    shown = ', '.join(repr(str(name)) for name in names[:5])
+    return f'{shown} and {len(names) - 5} more' if len(names) > 5 else shown
+
+
+def _empty_classes(dataset: Dataset) -> list[str]:
+    """Folders beside those of the classes that hold no images, which timm takes for no class."""
+    root = getattr(getattr(dataset, 'reader', None), 'root', None)
+    names = class_names(dataset)
+    if root is None or names is None or not Path(root).is_dir():
+        return []
+    return [path.name for path in Path(root).iterdir() if path.is_dir() and path.name not in names]
 
 
 def iterate(loader: Iterable) -> Iterator[Any]:

@@ -12,7 +12,7 @@ from timm.data import FastCollateMixup, Mixup, create_loader
 from ..models.supernet import Supernet
 from ..utils.errors import UsageError
 from .cached_loader import CachedLoader
-from .data import HOLDOUT_SPLIT, hold_out, open_dataset
+from .data import HOLDOUT_SPLIT, check_classes, hold_out, open_dataset
 from .options import mixup_active
 
 __all__ = ['create_loaders', 'open_data']
@@ -21,7 +21,6 @@ __all__ = ['create_loaders', 'open_data']
 def open_data(args: Namespace, model: torch.nn.Module, data_config: dict[str, Any]) -> tuple[Any, Any]:
     args.input_img_mode = args.input_img_mode or ('RGB' if data_config['input_size'][0] == 3 else 'L')
     common = dict(
-        num_classes=model.num_classes,
         class_map=args.class_map,
         download=args.dataset_download,
         batch_size=args.batch_size,
@@ -33,18 +32,23 @@ def open_data(args: Namespace, model: torch.nn.Module, data_config: dict[str, An
             open_dataset(args.dataset, args.data_dir, args.train_split, **common)
         dist.barrier()
     train_set = open_dataset(args.dataset, args.data_dir, args.train_split, is_training=True, seed=args.seed, **common)
+    splits = {f'split {args.train_split!r}': train_set}
+    val_set = None
+    if args.val_split and args.val_split != HOLDOUT_SPLIT:
+        val_set = open_dataset(args.dataset, args.data_dir, args.val_split, is_training=False, **common)
+        splits[f'split {args.val_split!r}'] = val_set
+    # What was trained before with other names may be fine-tuned, a run that goes on may not meet them
+    trained = getattr(args, 'label_names', None)
+    args.label_names = check_classes(splits, model.num_classes, trained) or trained
     if args.search_holdout is None:
         args.search_holdout = 0.1 if isinstance(model, Supernet) else 0.0
     if args.search_holdout:
         train_set, _ = hold_out(train_set, args.search_holdout)
-    val_set = None
     if args.val_split == HOLDOUT_SPLIT:
         if not args.search_holdout:
             raise UsageError(f'--val-split {HOLDOUT_SPLIT} needs a --search-holdout SHARE, for example 0.1')
         whole = open_dataset(args.dataset, args.data_dir, args.train_split, is_training=False, **common)
         _, val_set = hold_out(whole, args.search_holdout)
-    elif args.val_split:
-        val_set = open_dataset(args.dataset, args.data_dir, args.val_split, is_training=False, **common)
     return train_set, val_set
 
 

@@ -267,6 +267,7 @@ def check_resumed(args: Namespace, before: Namespace) -> None:
                 f'--model-kwargs {key}={value} differs from what {args.resume!r} was trained with ({kwargs.get(key)})'
             )
     args.model_kwargs = kwargs
+    args.label_names = getattr(before, 'label_names', None)
     if not args.output and not args.experiment:
         folder = Path(args.resume).resolve().parent
         args.output, args.experiment = str(folder.parent), folder.name

@@ -261,6 +261,8 @@ def make_storable(args: Namespace) -> None:
             setattr(args, key, str(value))
     if args.data_dir:
         args.data_dir = os.path.abspath(args.data_dir)  # a later search may start from another folder
+    if args.class_map and os.path.exists(args.class_map):  # otherwise timm looks for it in the data folder
+        args.class_map = os.path.abspath(args.class_map)
     args.model_kwargs = {k: str(v) if isinstance(v, str) else v for k, v in args.model_kwargs.items()}
 
 
