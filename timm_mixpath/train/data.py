@@ -1,17 +1,19 @@
 """Data sets as timm reads them, and the search split that is held out from the training images."""
 
 import copy
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from tarfile import TarError
 from typing import Any
 
 import torch
-from timm.data import create_dataset
+from timm.data import ImageDataset, create_dataset
 from torch.utils.data import Dataset, IterableDataset
 
 from ..models._timm import search_split
 from ..utils.errors import RunError, UsageError, concise
+from .image_files import ImageFiles
 
 __all__ = ['HOLDOUT_SPLIT', 'Subset', 'check_classes', 'class_names', 'hold_out', 'iterate', 'open_dataset', 'targets']
 
@@ -89,6 +91,8 @@ def open_dataset(
         raise RunError(f'data set {name or root!r}, split {split!r}, can not be read: {concise(e)}') from e
     if empty:
         raise RunError(f'data set {name or root!r}, split {split!r}, holds no images')
+    if type(dataset) is ImageDataset:
+        dataset = ImageFiles(dataset)
     if num_classes is not None:
         check_classes({f'split {split!r}': dataset}, num_classes)
     return dataset
@@ -169,7 +173,8 @@ def iterate(loader: Iterable) -> Iterator[Any]:
         except StopIteration:
             return
         except (OSError, RuntimeError, ValueError) as e:  # a worker's error comes with its traceback as text
-            raise RunError(f'images can not be read: {str(e).strip().splitlines()[-1]}') from e
+            text = re.sub(r'^[\w.]+(Error|Exception): ', '', str(e).strip().splitlines()[-1])
+            raise RunError(f'images can not be read: {text}') from e
         yield batch
 
 

@@ -1,0 +1,102 @@
+"""Image files as pixels of 8 bits, and by their name where they can't be read."""
+
+import logging
+from typing import Any
+
+import numpy as np
+from PIL import Image
+from timm.data import ImageDataset
+
+from ..utils.errors import RunError
+
+__all__ = ['ImageFiles', 'to_mode']
+
+_logger = logging.getLogger(__name__)
+
+# Of the file system, and what Pillow's decoders let through
+_DECODING_ERRORS = (OSError, SyntaxError, EOFError, Image.DecompressionBombError)
+
+# Formats whose 32-bit images are 16-bit ones in Pillow's larger type
+_SIXTEEN_BIT_FORMATS = ('PNG', 'PPM')
+
+
+def to_mode(image: Image.Image, mode: str) -> Image.Image:
+    """Convert an image, which `PIL.Image.Image.convert` does too, but clips what has more than 8 bits: to white.
+
+    Args:
+        image: Image of any mode.
+        mode: `'RGB'`, `'L'` or another mode of 8 bits.
+
+    Returns:
+        The image; one of 16 bits is scaled to 8, 65535 to 255.
+
+    Raises:
+        ValueError: Its pixels are floats or 32-bit integers, whose range nothing tells, or Pillow knows no conversion.
+    """
+    is_wide = image.mode == 'I' and image.format in _SIXTEEN_BIT_FORMATS
+    if image.mode.startswith('I;16') or is_wide:
+        pixels = np.asarray(image).astype(np.uint32)  # [H, W]
+        image = Image.fromarray(((pixels + 128) // 257).astype(np.uint8))
+    elif image.mode in ('I', 'F'):
+        kind = {'I': '32-bit integers', 'F': 'floats'}[image.mode]
+        raise ValueError(f'its pixels are {kind}, whose range nothing tells; save it with 8 or 16 bits')
+    return image.convert(mode)
+
+
+class ImageFiles(ImageDataset):
+    """timm's `ImageDataset`, with images of all modes as `to_mode` converts them, and with file names in messages.
+
+    As in timm, a file that can't be decoded is skipped with a warning, and the next one takes its place.
+
+    Args:
+        dataset: Data set of timm whose files, targets and transform it takes.
+    """
+
+    def __init__(self, dataset: ImageDataset) -> None:
+        super().__init__(
+            '',
+            reader=dataset.reader,
+            input_img_mode=dataset.input_img_mode,
+            transform=dataset.transform,
+            target_transform=dataset.target_transform,
+            additional_features=dataset.additional_features,
+        )
+
+    def __getitem__(self, index: int) -> tuple[Any, ...]:
+        """Return image, target and additional features of a sample, see timm.
+
+        Raises:
+            RunError: An image can't be converted, or one after the other can't be decoded; the message names the file.
+        """
+        for _ in range(self._max_retries):
+            try:
+                file, target, *features = self.reader[index]
+                image = Image.open(file)
+                image.load()  # decodes, so errors are met here
+                break
+            except _DECODING_ERRORS as e:
+                _logger.warning(f'Skipped image {self._name(index)!r}: {e}')
+                index = (index + 1) % len(self)
+        else:
+            raise RunError(
+                f'{self._max_retries} images one after the other can not be decoded, the last of them '
+                f'{self._name((index - 1) % len(self))!r}; remove them, or save them again'
+            )
+        if self.input_img_mode:
+            try:
+                image = to_mode(image, self.input_img_mode)
+            except ValueError as e:
+                raise RunError(f'image {self._name(index)!r} can not be used: {e}') from None
+        if self.transform is not None:
+            image = self.transform(image)
+        if target is None:
+            target = -1
+        elif self.target_transform is not None:
+            target = self.target_transform(target)
+        return image, target, *features
+
+    def _name(self, index: int) -> str:
+        try:
+            return str(self.filename(index, absolute=True))
+        except (AttributeError, NotImplementedError, TypeError):  # a reader of what has no files
+            return f'number {index}'
