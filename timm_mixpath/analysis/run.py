@@ -2,6 +2,7 @@
 
 import logging
 import os
+from argparse import Namespace
 from dataclasses import replace
 
 import torch
@@ -40,6 +41,7 @@ def rank_checkpoint(
     device: str | None = None,
     workers: int = 2,
     progress: bool = True,
+    like: Namespace | None = None,
 ) -> RankResult:
     """Compare the scores that a trained supernet gives to archs with the accuracies that they reach on their own.
 
@@ -61,6 +63,7 @@ def rank_checkpoint(
         device: Device, the GPU if there is one and None is given.
         workers: Processes that decode the images, once.
         progress: Show a progress bar on a terminal, lines elsewhere.
+        like: What `checkpoint` is of, if it holds weights alone, see `load_model`.
 
     Returns:
         The result, the same in all ranks.
@@ -73,7 +76,7 @@ def rank_checkpoint(
     """
     config = config or RankConfig()
     require_scipy()
-    loaded = load_supernet(checkpoint, 'ranking', recalibration_images)
+    loaded = load_supernet(checkpoint, 'ranking', recalibration_images, like)
     supernet = loaded.model
     accuracies = read_table(table, supernet.space, arch_column=arch_column, accuracy_column=accuracy_column)
     chosen = accuracies.choose(config.num_archs, seed=config.seed)
@@ -146,6 +149,7 @@ def stats_checkpoint(
     batch_size: int = 32,
     device: str | None = None,
     workers: int = 2,
+    like: Namespace | None = None,
 ) -> StatsResult:
     """Compute the statistics of a trained supernet.
 
@@ -159,6 +163,7 @@ def stats_checkpoint(
         batch_size: Images per forward pass. The outputs of all paths of a block are in memory at once.
         device: Device, the GPU if there is one and None is given.
         workers: Processes that decode the images, once.
+        like: What `checkpoint` is of, if it holds weights alone, see `load_model`.
 
     Returns:
         The statistics.
@@ -168,7 +173,7 @@ def stats_checkpoint(
         RunError: The data or checkpoint can't be read, or the output not be written.
     """
     data = data or SearchData(num_images=512)
-    loaded = load_model(checkpoint)
+    loaded = load_model(checkpoint, like=like)
     check_supernet(loaded.model, str(checkpoint))
     with open_process(device) as process:
         if output is not None:

@@ -31,7 +31,7 @@ from ..spaces.arch import Arch
 from ..train.checkpoint import create_model, resolve_data
 from ..train.data import open_dataset
 from ..train.loop import train
-from ..train.options import default_args
+from ..train.options import LOCAL_OPTIONS, default_args
 from ..utils.distributed import WorkQueue
 from ..utils.errors import RunError, UsageError, concise
 from ..utils.files import lock_file, make_output_dir, write_text
@@ -45,11 +45,6 @@ _logger = logging.getLogger(__name__)
 
 _FORMAT = 'timm-mixpath table'
 
-# Options that say where and how a training runs, not what comes out of it
-_HARMLESS = {
-    'checkpoint_hist', 'config', 'data_dir', 'dataset_download', 'device', 'device_modules', 'local_rank',
-    'log_interval', 'pin_mem', 'val_interval', 'workers',
-}  # fmt: skip
 
 # Options of a single training, with what a table has instead
 _REFUSED = {
@@ -233,7 +228,7 @@ class _Table:
     def __init__(self, folder: Path, args: Namespace, archs: list[str], seeds: list[int]) -> None:
         self.folder, self.path = folder, folder / 'table.csv'
         self.archs, self.seeds = archs, seeds
-        names = vars(default_args()).keys() - _HARMLESS - _REFUSED.keys() - {'seed'}
+        names = vars(default_args()).keys() - LOCAL_OPTIONS - _REFUSED.keys() - {'seed', 'val_interval'}
         options = {name: getattr(args, name) for name in sorted(names)}
         # Compared with what comes back from the file
         self.options = json.loads(json.dumps(options, default=str))

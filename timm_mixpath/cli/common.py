@@ -5,12 +5,15 @@ import dataclasses
 import re
 from typing import Any
 
+from ..utils.errors import UsageError
+
 __all__ = [
+    'add_checkpoint_options',
     'add_device_option',
     'add_image_options',
-    'add_supernet_option',
     'from_args',
     'is_first_process',
+    'like',
     'parse_count',
     'setup_logging',
 ]
@@ -42,15 +45,35 @@ def from_args(cls: type, args: argparse.Namespace) -> Any:
     return cls(**{field.name: getattr(args, field.name) for field in dataclasses.fields(cls)})
 
 
-def add_supernet_option(parser: argparse.ArgumentParser) -> None:
+def add_checkpoint_options(parser: argparse.ArgumentParser, what: str) -> None:
+    """Add `--checkpoint`, of `what`, and the options that `like` reads."""
+    from ..train.options import KeyValue
+
     add = parser.add_argument
-    add(
-        '--checkpoint',
-        required=True,
-        metavar='PATH',
-        help='last.pth.tar of a supernet, a model folder, or hf-hub:ORG/NAME',
-    )
+    add('--checkpoint', required=True, metavar='PATH', help=f'{what}, a model folder, or hf-hub:ORG/NAME')
     add('--device-modules', nargs='+', metavar='MODULE', help='Python modules to import first, for a space of your own')
+    add = parser.add_argument_group(
+        "what weights alone are of (timm's clean_checkpoint.py and avg_checkpoints.py write such files)"
+    ).add_argument
+    add('--model', metavar='NAME')
+    add('--model-kwargs', nargs='*', default={}, action=KeyValue, metavar='KEY=VALUE')
+    add('--config', dest='model_config', metavar='FILE', help='recipe or args.yaml of the training, in their place')
+
+
+def like(args: argparse.Namespace) -> argparse.Namespace | None:
+    """Return the training options that say what weights alone are of, None if nothing was said."""
+    from ..train.options import read_config
+    from ..utils.recipes import find_recipe
+
+    if not args.model and not args.model_config:
+        if args.model_kwargs:
+            raise UsageError('--model-kwargs say nothing without --model NAME')
+        return None
+    options = read_config(find_recipe(args.model_config) if args.model_config else None)
+    if args.model:
+        options.model, options.model_kwargs = args.model, {}
+    options.model_kwargs = {**options.model_kwargs, **args.model_kwargs}
+    return options
 
 
 def add_image_options(parser: argparse.ArgumentParser, num_images: int | None = None) -> None:

@@ -4,19 +4,18 @@ import argparse
 from pathlib import Path
 
 from ..utils.errors import UsageError
-from .common import from_args, setup_logging
+from .common import add_checkpoint_options, from_args, like, setup_logging
 
 __all__ = ['add_export', 'add_push', 'run_export', 'run_push']
 
 
 def add_export(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add('--checkpoint', required=True, metavar='PATH', help='*.pth.tar of a run, a model folder, or hf-hub:ORG/NAME')
+    add_checkpoint_options(parser, '*.pth.tar of a run')
     add('--arch', metavar='TEXT', help='sub-network of a supernet, with the weights it inherits')
     add('--output', required=True, metavar='DIR', help='model folder to make')
     add('--recalibration-images', type=int, default=0, metavar='N', help='recalibrate the batch norms of --arch')
     add('--data-dir', metavar='DIR', help='where the images are (default: as in the training of the supernet)')
-    add('--device-modules', nargs='+', metavar='MODULE', help='Python modules to import first')
 
 
 def run_export(args: argparse.Namespace) -> None:
@@ -29,20 +28,20 @@ def run_export(args: argparse.Namespace) -> None:
         args.arch,
         recalibration_images=args.recalibration_images,
         data=SearchData(data_dir=args.data_dir),
+        like=like(args),
     )
     print(f"timm.create_model('local-dir:{args.output}', pretrained=True)  # after `import timm, timm_mixpath`")
 
 
 def add_push(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add('--checkpoint', required=True, metavar='PATH', help='*.pth.tar of a run, a model folder, or hf-hub:ORG/NAME')
+    add_checkpoint_options(parser, '*.pth.tar of a run')
     add('--repo-id', required=True, metavar='ORG/NAME', help='for example me/mixpath_nano.cifar10')
     add('--private', action='store_true', help='make a new repo private')
     add('--revision', metavar='BRANCH', help='branch to push to, made if needed (default: main)')
     add('--message', metavar='TEXT', help='commit message')
     add('--dry-run', action='store_true', help='write the files into a folder and push nothing')
     add('--output', metavar='DIR', help='folder of --dry-run (default: NAME)')
-    add('--device-modules', nargs='+', metavar='MODULE', help='Python modules to import first, for a space of your own')
 
     add = parser.add_argument_group('model card (what is not given and not recorded is left out)').add_argument
     add(
@@ -68,7 +67,13 @@ def run_push(args: argparse.Namespace) -> None:
     if args.dry_run:
         folder = Path(args.output or name)
         files = write_repo(
-            args.checkpoint, args.repo_id, folder, details=details, search=args.search, revision=args.revision
+            args.checkpoint,
+            args.repo_id,
+            folder,
+            details=details,
+            search=args.search,
+            revision=args.revision,
+            like=like(args),
         )
         print(f'would push to {target} in one commit:')
         for file in files:
@@ -82,6 +87,7 @@ def run_push(args: argparse.Namespace) -> None:
         details=details,
         search=args.search,
         message=args.message,
+        like=like(args),
     )
     if result.created:
         print(f'pushed to {result.url}, commit {result.commit[:12]}: {", ".join(result.files)}')

@@ -4,11 +4,12 @@ import argparse
 from pathlib import Path
 
 from .common import (
+    add_checkpoint_options,
     add_device_option,
     add_image_options,
-    add_supernet_option,
     from_args,
     is_first_process,
+    like,
     setup_logging,
 )
 
@@ -20,7 +21,7 @@ def add_rank(parser: argparse.ArgumentParser) -> None:
 
     default = RankConfig()
     add = parser.add_argument
-    add_supernet_option(parser)
+    add_checkpoint_options(parser, 'last.pth.tar of a supernet')
     add('--table', required=True, metavar='FILE', help='CSV of archs and the accuracies that they reach on their own')
     add('--output', metavar='DIR', help='folder for archive, statistics and plot; without it nothing is kept, and a '
         'run that is cut off starts again')  # fmt: skip
@@ -64,6 +65,7 @@ def run_rank(args: argparse.Namespace) -> None:
         batch_size=args.batch_size,
         device=args.device,
         workers=args.workers,
+        like=like(args),
     )
     if is_first_process():
         print_ranking(result, args.output)
@@ -72,7 +74,7 @@ def run_rank(args: argparse.Namespace) -> None:
 def add_stats(parser: argparse.ArgumentParser) -> None:
     parser.epilog = "A reconstruction of the content of the paper's figure; its exact protocol is not published."
     add = parser.add_argument
-    add_supernet_option(parser)
+    add_checkpoint_options(parser, 'last.pth.tar of a supernet')
     add('--output', metavar='DIR', help='folder for stats.json, stats.csv and stats.png (default: only print)')
     add('--num-archs', type=int, default=20, metavar='N',
         help='run at most N sampled archs to reach every sum of paths three times (default: %(default)s)')  # fmt: skip
@@ -94,6 +96,7 @@ def run_stats(args: argparse.Namespace) -> None:
         batch_size=args.batch_size,
         device=args.device,
         workers=args.workers,
+        like=like(args),
     )
     if not is_first_process():
         return

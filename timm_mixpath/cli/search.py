@@ -4,11 +4,12 @@ import argparse
 
 from ..utils.errors import UsageError, as_usage_error
 from .common import (
+    add_checkpoint_options,
     add_device_option,
     add_image_options,
-    add_supernet_option,
     from_args,
     is_first_process,
+    like,
     parse_count,
     setup_logging,
 )
@@ -29,7 +30,7 @@ def add_search(parser: argparse.ArgumentParser) -> None:
 
     default = SearchConfig()
     add = parser.add_argument
-    add_supernet_option(parser)
+    add_checkpoint_options(parser, 'last.pth.tar of a supernet')
     add('--output', required=True, metavar='DIR', help='folder for archive, front and plot')
     add_image_options(parser)
 
@@ -73,6 +74,7 @@ def run_search(args: argparse.Namespace) -> None:
         device=args.device,
         workers=args.workers,
         latency=args.latency,
+        like=like(args),
     )
     if is_first_process():
         print_result(result, args.output)

@@ -16,7 +16,7 @@ from ..models.mixpath import BUILTIN_SPACES, MixPath
 from ..models.supernet import Supernet
 from ..spaces.catalog import get_space
 from ..train.checkpoint import LoadedModel
-from ..train.options import default_args
+from ..train.options import LOCAL_OPTIONS, default_args
 from ..utils.recipes import model_recipes
 from .records import PLOT, SearchRecord, TrainingRecord
 
@@ -48,12 +48,8 @@ _SPACE_NOTES = {
     'nano': 'nano is a small space of timm-mixpath, not one of the paper.',
 }
 
-# Options that say where and how a run was executed, not what it did
-_LOCAL_OPTIONS = {
-    'checkpoint_hist', 'class_map', 'data_dir', 'dataset_download', 'device', 'device_modules', 'experiment',
-    'initial_checkpoint', 'local_rank', 'log_interval', 'lr_base', 'no_prefetcher', 'no_resume_opt', 'output',
-    'pin_mem', 'resume', 'workers',
-}  # fmt: skip
+# What a card leaves out: where and how a run was executed, files of that machine, and what `lr` was derived from
+_LOCAL_OPTIONS = LOCAL_OPTIONS | {'class_map', 'initial_checkpoint', 'lr_base'}
 
 
 @dataclass

@@ -1,6 +1,7 @@
 """Model folders that `timm.create_model('local-dir:...', pretrained=True)` reads."""
 
 import os
+from argparse import Namespace
 from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
@@ -28,6 +29,7 @@ def export(
     *,
     recalibration_images: int = 0,
     data: SearchData | None = None,
+    like: Namespace | None = None,
 ) -> nn.Module:
     """Write the model of a checkpoint as a model folder.
 
@@ -38,6 +40,7 @@ def export(
         recalibration_images: Training images to recalibrate the sub-network's batch norms with, as a search with the
             same number does; 0 for none.
         data: Where they come from, the images that the supernet was trained with if None.
+        like: What `checkpoint` is of, if it holds weights alone, see `load_model`.
 
     Returns:
         The exported model, in eval mode.
@@ -46,7 +49,7 @@ def export(
         UsageError: The arch is not in the supernet's space, the checkpoint is no supernet, or the output exists.
         RunError: The checkpoint can't be read or the output not be written.
     """
-    loaded = load_model(checkpoint)
+    loaded = load_model(checkpoint, like=like)
     model = loaded.model
     if arch is not None:
         if not isinstance(model, Supernet):

@@ -5,6 +5,7 @@ import os
 import re
 import shutil
 import tempfile
+from argparse import Namespace
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -55,6 +56,7 @@ def write_repo(
     details: CardDetails | None = None,
     search: str | os.PathLike | None = None,
     revision: str | None = None,
+    like: Namespace | None = None,
 ) -> list[str]:
     """Write the files of a Hub repo into a folder: config.json, model.safetensors, README.md, pareto.png.
 
@@ -67,6 +69,7 @@ def write_repo(
         details: What the card says that neither checkpoint nor search know.
         search: Output folder of the search that found the arch, or that searched this supernet.
         revision: Branch of the repo, the main one if None.
+        like: What `checkpoint` is of, if it holds weights alone, see `load_model`.
 
     Returns:
         Names of the files.
@@ -77,7 +80,7 @@ def write_repo(
     """
     check_repo_id(repo_id)
     details = details or CardDetails()
-    loaded = load_model(checkpoint)
+    loaded = load_model(checkpoint, like=like)
     model = loaded.model
     if not isinstance(model, (MixPath, CellNet)):
         raise UsageError(
@@ -111,6 +114,7 @@ def push(
     search: str | os.PathLike | None = None,
     message: str | None = None,
     token: str | None = None,
+    like: Namespace | None = None,
 ) -> PushResult:
     """Publish a model or a supernet as a Hub repo, in one commit.
 
@@ -126,6 +130,7 @@ def push(
         search: See `write_repo`.
         message: Commit message.
         token: Token with write access, that of `hf auth login` or of HF_TOKEN if None.
+        like: See `write_repo`.
 
     Raises:
         UsageError: See `write_repo`; or there is no token, or `private` is asked of a repo that is public.
@@ -138,7 +143,7 @@ def push(
     target = repo_id + (f'@{revision}' if revision else '')
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary) / 'repo'
-        files = write_repo(checkpoint, repo_id, folder, details=details, search=search, revision=revision)
+        files = write_repo(checkpoint, repo_id, folder, details=details, search=search, revision=revision, like=like)
         api = HfApi(token=token, library_name='timm-mixpath', library_version=__version__)
         with hub_errors(target, 'push to', _AGAIN):
             api.create_repo(repo_id, private=private or None, exist_ok=True)

@@ -11,6 +11,7 @@ import itertools
 import logging
 import math
 import os
+from argparse import Namespace
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -176,6 +177,7 @@ def search_checkpoint(
     workers: int = 2,
     latency: bool = False,
     progress: bool = True,
+    like: Namespace | None = None,
 ) -> SearchResult:
     """Search a trained supernet.
 
@@ -196,6 +198,7 @@ def search_checkpoint(
         workers: Processes that decode the images, once.
         latency: Measure the latency of the archs on the front too, on this machine.
         progress: Show a progress bar on a terminal, lines elsewhere.
+        like: What `checkpoint` is of, if it holds weights alone, see `load_model`.
 
     Returns:
         The result.
@@ -206,7 +209,7 @@ def search_checkpoint(
     """
     if config.algorithm == 'nsga2':
         require_pymoo()
-    loaded = load_supernet(checkpoint, 'search', recalibration_images)
+    loaded = load_supernet(checkpoint, 'search', recalibration_images, like)
     with open_process(device) as process:
         rank = process.rank
         output = make_output_dir(output)

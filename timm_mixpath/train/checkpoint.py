@@ -1,6 +1,7 @@
 """Training checkpoints: written atomically, loaded without unpickling anything but weights and plain values."""
 
 import hashlib
+import logging
 import os
 import shutil
 from argparse import Namespace
@@ -12,13 +13,15 @@ from typing import Any
 import timm
 import torch
 from timm.data import resolve_data_config
-from timm.models import clean_state_dict
+from timm.models import adapt_input_conv, clean_state_dict, get_model_args, load_state_dict
 from timm.utils import CheckpointSaver
 from torch import nn
 
 from ..models.supernet import Supernet
 from ..utils.errors import RunError, UsageError, as_usage_error, concise
 from ..utils.hub_client import fetch_model
+
+_logger = logging.getLogger(__name__)
 
 __all__ = [
     'AtomicCheckpointSaver',
@@ -28,6 +31,8 @@ __all__ = [
     'create_model',
     'load_model',
     'load_supernet',
+    'load_weights',
+    'own_model',
     'read_checkpoint',
     'resolve_data',
     'state_dict_sha256',
@@ -116,12 +121,15 @@ def read_checkpoint(path: str | os.PathLike) -> dict[str, Any]:
     return checkpoint
 
 
-def load_model(path: str | os.PathLike, *, use_ema: bool = True) -> LoadedModel:
+def load_model(path: str | os.PathLike, *, use_ema: bool = True, like: Namespace | None = None) -> LoadedModel:
     """Load a model of a training checkpoint (ours or of timm's train.py), of a model folder or of a Hub repo.
 
     Args:
-        path: `*.pth.tar` file, a folder with `config.json` and `model.safetensors`, or `hf-hub:ORG/NAME[@REVISION]`.
+        path: `*.pth.tar` file, a folder with `config.json` and `model.safetensors`, `hf-hub:ORG/NAME[@REVISION]`, or
+            weights alone, as timm's clean_checkpoint.py and avg_checkpoints.py write them, with `like`.
         use_ema: Prefer the averaged weights where there are any.
+        like: Options of a training that say what weights alone are of. The number of classes is that of the weights
+            if it is None. It is not asked where a checkpoint tells by itself.
 
     Raises:
         UsageError: No such file, or not a checkpoint of a known model.
@@ -138,7 +146,7 @@ def load_model(path: str | os.PathLike, *, use_ema: bool = True) -> LoadedModel:
             raise RunError(f'model {name!r} can not be loaded: {concise(e)}') from None
         return LoadedModel(model.eval(), Namespace(), resolve_data_config({}, model=model))
 
-    checkpoint = read_checkpoint(path)
+    checkpoint = _read_any(path, like)
     args = checkpoint['args']
     model = create_model(args)
     key = 'state_dict_ema' if use_ema and checkpoint.get('state_dict_ema') is not None else 'state_dict'
@@ -151,6 +159,93 @@ def load_model(path: str | os.PathLike, *, use_ema: bool = True) -> LoadedModel:
     return LoadedModel(
         model.eval(), args, data_config, checkpoint.get('epoch'), checkpoint.get('metric'), key == 'state_dict_ema'
     )
+
+
+def load_weights(model: nn.Module, path: str, args: Namespace) -> None:
+    """Start a training from the weights of `--initial-checkpoint`, averaged ones where there are any.
+
+    A classifier of another number of classes is left out, and a first convolution adapted to other channels, as timm
+    does with pretrained weights.
+
+    Args:
+        model: Model.
+        path: Training checkpoint, state dict or safetensors file.
+        args: Options of the training.
+
+    Raises:
+        RunError: The file can't be read, or is of another network; the message says what differs.
+    """
+    try:
+        state_dict = load_state_dict(path)
+    except Exception as e:  # torch and safetensors raise half a dozen types for a file that is no checkpoint
+        raise RunError(f'--initial-checkpoint {path!r} can not be read: {concise(e)}') from None
+    own = model.state_dict()
+    shapes = {key: getattr(value, 'shape', None) for key, value in state_dict.items()}
+    cfg = model.pretrained_cfg or {}
+    left_out: set[str] = set()
+    names = cfg.get('classifier') or ()
+    for name in (names,) if isinstance(names, str) else names:
+        weight = f'{name}.weight'
+        if weight in own and weight in shapes and own[weight].shape != shapes[weight]:
+            _logger.warning(
+                f'the classifier of {path!r} is for {shapes[weight][0]} classes and not for {own[weight].shape[0]}: it '
+                'is left out, and learned anew'
+            )
+            left_out |= {key for key in own if key.startswith(f'{name}.')}
+    first = f'{cfg.get("first_conv")}.weight'
+    if first in own and first in shapes and own[first].shape[1] != shapes[first][1] and shapes[first][1] == 3:
+        state_dict[first] = adapt_input_conv(own[first].shape[1], state_dict[first])
+        _logger.warning(f'{first} of {path!r} is adapted to {own[first].shape[1]} input channels')
+    state_dict = {key: value for key, value in state_dict.items() if key not in left_out}
+    try:
+        model.load_state_dict({**{key: own[key] for key in left_out}, **state_dict})
+    except RunError:
+        raise
+    except RuntimeError as e:
+        problem = _what_differs(path, args) or ' '.join(line.strip() for line in str(e).splitlines()[1:3])[:300]
+        raise RunError(f'--initial-checkpoint {path!r} does not fit {args.model}: {problem}') from None
+
+
+def _what_differs(path: str, args: Namespace) -> str | None:
+    """What a training checkpoint says of its model that these options don't, None if nothing."""
+    try:
+        before = read_checkpoint(path)['args']
+    except (UsageError, RunError):
+        return None
+    wanted, found = ({'model': a.model, **a.model_kwargs} for a in (before, args))
+    for key in ('seed', 'sampling', 'nested_init'):  # they change nothing about the weights
+        wanted.pop(key, None), found.pop(key, None)
+    different = [key for key in dict.fromkeys([*wanted, *found]) if wanted.get(key) != found.get(key)]
+    if not different:
+        return None
+    return ', '.join(f'its {key} is {wanted.get(key)}, this run has {found.get(key)}' for key in different)
+
+
+def _read_any(path: Path, like: Namespace | None) -> dict[str, Any]:
+    """Read a training checkpoint, or weights alone together with the options that say what they are of."""
+    is_weights = path.suffix == '.safetensors'
+    if not is_weights:
+        try:
+            return read_checkpoint(path)
+        except UsageError:
+            if not path.is_file():
+                raise
+    if like is None or not like.model:
+        raise UsageError(
+            f'{str(path)!r} is not a training checkpoint, so it does not say what its weights are of; pass --model NAME '
+            'and --model-kwargs, or --config, the recipe or the args.yaml of the training'
+        )
+    try:
+        state_dict = load_state_dict(str(path))
+    except Exception as e:
+        raise RunError(f'weights in {str(path)!r} can not be read: {concise(e)}') from None
+    args = Namespace(**vars(like))
+    if args.num_classes is None:
+        check_model_name(args.model)
+        classifier = timm.models.resolve_pretrained_cfg(args.model).classifier
+        weight = state_dict.get(f'{classifier}.weight')
+        args.num_classes = None if weight is None else len(weight)
+    return {'args': args, 'state_dict': state_dict}
 
 
 def create_model(args: Namespace, **overrides: Any) -> nn.Module:
@@ -180,6 +275,34 @@ def create_model(args: Namespace, **overrides: Any) -> nn.Module:
             **args.model_kwargs,
         )
         return timm.create_model(args.model, **{**kwargs, **overrides})
+
+
+def own_model(args: Namespace, model: nn.Module) -> None:
+    """Make the options of a training tell its model by themselves, where a folder or a repo told it.
+
+    `--model local-dir:DIR` and `hf-hub:ORG/NAME` take arch, widths, mean and std from a config.json that may not be
+    there any more when the checkpoint is used. `model_source` keeps where the model came from.
+
+    Args:
+        args: Options; `model`, `model_kwargs`, `gp`, input size, mean, std and resizing are set where they come from
+            there.
+        model: The model that was made with them.
+    """
+    if ':' not in args.model:
+        return
+    args.model_source, args.model = args.model, model.pretrained_cfg['architecture']
+    given = dict(get_model_args(model) or {})
+    args.gp = args.gp or given.get('global_pool')
+    own = ('num_classes', 'in_chans', 'drop_rate', 'drop_path_rate', 'global_pool', 'seed')
+    args.model_kwargs = {**{key: value for key, value in given.items() if key not in own}, **args.model_kwargs}
+    for option, key in (('bn_momentum', 'bn_momentum'), ('bn_eps', 'bn_eps')):
+        if key in args.model_kwargs:
+            setattr(args, option, args.model_kwargs.pop(key))
+    data_config = resolve_data(args, model)
+    for name in ('input_size', 'mean', 'std', 'interpolation', 'crop_pct', 'crop_mode'):
+        value = data_config.get(name)
+        setattr(args, name, list(value) if isinstance(value, tuple) else value)
+    args.img_size = None  # input_size says it
 
 
 def resolve_data(args: Namespace, model: nn.Module) -> dict[str, Any]:
@@ -217,11 +340,13 @@ def check_model_name(name: str) -> None:
         raise UsageError(f'unknown model {name!r}; mixpath models are {known}, timm.list_models() lists all')
 
 
-def load_supernet(checkpoint: str | os.PathLike, what: str, recalibration_images: int) -> LoadedModel:
-    """Load the supernet that a search or ranking is of."""
+def load_supernet(
+    checkpoint: str | os.PathLike, what: str, recalibration_images: int, like: Namespace | None = None
+) -> LoadedModel:
+    """Load the supernet that a search or ranking is of, see `load_model`."""
     if recalibration_images < 0:
         raise UsageError(f'number of recalibration images {recalibration_images} must not be negative')
-    loaded = load_model(checkpoint)
+    loaded = load_model(checkpoint, like=like)
     if not isinstance(loaded.model, Supernet):
         raise UsageError(f'{str(checkpoint)!r} holds {type(loaded.model).__name__}, a {what} needs a supernet')
     return loaded
@@ -249,5 +374,5 @@ def check_supernet(model: nn.Module, what: str | None = None) -> None:
     if not isinstance(model, Supernet):
         found = f'{what!r} holds {type(model).__name__}' if what else f'{type(model).__name__} is no supernet'
         raise UsageError(f'{found}; statistics of paths need a supernet')
-    if any(getattr(module, 'folded', False) for module in model.modules()):
+    if model.is_folded:
         raise UsageError('the batch norms of this supernet are folded; pass the supernet it was made of')

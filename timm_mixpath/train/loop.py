@@ -32,13 +32,20 @@ from torch import nn
 
 from ..models.supernet import Supernet
 from ..utils.distributed import init_device
-from ..utils.errors import RunError, UsageError, as_usage_error
+from ..utils.errors import RunError, UsageError, as_usage_error, concise
 from ..utils.files import make_output_dir, write_atomic
 from ..utils.progress import progress_bar
-from .checkpoint import AtomicCheckpointSaver, create_model, read_checkpoint, resolve_data
+from .checkpoint import (
+    AtomicCheckpointSaver,
+    create_model,
+    load_weights,
+    own_model,
+    read_checkpoint,
+    resolve_data,
+)
 from .data import iterate
 from .loaders import create_loaders, open_data
-from .options import check_values, default_args, make_storable, mixup_active
+from .options import LOCAL_OPTIONS, check_values, default_args, make_storable, mixup_active
 from .task import create_task
 
 __all__ = ['TrainResult', 'train']
@@ -109,7 +116,11 @@ def _train(args: Namespace, device: torch.device) -> TrainResult:
 
     # Model, task, optimizer, in the order of timm's train.py
     utils.random_seed(args.seed, args.rank)
-    model = create_model(args, pretrained=args.pretrained, checkpoint_path=args.initial_checkpoint)
+    # A run that goes on has the weights of its checkpoint, and needs no others
+    model = create_model(args, pretrained=args.pretrained and not args.resume)
+    own_model(args, model)
+    if args.initial_checkpoint and not args.resume:
+        load_weights(model, args.initial_checkpoint, args)
     _init_head(model, args)
     args.num_classes = model.num_classes
     if isinstance(model, Supernet) and 'seed' not in args.model_kwargs:
@@ -123,6 +134,11 @@ def _train(args: Namespace, device: torch.device) -> TrainResult:
         val_text = f'{len(val_set):,} validation images' if val_set is not None else 'no validation'
         _logger.info(f'Data: {len(train_set):,} training images, {val_text}, input {data_config["input_size"]}')
 
+    if args.distributed and args.sync_bn and device.type == 'cpu':
+        raise UsageError(
+            '--sync-bn works on GPUs only, torch has no synchronised batch norm for the CPU; leave it out, --dist-bn '
+            'reduce (the default) averages the statistics of the processes after every epoch'
+        )
     model.to(device=device)
     if args.channels_last:
         model.to(memory_format=torch.channels_last)
@@ -195,6 +211,18 @@ def _train(args: Namespace, device: torch.device) -> TrainResult:
         )
         if args.resume and Path(args.resume).resolve().parent == output_dir.resolve():
             saver.load_state_dict_from_checkpoint(args.resume)
+    result = TrainResult(output_dir)
+    if saver is not None:
+        result.best_metric, result.best_epoch = saver.best_metric, saver.best_epoch
+    if args.resume and start_epoch >= num_epochs:
+        if primary:
+            _logger.info(
+                f'{args.resume!r} has ended after {start_epoch} epochs and nothing is left to train; a larger --epochs '
+                'goes on'
+            )
+        return result
+
+    if primary:
         with write_atomic(output_dir / 'args.yaml') as path:
             # options alone, without what was found out on the way, so that `-c args.yaml` repeats the run
             known = vars(default_args()).keys() - {'config'}
@@ -203,9 +231,6 @@ def _train(args: Namespace, device: torch.device) -> TrainResult:
         trim_summary(output_dir / 'summary.csv', start_epoch)
         _logger.info(f'Training epochs {start_epoch} to {num_epochs - 1} on {args.device}, output in {output_dir}')
 
-    result = TrainResult(output_dir)
-    if saver is not None:
-        result.best_metric, result.best_epoch = saver.best_metric, saver.best_epoch
     for epoch in range(start_epoch, num_epochs):
         _start_epoch(args, loader_train, epoch)
         train_metrics = _train_one_epoch(
@@ -247,6 +272,15 @@ def _train(args: Namespace, device: torch.device) -> TrainResult:
 
 def check_resumed(args: Namespace, before: Namespace) -> None:
     """Check that a resumed run goes on with the model and the images it had, and take the rest from the checkpoint."""
+    source = getattr(before, 'model_source', None)
+    if source is not None and ':' in args.model:
+        if args.model != source:
+            raise UsageError(f'--resume {args.resume!r} is a run of {source}, not of {args.model}')
+        # What the folder or repo said is in the checkpoint, so it need not be there any more
+        args.model, args.model_source = before.model, source
+        for name in ('gp', 'bn_momentum', 'bn_eps', 'input_size', 'mean', 'std', 'interpolation', 'crop_pct'):
+            if not getattr(args, name, None):
+                setattr(args, name, getattr(before, name, None))
     if args.model != before.model:
         raise UsageError(f'--resume {args.resume!r} is a checkpoint of {before.model}, not of {args.model}')
     # train.py knows neither a hold-out nor a seed of the sampling
@@ -268,9 +302,45 @@ def check_resumed(args: Namespace, before: Namespace) -> None:
             )
     args.model_kwargs = kwargs
     args.label_names = getattr(before, 'label_names', None)
+    if args.opt != before.opt and not args.no_resume_opt:
+        raise UsageError(
+            f'--opt {args.opt} differs from the {before.opt} of {args.resume!r}, whose state it can not go on with; '
+            f'give --opt {before.opt}, --no-resume-opt to go on with a new optimizer, or start anew from the '
+            f'weights with --initial-checkpoint {args.resume}'
+        )
+    if getattr(before, 'model_ema', False) and not args.model_ema:
+        raise UsageError(
+            f'{args.resume!r} has averaged weights, which a run without --model-ema would drop; give --model-ema, or '
+            f'start anew from them with --initial-checkpoint {args.resume}'
+        )
+    _warn_of_changes(args, before)
     if not args.output and not args.experiment:
         folder = Path(args.resume).resolve().parent
         args.output, args.experiment = str(folder.parent), folder.name
+
+
+def _warn_of_changes(args: Namespace, before: Namespace) -> None:
+    """Name the options with which a run goes on in another way than it began."""
+    # checked above, found out on the way, of no effect on the weights, or what one resumes for
+    left_out = {'model', 'model_kwargs', 'search_holdout', 'pretrained', 'initial_checkpoint', 'start_epoch', 'dist_bn'}
+    left_out |= {'epochs', 'val_interval', 'val_split', 'validation_batch_size', 'class_map', *LOCAL_OPTIONS}
+    of_optimizer = {'lr', 'momentum', 'weight_decay', 'opt_eps', 'opt_betas', 'opt_kwargs', 'layer_decay'}
+    changed: dict[str, str] = {}
+    for name in sorted(vars(default_args()).keys() - left_out):
+        now, then = getattr(args, name, None), getattr(before, name, None)
+        # None is derived from others, and train.py of timm and older versions do not know all names
+        if now is not None and hasattr(before, name) and _plain(now) != _plain(then):
+            changed[name] = f'--{name.replace("_", "-")} {then} -> {now}'
+    if changed:
+        kept = ', '.join(f'--{name.replace("_", "-")}' for name in changed if name in of_optimizer)
+        note = f'; {kept} of the checkpoint stay in effect unless --no-resume-opt is given' if kept else ''
+        if args.no_resume_opt:
+            note = ''
+        _logger.warning(f'{args.resume!r} was trained with other options: {", ".join(changed.values())}{note}')
+
+
+def _plain(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value
 
 
 def _output_dir(args: Namespace) -> Path:
@@ -296,10 +366,9 @@ def _resolve_lr(args: Namespace) -> None:
 def _resume(args: Namespace, task: ClassificationTask, optimizer: Any, loss_scaler: Any) -> int | None:
     restore = not args.no_resume_opt
     try:
-        return resume_task_checkpoint(
+        resume_epoch = resume_task_checkpoint(
             task,
             args.resume,
-            optimizer=optimizer if restore else None,
             loss_scaler=loss_scaler if restore else None,
             log_info=utils.is_primary(args),
         )
@@ -307,6 +376,16 @@ def _resume(args: Namespace, task: ClassificationTask, optimizer: Any, loss_scal
         raise RunError(
             f'--resume {args.resume!r} does not fit {args.model}: {" ".join(str(e).split())[:300]}'
         ) from None
+    if restore and (state := read_checkpoint(args.resume).get('optimizer')) is not None:
+        try:
+            optimizer.load_state_dict(state)
+        except (RuntimeError, ValueError, LookupError) as e:
+            raise UsageError(
+                f'the state of the optimizer in --resume {args.resume!r} does not fit ({concise(e)}); give --opt, '
+                '--weight-decay, --layer-decay and --opt-kwargs as the run had them, or --no-resume-opt to go on with '
+                'a new optimizer'
+            ) from None
+    return resume_epoch
 
 
 def _start_epoch(args: Namespace, loader: Any, epoch: int) -> None:

@@ -21,7 +21,15 @@ __all__ = [
     'default_args',
     'make_storable',
     'mixup_active',
+    'read_config',
 ]
+
+
+# Options that say where and how a run was executed, not what comes out of it
+LOCAL_OPTIONS = frozenset({
+    'checkpoint_hist', 'config', 'data_dir', 'dataset_download', 'device', 'device_modules', 'experiment',
+    'local_rank', 'log_interval', 'no_prefetcher', 'no_resume_opt', 'output', 'pin_mem', 'resume', 'workers',
+})  # fmt: skip
 
 
 class KeyValue(ParseKwargs):
@@ -233,6 +241,19 @@ def _convert(value: Any, action: argparse.Action, what: str) -> Any:
     if action.choices and not set(converted) <= set(action.choices):
         raise UsageError(f'{what} is {value!r}, allowed are {", ".join(map(repr, action.choices))}')
     return converted if is_list else converted[0]
+
+
+def read_config(path: str | Path | None) -> argparse.Namespace:
+    """Return the options of a recipe or of the args.yaml of a run, all others at their defaults.
+
+    Raises:
+        UsageError: See `apply_config`.
+    """
+    parser = argparse.ArgumentParser()
+    add_train_options(parser)
+    if path is not None:
+        apply_config(parser, path)
+    return parser.parse_args([])
 
 
 def default_args(**overrides: Any) -> argparse.Namespace:
