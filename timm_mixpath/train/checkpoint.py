@@ -232,8 +232,8 @@ def _read_any(path: Path, like: Namespace | None) -> dict[str, Any]:
                 raise
     if like is None or not like.model:
         raise UsageError(
-            f'{str(path)!r} is not a training checkpoint, so it does not say what its weights are of; pass --model NAME '
-            'and --model-kwargs, or --config, the recipe or the args.yaml of the training'
+            f'{str(path)!r} is not a training checkpoint, so it does not say what its weights are of; pass --model '
+            'NAME and --model-kwargs, or --config, the recipe or the args.yaml of the training'
         )
     try:
         state_dict = load_state_dict(str(path))
