@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from timm_mixpath import get_space, sample
 from timm_mixpath.analysis.accuracy_table import read_table
+from timm_mixpath.analysis.arch_lists import read_archs
 from timm_mixpath.utils.errors import UsageError
 
 NANO = get_space('nano')
@@ -141,7 +142,7 @@ def test_table_of_another_space(tmp_path: Path) -> None:
         (b'\n , \n', 'is empty'),
         (b'\x89PNG\r\n\x1a\n\xff', 'is not text in UTF-8'),
         ('arch,accuracy\nä,1\n'.encode('latin-1'), 'is not text in UTF-8'),
-        (b'arch;accuracy\nx;1\n', "its first line names 'arch;accuracy'"),
+        (b'arch|accuracy\nx|1\n', "its first line names 'arch|accuracy'"),
         (b'arch,accuracy\n"k3_e6,50\nk3_e6,51\n', 'is not CSV, line 3: unexpected end of data'),
         (b'arch,accuracy\n"a"b,50\n', 'is not CSV, line 2: '),
         (b'arch,accuracy\n' + b'x' * 200_000, 'is not CSV, line 2: field larger'),
@@ -227,3 +228,49 @@ def test_choose(tmp_path: Path) -> None:
         UsageError, match=r"all 10 archs of .* have accuracy 50 in column 'accuracy', there is nothing to"
     ):
         same.choose(10)
+
+
+# What spreadsheets and other tools write
+
+
+def spelled(path: Path, delimiter: str, cell=str, prefix: str = '', quote: bool = False) -> Path:
+    """The table of `rows` with another delimiter; archs have commas and are quoted where that is the delimiter."""
+    lines = [delimiter.join(('id', 'arch', 'accuracy'))]
+    for i, (arch, accuracy) in enumerate(rows()):
+        text = f'"{arch}"' if quote or delimiter == ',' else arch
+        lines.append(delimiter.join((str(i), text, cell(accuracy))))
+    path.write_text(prefix + '\n'.join(lines) + '\n', encoding='utf-8')
+    return path
+
+
+def comma(value: float) -> str:
+    return str(value).replace('.', ',')
+
+
+@pytest.mark.parametrize('prefix', ['', '\ufeff', '\n\n', 'sep={}\n'], ids=['', 'bom', 'empty lines', 'sep'])
+@pytest.mark.parametrize('cell', [str, comma, lambda v: f'{v}%', lambda v: f'{comma(v)} %'], ids=str)
+@pytest.mark.parametrize('delimiter', [';', '\t', ','])
+def test_every_delimiter_and_spelling_of_numbers(tmp_path: Path, delimiter: str, cell, prefix: str) -> None:
+    quoted = (lambda v: f'"{cell(v)}"') if delimiter == ',' else cell
+    path = spelled(tmp_path / 't.csv', delimiter, quoted, prefix.format(delimiter))
+    table = read_table(path, NANO)
+    assert list(zip(table.archs, table.accuracies)) == rows() and not table.left_out
+    assert read_archs(path, NANO) == list(table.archs)
+
+
+def test_percentages_below_one_are_no_shares(tmp_path: Path) -> None:
+    few = [(arch, f'{i / 40}%') for i, arch in enumerate(ARCHS[:20])]
+    assert max(read_table(write(tmp_path / 't.csv', few), NANO).accuracies) == 19 / 40
+    shares = [(arch, i / 40) for i, arch in enumerate(ARCHS[:20])]
+    assert max(read_table(write(tmp_path / 's.csv', shares), NANO).accuracies) == 47.5
+
+
+def test_what_is_no_table_is_said(tmp_path: Path) -> None:
+    headless = write(tmp_path / 'h.csv', rows()[1:], header=rows()[0])
+    assert 'the line with the names of the columns seems to be missing' in error(headless)
+    (tmp_path / 'j.json').write_text('[{"arch": "k3_e6", "accuracy": 1}]')
+    assert 'it looks like JSON, save it as CSV' in error(tmp_path / 'j.json')
+    (tmp_path / 'x.xlsx').write_bytes(b'PK\x03\x04\xff\xfe' + bytes(range(256)))
+    assert 'save it as CSV in UTF-8' in error(tmp_path / 'x.xlsx')
+    (tmp_path / 'u.csv').write_text('arch;accuracy\n', encoding='utf-16')
+    assert 'save it as CSV in UTF-8' in error(tmp_path / 'u.csv')

@@ -4,11 +4,12 @@ import csv
 import hashlib
 import os
 import random
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TextIO
 
 from ..utils.errors import UsageError, concise
 
@@ -154,7 +155,9 @@ def read_table(
 ) -> AccuracyTable:
     """Read a table of stand-alone accuracies: CSV, its first line names the columns.
 
-    Accuracies are percentages. If none of them is above 1 they are taken for shares, and made percentages.
+    Cells are separated by commas, semicolons or tabs, whichever the first line has most of. Accuracies are percentages,
+    with or without the sign, with a decimal point or comma. If none of them is above 1 and none has the sign they are
+    taken for shares, and made percentages.
 
     Rows are left out, and counted in `left_out`, if their arch is missing or not in the space, if their accuracy is
     missing or not a percentage, and if an earlier row has the same arch.
@@ -181,6 +184,7 @@ def read_table(
     left_out = _LeftOutRows()
     found: dict[str, float] = {}
     num_rows = num_archs = 0
+    has_percent = False
     for line, row in rows:
         num_rows += 1
         if len(row) > len(header):
@@ -202,6 +206,7 @@ def read_table(
             left_out.add('no accuracy', line, f'arch {text!r}')
             continue
         accuracy = _number(cell)
+        has_percent = has_percent or cell.endswith('%')
         if accuracy is None:
             left_out.add('an accuracy that is not a number', line, f'{cell!r}')
         elif not 0 <= accuracy <= 100:
@@ -229,7 +234,7 @@ def read_table(
             f'{str(path)!r} has {num_rows} rows of which {len(found)} can be used, a ranking needs {MIN_ARCHS}: '
             f'{reasons}'
         )
-    if max(found.values()) <= 1:
+    if max(found.values()) <= 1 and not has_percent:
         # Rounded, so that 0.88111 is 88.111 and not 88.11099999999999
         found = {arch: round(100 * share, 10) for arch, share in found.items()}
     return AccuracyTable(
@@ -244,7 +249,7 @@ def read_table(
 
 
 def read_rows(path: Path, what: str = 'table') -> Iterator[tuple[int, list[str]]]:
-    """Read the rows of a CSV file that are not empty, at least one.
+    """Read the rows of a CSV file that are not empty, at least one, separated by commas, semicolons or tabs.
 
     Args:
         path: The file, in UTF-8.
@@ -261,7 +266,7 @@ def read_rows(path: Path, what: str = 'table') -> Iterator[tuple[int, list[str]]
     try:
         with open(path, encoding='utf-8-sig', newline='') as f:
             # Without strict a forgotten quote makes one cell of all that follows
-            reader = csv.reader(f, strict=True)
+            reader = csv.reader(f, delimiter=_find_delimiter(f), strict=True)
             for row in reader:
                 if any(cell.strip() for cell in row):
                     empty = False
@@ -278,14 +283,33 @@ def read_rows(path: Path, what: str = 'table') -> Iterator[tuple[int, list[str]]
         raise UsageError(f'{name} is empty')
 
 
+def _find_delimiter(file: TextIO) -> str:
+    """Return what separates the cells of a table, by its header, and leave the file where the header begins.
+
+    Spreadsheets of many countries write semicolons, and a first line `sep=;` that is none of the table.
+    """
+    start = file.tell()
+    header = ''
+    while not header.strip() and (line := file.readline()):
+        if match := re.fullmatch(r'sep=(.)\s*', line, re.IGNORECASE):
+            return match[1]
+        header = line
+    file.seek(start)
+    unquoted = re.sub(r'"[^"]*"', '', header)
+    return max(',;\t', key=unquoted.count)
+
+
 def _column(header: Sequence[str], name: str | None, known: Sequence[str], what: str, path: Path) -> int:
     chosen = name.strip() if name is not None else next((c for c in known if c in header), None)
     if chosen not in header:
         missing = f'no column {name!r}' if name is not None else f'none of the columns {", ".join(known)}'
+        kind = '; it looks like JSON, save it as CSV' if header[0][:1] in ('{', '[') else ''
+        if any(_number(cell) is not None for cell in header):
+            kind = '; the line with the names of the columns seems to be missing'
         listed = ', '.join(map(repr, header[:20])) + (', ...' if len(header) > 20 else '')
         raise UsageError(
             f'{str(path)!r} has {missing} to take the {what} from, its first line names {listed}; '
-            f'choose one with --{what}-column'
+            f'choose one with --{what}-column{kind}'
         )
     if header.count(chosen) > 1:
         raise UsageError(f'{str(path)!r} has {header.count(chosen)} columns named {chosen!r}, rename one')
@@ -293,9 +317,12 @@ def _column(header: Sequence[str], name: str | None, known: Sequence[str], what:
 
 
 def _number(text: str) -> float | None:
-    """Parse a number, None if it is none; float() would also take 1_0 and digits of other scripts."""
+    """Parse a number or a percentage, None if it is none; float() would also take 1_0 and digits of other scripts."""
+    text = text.removesuffix('%').rstrip()
     if not text.isascii() or '_' in text:
         return None
+    if re.fullmatch(r'[+-]?\d+,\d+', text):  # a decimal comma, as accuracies are at most 100
+        text = text.replace(',', '.')
     try:
         return float(text)
     except ValueError:

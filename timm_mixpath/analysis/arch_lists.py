@@ -101,8 +101,8 @@ def read_archs(path: str | os.PathLike, space: Space) -> list[str]:
     """Read a list of archs.
 
     Args:
-        path: Text file with one arch per line, without blank lines and lines that start with `#`; or a `.csv` file
-            with a column `arch`, `cell` or `ops`.
+        path: Text file with one arch per line, without blank lines and lines that start with `#`; or a `.csv`
+            or `.tsv` file with a column `arch`, `cell` or `ops`.
         space: The space they are of.
 
     Returns:
@@ -112,7 +112,7 @@ def read_archs(path: str | os.PathLike, space: Space) -> list[str]:
         UsageError: The file can't be read, holds no archs, or one that the space does not.
     """
     path = Path(path)
-    if path.suffix.lower() == '.csv':
+    if path.suffix.lower() in ('.csv', '.tsv'):
         rows = read_rows(path, 'list of archs')
         names = [cell.strip() for cell in next(rows)[1]]
         column = next((names.index(name) for name in ARCH_COLUMNS if name in names), None)
