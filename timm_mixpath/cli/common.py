@@ -2,10 +2,10 @@
 
 import argparse
 import dataclasses
-import re
 from typing import Any
 
 from ..utils.errors import UsageError
+from ..utils.numbers import parse_count, parse_share
 
 __all__ = [
     'add_checkpoint_options',
@@ -14,7 +14,6 @@ __all__ = [
     'from_args',
     'is_first_process',
     'like',
-    'parse_count',
     'setup_logging',
 ]
 
@@ -29,15 +28,6 @@ def setup_logging() -> None:
     logging.getLogger('timm.utils.checkpoint_saver').setLevel(logging.WARNING)  # a list of files in every epoch
     for client in ('httpx', 'httpx2'):  # that of huggingface_hub, whose every request is a line
         logging.getLogger(client).setLevel(logging.WARNING)
-
-
-def parse_count(text: str) -> int:
-    """Parse a number such as 5M, 1.2G, 350000."""
-    match = re.fullmatch(r'(\d+(?:\.\d+)?)([kKMG]?)', text)
-    if match is None:
-        raise argparse.ArgumentTypeError(f'{text!r} is not a number such as 5M, 1.2G or 350000')
-    scale = {'': 1, 'k': 10**3, 'K': 10**3, 'M': 10**6, 'G': 10**9}[match[2]]
-    return round(float(match[1]) * scale)
 
 
 def from_args(cls: type, args: argparse.Namespace) -> Any:
@@ -83,9 +73,9 @@ def add_image_options(parser: argparse.ArgumentParser, num_images: int | None = 
     add('--dataset-download', action='store_true')
     add('--train-split', metavar='NAME')
     add('--class-map', metavar='FILE')
-    add('--search-holdout', type=float, metavar='SHARE', help='share of the training images that was held out')
+    add('--search-holdout', type=parse_share, metavar='SHARE', help='share of the training images that was held out')
     add('--search-split', metavar='NAME', help='use this split whole instead')
-    add('--num-images', type=int, default=num_images, metavar='N',
+    add('--num-images', type=parse_count, default=num_images, metavar='N',
         help=f'number of images (default: {num_images or "all"})')  # fmt: skip
 
 

@@ -26,7 +26,8 @@ from ..train.loop import train
 from ..train.options import default_args
 from ..utils.errors import UsageError, as_usage_error
 from ..utils.files import make_output_dir, write_atomic, write_dir_atomic
-from .common import from_args, parse_count, setup_logging
+from ..utils.numbers import parse_count
+from .common import from_args, setup_logging
 
 __all__ = ['DemoConfig', 'add_demo', 'digits_folder', 'run_demo', 'run_demo_command']
 

@@ -4,6 +4,7 @@ import argparse
 from pathlib import Path
 
 from ..utils.errors import UsageError
+from ..utils.numbers import parse_count
 from .common import add_checkpoint_options, from_args, like, setup_logging
 
 __all__ = ['add_export', 'add_push', 'run_export', 'run_push']
@@ -14,7 +15,9 @@ def add_export(parser: argparse.ArgumentParser) -> None:
     add_checkpoint_options(parser, '*.pth.tar of a run')
     add('--arch', metavar='TEXT', help='sub-network of a supernet, with the weights it inherits')
     add('--output', required=True, metavar='DIR', help='model folder to make')
-    add('--recalibration-images', type=int, default=0, metavar='N', help='recalibrate the batch norms of --arch')
+    add(
+        '--recalibration-images', type=parse_count, default=0, metavar='N', help='recalibrate the batch norms of --arch'
+    )
     add('--data-dir', metavar='DIR', help='where the images are (default: as in the training of the supernet)')
 
 

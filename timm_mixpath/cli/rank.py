@@ -3,6 +3,7 @@
 import argparse
 from pathlib import Path
 
+from ..utils.numbers import parse_count, parse_share
 from .common import (
     add_checkpoint_options,
     add_device_option,
@@ -29,19 +30,25 @@ def add_rank(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group('table').add_argument
     add('--arch-column', metavar='NAME', help='default: the first of arch, cell, ops')
     add('--accuracy-column', metavar='NAME', help='default: accuracy, or what NAS-Bench-101 and -201 call it')
-    add('--num-archs', type=int, metavar='N', help='draw N archs of the table at random (default: all)')
+    add('--num-archs', type=parse_count, metavar='N', help='draw N archs of the table at random (default: all)')
     add('--seed', type=int, default=default.seed, help='of the draw and of the bootstrap')
 
     add = parser.add_argument_group('ranking').add_argument
-    add('--recalibration-images', type=int, default=1024, metavar='N',
+    add('--recalibration-images', type=parse_count, default=1024, metavar='N',
         help='score a second time, with batch norms of every arch recalibrated with N training images (default: '
         '%(default)s, 0 for not)')  # fmt: skip
     add('--score', default=default.score, choices=SCORES, help='what the supernet ranks by (default: %(default)s)')
     add('--top-k', nargs='+', type=int, default=default.top_k, metavar='K',
         help='report how many of the k best archs are among the k best of the supernet (default: 10 50)')  # fmt: skip
-    add('--num-resamples', type=int, default=default.num_resamples, metavar='N',
+    add('--num-resamples', type=parse_count, default=default.num_resamples, metavar='N',
         help='bootstrap resamples behind an interval (default: %(default)s)')  # fmt: skip
-    add('--level', type=float, default=default.level, metavar='SHARE', help='of the intervals (default: %(default)s)')
+    add(
+        '--level',
+        type=parse_share,
+        default=default.level,
+        metavar='SHARE',
+        help='of the intervals (default: %(default)s)',
+    )
     add_image_options(parser)
     add_device_option(parser)
 
@@ -76,7 +83,7 @@ def add_stats(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add_checkpoint_options(parser, 'last.pth.tar of a supernet')
     add('--output', metavar='DIR', help='folder for stats.json, stats.csv and stats.png (default: only print)')
-    add('--num-archs', type=int, default=20, metavar='N',
+    add('--num-archs', type=parse_count, default=20, metavar='N',
         help='run at most N sampled archs to reach every sum of paths three times (default: %(default)s)')  # fmt: skip
     add_image_options(parser, num_images=512)
     add_device_option(parser, batch_size=32)

@@ -3,6 +3,7 @@
 import argparse
 
 from ..utils.errors import UsageError, as_usage_error
+from ..utils.numbers import parse_count
 from .common import (
     add_checkpoint_options,
     add_device_option,
@@ -10,7 +11,6 @@ from .common import (
     from_args,
     is_first_process,
     like,
-    parse_count,
     setup_logging,
 )
 
@@ -46,7 +46,7 @@ def add_search(parser: argparse.ArgumentParser) -> None:
     add('--offspring', type=int, default=default.offspring, metavar='N', help='evaluations per generation')
     add('--generations', type=int, default=default.generations, metavar='N')
     add('--seed', type=int, default=default.seed)
-    add('--recalibration-images', type=int, default=0, metavar='N',
+    add('--recalibration-images', type=parse_count, default=0, metavar='N',
         help='recalibrate the batch norms of every candidate with N training images (default: 0, none)')  # fmt: skip
     add('--cost-input-size', nargs=3, type=int, metavar='N',
         help='channels, height, width to count MACs for (default: as in the training)')  # fmt: skip
@@ -88,7 +88,7 @@ def add_profile(parser: argparse.ArgumentParser) -> None:
     add('--model-kwargs', nargs='*', default={}, action=KeyValue, metavar='KEY=VALUE', help='for example m=2')
     add('--num-classes', type=int, metavar='N')
     add('--input-size', nargs=3, type=int, metavar='N', help='channels, height, width')
-    add('--num-samples', type=int, default=10_001, metavar='N', help='sampled archs behind the median')
+    add('--num-samples', type=parse_count, default=10_001, metavar='N', help='sampled archs behind the median')
     add('--device-modules', nargs='+', metavar='MODULE', help='Python modules to import first')
 
 

@@ -2,6 +2,7 @@
 
 import argparse
 
+from ..utils.numbers import parse_count
 from .common import setup_logging
 
 __all__ = ['add_table', 'run_table', 'run_train']
@@ -32,7 +33,7 @@ def add_table(parser: argparse.ArgumentParser) -> None:
     archs.add_argument(
         '--archs', metavar='FILE', help='text file of one arch per line, or .csv with a column arch, cell or ops'
     )
-    archs.add_argument('--num-archs', type=int, metavar='N', help='draw N distinct archs of the space')
+    archs.add_argument('--num-archs', type=parse_count, metavar='N', help='draw N distinct archs of the space')
     add('--archs-seed', type=int, default=0, metavar='N', help='seed of --num-archs (default: 0)')
     add('--archs-m', type=int, metavar='M', help="most paths of --num-archs (default: m of the space's supernet)")
     add('--archs-sampling', choices=STRATEGIES, default='paths',

@@ -10,6 +10,7 @@ import yaml
 from timm.utils import ParseKwargs
 
 from ..utils.errors import UsageError
+from ..utils.numbers import parse_float, parse_share
 from .data import HOLDOUT_SPLIT
 
 __all__ = [
@@ -54,7 +55,7 @@ def add_data_options(parser: argparse.ArgumentParser) -> None:
     add('--dataset-download', action='store_true', help='download torch/ and tfds/ data sets that support it')
     add('--class-map', default='', metavar='FILE', help='file that maps class names to indices')
     add('--input-img-mode', default=None, metavar='MODE', help='PIL mode of the images (default: RGB, L for 1 channel)')
-    add('--search-holdout', type=float, default=None, metavar='SHARE',
+    add('--search-holdout', type=parse_share, default=None, metavar='SHARE',
         help='share of the training images kept away from a supernet, for the search '
              '(default: 0.1 for a supernet, 0 for other models; not an option of timm\'s train.py)')  # fmt: skip
     add('--cache-images', action='store_true',
@@ -81,16 +82,18 @@ def add_train_options(parser: argparse.ArgumentParser) -> None:
     add('--img-size', type=int, default=None, metavar='N', help="image size in pixels (default: the model's)")
     add('--in-chans', type=int, default=None, metavar='N', help='input channels (default: 3)')
     add('--input-size', default=None, nargs=3, type=int, metavar='N', help='channels, height, width')
-    add('--crop-pct', type=float, default=None, metavar='N', help='centre crop share in validation')
-    add('--mean', type=float, nargs='+', default=None, metavar='MEAN', help='mean of the pixel values')
-    add('--std', type=float, nargs='+', default=None, metavar='STD', help='standard deviation of the pixel values')
+    add('--crop-pct', type=parse_float, default=None, metavar='N', help='centre crop share in validation')
+    add('--mean', type=parse_float, nargs='+', default=None, metavar='MEAN', help='mean of the pixel values')
+    add(
+        '--std', type=parse_float, nargs='+', default=None, metavar='STD', help='standard deviation of the pixel values'
+    )
     add('--interpolation', default='', metavar='NAME', help='resize interpolation')
     add('-b', '--batch-size', type=int, default=128, metavar='N', help='images per step and process')
     add('-vb', '--validation-batch-size', type=int, default=None, metavar='N', help='images per validation step')
     add('--channels-last', action='store_true', help='channels_last memory format, faster on CPU and GPU')
     add('--grad-accum-steps', type=int, default=1, metavar='N', help='forward passes per optimizer step')
-    add('--head-init-scale', type=float, default=None, metavar='N', help='multiply the initial classifier by N')
-    add('--head-init-bias', type=float, default=None, metavar='N', help='initial bias of the classifier')
+    add('--head-init-scale', type=parse_float, default=None, metavar='N', help='multiply the initial classifier by N')
+    add('--head-init-bias', type=parse_float, default=None, metavar='N', help='initial bias of the classifier')
     add('--grad-checkpointing', action='store_true', help='recompute activations in the backward pass')
 
     add = parser.add_argument_group('device').add_argument
@@ -103,74 +106,74 @@ def add_train_options(parser: argparse.ArgumentParser) -> None:
 
     add = parser.add_argument_group('optimizer').add_argument
     add('--opt', default='sgd', metavar='NAME', help='timm optimizer')
-    add('--opt-eps', type=float, default=None, metavar='EPS')
-    add('--opt-betas', type=float, nargs='+', default=None, metavar='BETA')
-    add('--momentum', type=float, default=0.9, metavar='M')
-    add('--weight-decay', type=float, default=2e-5)
-    add('--clip-grad', type=float, default=None, metavar='NORM', help='gradient clipping')
+    add('--opt-eps', type=parse_float, default=None, metavar='EPS')
+    add('--opt-betas', type=parse_float, nargs='+', default=None, metavar='BETA')
+    add('--momentum', type=parse_float, default=0.9, metavar='M')
+    add('--weight-decay', type=parse_float, default=2e-5)
+    add('--clip-grad', type=parse_float, default=None, metavar='NORM', help='gradient clipping')
     add('--clip-mode', default='norm', choices=('norm', 'value', 'agc'))
-    add('--layer-decay', type=float, default=None)
+    add('--layer-decay', type=parse_float, default=None)
     add('--opt-kwargs', nargs='*', default={}, action=KeyValue, metavar='KEY=VALUE')
 
     add = parser.add_argument_group('learning rate schedule').add_argument
     add('--sched', default='cosine', metavar='NAME', help='timm scheduler')
     add('--sched-on-updates', action='store_true', help='step the schedule per update instead of per epoch')
-    add('--lr', type=float, default=None, help='learning rate, overrides --lr-base')
-    add('--lr-base', type=float, default=0.1, help='lr = lr_base * global batch size / lr_base_size')
+    add('--lr', type=parse_float, default=None, help='learning rate, overrides --lr-base')
+    add('--lr-base', type=parse_float, default=0.1, help='lr = lr_base * global batch size / lr_base_size')
     add('--lr-base-size', type=int, default=256)
     add('--lr-base-scale', default='', choices=('', 'linear', 'sqrt'))
-    add('--lr-cycle-mul', type=float, default=1.0)
-    add('--lr-cycle-decay', type=float, default=0.5)
+    add('--lr-cycle-mul', type=parse_float, default=1.0)
+    add('--lr-cycle-decay', type=parse_float, default=0.5)
     add('--lr-cycle-limit', type=int, default=1)
-    add('--lr-k-decay', type=float, default=1.0)
-    add('--warmup-lr', type=float, default=1e-5)
-    add('--min-lr', type=float, default=0)
+    add('--lr-k-decay', type=parse_float, default=1.0)
+    add('--warmup-lr', type=parse_float, default=1e-5)
+    add('--min-lr', type=parse_float, default=0)
     add('--epochs', type=int, default=300, metavar='N')
     add('--start-epoch', type=int, default=None, metavar='N')
     add('--decay-milestones', default=[90, 180, 270], type=int, nargs='+')
-    add('--decay-epochs', type=float, default=90)
+    add('--decay-epochs', type=parse_float, default=90)
     add('--warmup-epochs', type=int, default=5)
     add('--warmup-prefix', action='store_true')
     add('--cooldown-epochs', type=int, default=0)
     add('--patience-epochs', type=int, default=10)
-    add('--decay-rate', '--dr', type=float, default=0.1)
+    add('--decay-rate', '--dr', type=parse_float, default=0.1)
 
     add = parser.add_argument_group('augmentation and regularization').add_argument
     add('--no-aug', action='store_true', help='no training augmentation')
     add('--train-crop-mode', default=None, metavar='MODE', help='rrc, rkrc, rkrr')
-    add('--scale', type=float, nargs='+', default=[0.08, 1.0], metavar='PCT', help='random resized crop, area')
-    add('--ratio', type=float, nargs='+', default=[3.0 / 4.0, 4.0 / 3.0], help='random resized crop, aspect')
-    add('--hflip', type=float, default=0.5)
-    add('--vflip', type=float, default=0.0)
-    add('--color-jitter', type=float, default=0.4)
-    add('--color-jitter-prob', type=float, default=None)
-    add('--grayscale-prob', type=float, default=None)
-    add('--gaussian-blur-prob', type=float, default=None)
+    add('--scale', type=parse_float, nargs='+', default=[0.08, 1.0], metavar='PCT', help='random resized crop, area')
+    add('--ratio', type=parse_float, nargs='+', default=[3.0 / 4.0, 4.0 / 3.0], help='random resized crop, aspect')
+    add('--hflip', type=parse_float, default=0.5)
+    add('--vflip', type=parse_float, default=0.0)
+    add('--color-jitter', type=parse_float, default=0.4)
+    add('--color-jitter-prob', type=parse_float, default=None)
+    add('--grayscale-prob', type=parse_float, default=None)
+    add('--gaussian-blur-prob', type=parse_float, default=None)
     add('--aa', default=None, metavar='NAME', help='AutoAugment or RandAugment policy')
-    add('--reprob', type=float, default=0.0, help='random erasing probability')
+    add('--reprob', type=parse_float, default=0.0, help='random erasing probability')
     add('--remode', default='pixel')
     add('--recount', type=int, default=1)
-    add('--mixup', type=float, default=0.0)
-    add('--cutmix', type=float, default=0.0)
-    add('--cutmix-minmax', type=float, nargs='+', default=None)
-    add('--mixup-prob', type=float, default=1.0)
-    add('--mixup-switch-prob', type=float, default=0.5)
+    add('--mixup', type=parse_float, default=0.0)
+    add('--cutmix', type=parse_float, default=0.0)
+    add('--cutmix-minmax', type=parse_float, nargs='+', default=None)
+    add('--mixup-prob', type=parse_float, default=1.0)
+    add('--mixup-switch-prob', type=parse_float, default=0.5)
     add('--mixup-mode', default='batch', choices=('batch', 'pair', 'elem'))
     add('--mixup-off-epoch', default=0, type=int)
-    add('--smoothing', type=float, default=0.1, help='label smoothing')
+    add('--smoothing', type=parse_float, default=0.1, help='label smoothing')
     add('--train-interpolation', default='random')
-    add('--drop', type=float, default=0.0, help='dropout rate')
-    add('--drop-path', type=float, default=None, help='stochastic depth rate')
+    add('--drop', type=parse_float, default=0.0, help='dropout rate')
+    add('--drop-path', type=parse_float, default=None, help='stochastic depth rate')
 
     add = parser.add_argument_group('batch norm').add_argument
-    add('--bn-momentum', type=float, default=None)
-    add('--bn-eps', type=float, default=None)
+    add('--bn-momentum', type=parse_float, default=None)
+    add('--bn-eps', type=parse_float, default=None)
     add('--sync-bn', action='store_true', help='synchronized batch norm')
     add('--dist-bn', default='reduce', choices=('broadcast', 'reduce', ''))
 
     add = parser.add_argument_group('model EMA').add_argument
     add('--model-ema', action='store_true', help='moving average of the weights')
-    add('--model-ema-decay', type=float, default=0.9998)
+    add('--model-ema-decay', type=parse_float, default=0.9998)
     add('--model-ema-warmup', action='store_true')
 
     add = parser.add_argument_group('run').add_argument
@@ -231,13 +234,14 @@ def _convert(value: Any, action: argparse.Action, what: str) -> Any:
     kind = action.type or str
     values = value if is_list else [value]
     try:  # YAML reads 1e-5 as text
-        converted = [kind(v) for v in values]
+        converted = [kind(v) if kind in (int, str) else kind(str(v)) for v in values]
         if kind is int and any(isinstance(v, bool) or float(v) != c for v, c in zip(values, converted)):
             raise ValueError
         if any(v is None for v in values):
             raise ValueError
-    except (TypeError, ValueError):
-        raise UsageError(f'{what} is {value!r}, expected {"a list of " if is_list else ""}{kind.__name__}') from None
+    except (TypeError, ValueError, argparse.ArgumentTypeError):
+        wanted = {parse_float: 'float', parse_share: 'a share such as 0.1 or 10%'}.get(kind) or kind.__name__
+        raise UsageError(f'{what} is {value!r}, expected {"a list of " if is_list else ""}{wanted}') from None
     if action.choices and not set(converted) <= set(action.choices):
         raise UsageError(f'{what} is {value!r}, allowed are {", ".join(map(repr, action.choices))}')
     return converted if is_list else converted[0]
