@@ -1,5 +1,7 @@
 import copy
 import io
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from itertools import pairwise
 from typing import Any
@@ -12,6 +14,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from timm.models import save_for_hf
 from timm.utils import ModelEmaV3, reparameterize_model
+from torch.nn.utils import prune
 
 from timm_mixpath import (
     Arch,
@@ -526,3 +529,80 @@ def test_nested_init_gives_all_archs_the_same_function(name):
     weights = {p.data_ptr() for p in supernet.parameters()}
     assert len(weights) == len(list(supernet.parameters()))
     assert 'nested_init' not in supernet.extract()._model_args
+
+
+# What others do to a supernet
+
+
+class LowRank(nn.Module):
+    """What LoRA puts in the place of a layer."""
+
+    def __init__(self, base_layer: nn.Module) -> None:
+        super().__init__()
+        self.base_layer = base_layer
+        self.lora_a = nn.Parameter(torch.zeros(1))
+
+
+def _wrap(layer: nn.Module, how: str) -> nn.Module:
+    if how == 'weight_norm':
+        return nn.utils.parametrizations.weight_norm(layer)
+    if how == 'old_weight_norm':
+        return nn.utils.weight_norm(layer)
+    if how == 'spectral_norm':
+        return nn.utils.parametrizations.spectral_norm(layer)
+    if how == 'prune':
+        return prune.l1_unstructured(layer, 'weight', amount=0.5)
+    return LowRank(layer)
+
+
+@pytest.mark.filterwarnings('ignore:.*weight_norm.*:FutureWarning')
+@pytest.mark.parametrize('how', ['weight_norm', 'old_weight_norm', 'spectral_norm', 'prune', 'lora'])
+@pytest.mark.parametrize('name', ['mixpath_nano_supernet', 'mixpath_nb201_supernet', 'mixpath_nb101_supernet'])
+def test_wrapped_layers_are_one_sentence(name, how):
+    supernet = timm.create_model(name, num_classes=4)
+    arch = supernet.space.default_arch
+    layers = [
+        n
+        for n, m in supernet.named_modules()
+        if type(m) is nn.Conv2d and n.startswith(('blocks', 'stages')) and ('e6.paths.k3' in n or '3x3' in n)
+    ]
+    for layer in (layers[0], 'conv_stem' if 'nano' in name else None):
+        if layer is None:
+            continue
+        changed = copy.deepcopy(supernet)
+        parent, _, child = layer.rpartition('.')
+        setattr(changed.get_submodule(parent), child, _wrap(changed.get_submodule(layer), how))
+        with pytest.raises(ValueError, match=r'were wrapped or changed .* undo it first') as e:
+            changed.extract(arch)
+        assert len(str(e.value)) < 500
+    supernet.extract(arch)
+
+
+def test_every_thread_has_a_network_of_its_own():
+    """The way out that the docstring gives: the results are those of one arch after the other."""
+    supernet = reference.perturb(timm.create_model('mixpath_nano_supernet', m=3)).eval()
+    archs = [sample(supernet.space, seed=0, step=i) for i in range(24)]
+    x = torch.randn(2, 3, 32, 32)
+    expected = []
+    with torch.inference_mode():
+        for arch in archs:
+            supernet.active_arch = arch
+            expected.append(supernet(x))
+
+        def extracted(arch):
+            with torch.inference_mode():
+                return supernet.extract(arch)(x)
+
+        own = threading.local()
+
+        def copied(arch):
+            with torch.inference_mode():
+                if not hasattr(own, 'supernet'):
+                    own.supernet = copy.deepcopy(supernet)
+                own.supernet.active_arch = arch
+                return own.supernet(x)
+
+        for evaluate in (extracted, copied):
+            with ThreadPoolExecutor(6) as pool:
+                for y, y_ref in zip(pool.map(evaluate, archs), expected, strict=True):
+                    torch.testing.assert_close(y, y_ref, rtol=1e-4, atol=1e-4)

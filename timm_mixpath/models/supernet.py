@@ -41,6 +41,9 @@ class Supernet(nn.Module):
     same sequence. Parameters that were not sampled take no part in the graph, their gradient stays None, so neither
     weight decay nor momentum moves them. In eval mode `active_arch` runs.
 
+    The active arch is state of the module. Threads that evaluate archs of one supernet at once get each other's: give
+    every thread a network of its own, `supernet.extract(arch)`, or `copy.deepcopy(supernet)` to go through many archs.
+
     With gradient checkpointing, a backward pass has to follow its forward pass before the next one samples.
 
     `torch.export` and ONNX export trace `active_arch` in eval mode, and what they make is bound to it. Export
@@ -142,7 +145,8 @@ class Supernet(nn.Module):
             A `mixpath_<space>` model in the mode, on the device and in the dtype of the supernet.
 
         Raises:
-            ValueError: The space does not hold the arch, it is not registered, or the batch norms are folded.
+            ValueError: The space does not hold the arch, it is not registered, the batch norms are folded, or layers
+                were wrapped by something that renames their weights.
         """
         arch = self.space.arch(arch) if arch is not None else self.active_arch
         name = f'mixpath_{self.space.name}'
@@ -156,8 +160,7 @@ class Supernet(nn.Module):
         with torch.device('meta'):  # what it would be initialised with is overwritten, and nothing random is drawn
             model = self.subnet_cls(self.space, arch, **kwargs)
         self._prune_like_this(model)
-        inherited = {key: value.detach().clone() for key, value in self._subnet_state_dict(model).items()}
-        model.load_state_dict(inherited, assign=True)
+        model.load_state_dict(self._inherited(model), assign=True)
         cfg = getattr(self, 'pretrained_cfg', None) or timm.models.resolve_pretrained_cfg(name).to_dict()
         model.pretrained_cfg = model.default_cfg = dict(cfg, architecture=name)
         # What timm writes into config.json: the supernet's own in the form that it was given, JSON-ready
@@ -166,6 +169,23 @@ class Supernet(nn.Module):
         args.update({k: kwargs[k] for k in ('num_classes', 'global_pool', *self._sum_args) if k in kwargs})
         model._model_args = dict(args, arch=str(arch))
         return model.train(self.training)
+
+    def _inherited(self, model: nn.Module) -> dict[str, torch.Tensor]:
+        """Copy what a new sub-network inherits, whose names have to be its own."""
+        strange: set[str] = set()
+        try:
+            inherited = self._subnet_state_dict(model)
+            strange = inherited.keys() ^ model.state_dict().keys()
+        except KeyError as e:  # a tensor that is not there
+            strange = {str(e.args[0])}
+        if strange:
+            name = min(strange)
+            raise ValueError(
+                f'layers of this supernet were wrapped or changed after it was built, the first is at {name!r}, so a '
+                'sub-network does not find its weights; undo it first (parametrize.remove_parametrizations for '
+                'weight norm, prune.remove for pruning, merge_and_unload for LoRA), then extract'
+            )
+        return {key: value.detach().clone() for key, value in inherited.items()}
 
     def subnet_kwargs(self, num_classes: int | None = None) -> dict[str, Any]:
         """Return what the networks that `extract` gives are built with, beside the space of this supernet and the arch.
