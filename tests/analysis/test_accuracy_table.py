@@ -248,7 +248,11 @@ def comma(value: float) -> str:
 
 
 @pytest.mark.parametrize('prefix', ['', '\ufeff', '\n\n', 'sep={}\n'], ids=['', 'bom', 'empty lines', 'sep'])
-@pytest.mark.parametrize('cell', [str, comma, lambda v: f'{v}%', lambda v: f'{comma(v)} %'], ids=str)
+@pytest.mark.parametrize(
+    'cell',
+    [str, comma, lambda v: f'{v}%', lambda v: f'{comma(v)} %'],
+    ids=['point', 'comma', 'percent', 'comma and percent'],
+)
 @pytest.mark.parametrize('delimiter', [';', '\t', ','])
 def test_every_delimiter_and_spelling_of_numbers(tmp_path: Path, delimiter: str, cell, prefix: str) -> None:
     quoted = (lambda v: f'"{cell(v)}"') if delimiter == ',' else cell

@@ -14,7 +14,6 @@ from commands import assert_equal, command, fails, torchrun
 from conftest import small_args
 from timm.models._helpers import _torch_load
 
-import timm_mixpath.analysis.train_table as module
 from timm_mixpath import Arch, cli, get_space, sample
 from timm_mixpath.analysis.arch_lists import arch_space, draw_archs, read_archs
 from timm_mixpath.analysis.train_table import train_table
@@ -60,7 +59,7 @@ def trained(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int, bool]]:
         calls.append((args.model_kwargs['arch'], args.seed, bool(args.resume)))
         return train(args)
 
-    monkeypatch.setattr(module, 'train', recorded)
+    monkeypatch.setattr('timm_mixpath.train.loop.train', recorded)
     return calls
 
 
@@ -184,7 +183,7 @@ def test_failed_training_does_not_stop_the_others(
     # A command that failed before anything was trained can be corrected
     with pytest.raises(UsageError, match="'sdg'"):
         train_table(table_args(digits, opt='sdg'), ARCHS[:2], tmp_path)
-    monkeypatch.setattr(module, 'train', failing)
+    monkeypatch.setattr('timm_mixpath.train.loop.train', failing)
     with pytest.raises(RunError, match=r'1 of 2 trainings failed, the first is k.*, seed 42: the loss is nan'):
         train_table(args, ARCHS[:2], tmp_path)
     assert [row['arch'] for row in rows(tmp_path)] == ARCHS[1:2] and 'failed: the loss is nan' in caplog.text
@@ -198,7 +197,7 @@ def test_processes_share_the_trainings(digits: Path, table: Path, tmp_path: Path
     """torchrun: the same table as from one process, and a failure in one rank does not end the other."""
     (tmp_path / 'archs.txt').write_text('\n'.join(ARCHS))
     (tmp_path / 'failing.py').write_text(
-        'import timm_mixpath.analysis.train_table as module\n'
+        'import timm_mixpath.train.loop as module\n'
         'from timm_mixpath.utils.errors import RunError\n'
         'original = module.train\n'
         'def train(args):\n'

@@ -26,7 +26,7 @@ def test_fifteen_millions(text: str) -> None:
 @pytest.mark.parametrize(
     'text, reason',
     [
-        ('', 'not a number'), ('M', 'not a number'), ('-5M', 'not a number'), ('1,5M', 'not a number'),
+        ('', 'not a number'), ('M', 'not a number'), ('1,5M', 'not a number'),
         ('15,00', 'not a number'), ('nan', 'not a number'), ('inf', 'not a number'), ('1e400', 'not a number'),
         ('1T5', 'not a number'), ('5MB', 'not a number'), ('\u0661\u0665', 'not a number'), ('0x10', 'not a number'),
         ('1.5', 'not a whole number'), ('1e-3', 'not a whole number'), ('300 MFLOPs', 'twice per MAC'),
@@ -39,7 +39,7 @@ def test_what_is_none(text: str, reason: str) -> None:
 
 
 @fixed
-@given(st.integers(0, 10**12))
+@given(st.integers(-10, 10**12))
 def test_every_spelling_of_a_count(count: int) -> None:
     for text in (str(count), f'{count:,}', f'{count:_}', f'{Decimal(count) / 10**6}M', f'{count:.15e}'):
         assert parse_count(text) == count, text

@@ -1,8 +1,5 @@
 """Statistics of summed paths as CSV, JSON, table and figure."""
 
-import csv
-import io
-import json
 import math
 import os
 from collections.abc import Sequence
@@ -11,7 +8,7 @@ from statistics import median
 from typing import TYPE_CHECKING, Any
 
 from ..utils.figures import ACCENT, BLUE, new_figure, save_figure, tidy_axes
-from ..utils.files import write_text
+from ..utils.tables import format_table, write_csv, write_json
 from .path_statistics import PathStatistics, ShadowStatistics, StatsResult
 
 if TYPE_CHECKING:
@@ -39,7 +36,7 @@ def write_stats_json(result: StatsResult, path: str | os.PathLike) -> None:
         sites=[dict(asdict(s), cosine_mean=s.cosine_mean, cosine_min=s.cosine_min) for s in result.sites],
         shadows=[dict(asdict(s), mean_ratio=s.mean_ratio, var_ratio=s.var_ratio) for s in result.shadows],
     )
-    write_text(path, json.dumps(_without_nan(content), indent=2, allow_nan=False) + '\n')
+    write_json(path, _without_nan(content))
 
 
 def write_stats_csv(result: StatsResult, path: str | os.PathLike) -> None:
@@ -61,12 +58,8 @@ def write_stats_csv(result: StatsResult, path: str | os.PathLike) -> None:
             row = {name: getattr(sbn, name)[i] for name in of_shadows}
             row.update(kind='shadow', name=sbn.name, num_channels=sbn.num_channels)
             rows.append(dict(row, k=i + 1, mean_ratio=mean, var_ratio=var))
-    text = io.StringIO()
     names = ('kind', 'name', 'k', 'mean_ratio', 'var_ratio', 'num_channels', *of_sums, *of_shadows)
-    writer = csv.DictWriter(text, names, restval='', lineterminator='\n')
-    writer.writeheader()
-    writer.writerows({k: '' if v != v else v for k, v in row.items()} for row in rows)
-    write_text(path, text.getvalue())
+    write_csv(path, names, [[_without_nan(row.get(name)) for name in names] for row in rows])
 
 
 def _without_nan(value: Any) -> Any:
@@ -91,10 +84,11 @@ def format_stats(result: StatsResult) -> str:
         (s.name, str(len(s.paths)), *(_number(v, 3) for v in (s.cosine_mean, s.cosine_min, s.correlation)), *ratios(s))
         for s in result.sites
     ]
-    parts = [_table(header, rows)]
+    parts = [format_table([header, *rows], '<>')]
     if result.shadows and result.max_paths > 1:
         header = ('shadow batch norm', 'batches k=1', *[f'k={k}' for k in ks], *ratio_names)
-        parts.append(_table(header, [(s.name, *map(str, s.num_batches), *ratios(s)) for s in result.shadows]))
+        rows = [(s.name, *map(str, s.num_batches), *ratios(s)) for s in result.shadows]
+        parts.append(format_table([header, *rows], '<>'))
     return '\n\n'.join([*parts, '\n'.join([*_verdict(result), PROTOCOL_NOTE])])
 
 
@@ -176,14 +170,6 @@ def _spread(values: Sequence[float], digits: int, unit: str = '') -> str:
 
 def _number(value: float, digits: int) -> str:
     return '-' if math.isnan(value) else f'{value:.{digits}f}'
-
-
-def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    widths = [max(map(len, column)) for column in zip(header, *rows)]
-    return '\n'.join(
-        '  '.join((row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:])))).rstrip()
-        for row in (header, *rows)
-    )
 
 
 def plot_stats(result: 'StatsResult', path: str | os.PathLike, *, title: str | None = None) -> None:

@@ -1,17 +1,13 @@
 """A ranking as CSV, JSON, table and figure."""
 
-import csv
-import io
-import json
 import math
 import os
-from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from statistics import median
 
 from ..utils.figures import BLUE, GREY, new_figure, save_figure, tidy_axes
-from ..utils.files import write_text
+from ..utils.tables import format_table, write_csv, write_json
 from .ranking import RankResult
 
 __all__ = ['format_ranking', 'plot_ranking', 'print_ranking', 'write_ranking_csv', 'write_ranking_json']
@@ -34,13 +30,8 @@ def write_ranking_csv(result: RankResult, path: str | os.PathLike) -> None:
     Columns are `arch`, `accuracy` (stand-alone, in percent), `top1` and `loss` of the supernet, the same with suffix
     `_recalibrated`, `macs` and `params`; empty where not known.
     """
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator='\n')
     names = ('arch', 'accuracy', 'top1', 'loss', 'top1_recalibrated', 'loss_recalibrated', 'macs', 'params')
-    writer.writerow(names)
-    for ranked in result.archs:
-        writer.writerow(getattr(ranked, name) for name in names)
-    write_text(path, text.getvalue())
+    write_csv(path, names, [[getattr(ranked, name) for name in names] for ranked in result.archs])
 
 
 def write_ranking_json(result: RankResult, path: str | os.PathLike) -> None:
@@ -67,7 +58,7 @@ def write_ranking_json(result: RankResult, path: str | os.PathLike) -> None:
             for name, gains in result.tau_gains.items()
         },
     )
-    write_text(path, json.dumps(content, indent=2, allow_nan=False) + '\n')
+    write_json(path, content)
 
 
 def format_ranking(result: RankResult) -> str:
@@ -81,13 +72,13 @@ def format_ranking(result: RankResult) -> str:
             s = parts[part]
             overlaps = (estimate.text(2) for estimate in s.top_k_overlap.values())
             rows.append((LABELS[name], s.kendall_tau.text(3), s.spearman_rho.text(3), *overlaps, s.regret.text(2)))
-        blocks.append(_format_rows(rows))
+        blocks.append(format_table(rows, '<'))
     gains = {name: by_yardstick for name, by_yardstick in result.tau_gains.items() if by_yardstick}
     if gains:
         rows = [('Kendall tau above that of', *(LABELS[yardstick] for yardstick in next(iter(gains.values()))))]
         for name, by_yardstick in gains.items():
             rows.append((LABELS[name], *(gain.text(3) for gain in by_yardstick.values())))
-        blocks.append(_format_rows(rows))
+        blocks.append(format_table(rows, '<'))
     notes = [
         f'{LABELS[name]} gives all {len(result.archs)} archs the same {result.config.score}, so correlations are '
         'undefined; is the supernet trained?'
@@ -101,11 +92,6 @@ def format_ranking(result: RankResult) -> str:
     )
     blocks.append('\n'.join(notes))
     return '\n\n'.join(blocks)
-
-
-def _format_rows(rows: Sequence[Sequence[str]]) -> str:
-    widths = [max(map(len, column)) for column in zip(*rows)]
-    return '\n'.join('  '.join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows)
 
 
 def print_ranking(result: RankResult, output: str | os.PathLike | None = None) -> None:

@@ -7,9 +7,7 @@ was cut off goes on with the same call and loses nothing.
 Under torchrun every process trains archs of its own, alone, so a table does not depend on the number of processes.
 """
 
-import csv
 import hashlib
-import io
 import json
 import logging
 import math
@@ -25,16 +23,18 @@ from typing import Any
 
 import timm
 import torch
+from tqdm import tqdm
 
 from ..models.cost import count_macs
 from ..spaces.arch import Arch
 from ..train.checkpoint import create_model, resolve_data
 from ..train.data import open_dataset
-from ..train.loop import train
+from ..train.loop import train_or_resume
 from ..train.options import LOCAL_OPTIONS, default_args
 from ..utils.distributed import WorkQueue
 from ..utils.errors import RunError, UsageError, concise
-from ..utils.files import lock_file, make_output_dir, write_text
+from ..utils.files import lock_file, make_output_dir
+from ..utils.tables import write_csv, write_json
 from ..version import __version__
 from .arch_lists import arch_space, check_archs
 
@@ -44,6 +44,7 @@ _logger = logging.getLogger(__name__)
 
 
 _FORMAT = 'timm-mixpath table'
+_COLUMNS = ('arch', 'accuracy', 'accuracy_std', 'seeds', 'epochs', 'params', 'macs', 'train_loss')
 
 
 # Options of a single training, with what a table has instead
@@ -139,9 +140,12 @@ def train_table(
                     table.drop_checkpoints(job)
                 now = time.monotonic()
                 left = math.ceil((len(pending) - index - 1) / team.world_size) * (now - started) / (trained + 1)
-                rest = f', about {_duration(left)} left' if left else ''
+                took, rest = (
+                    tqdm.format_interval(now - start),
+                    f', about {tqdm.format_interval(left)} left' if left else '',
+                )
                 metric = args.eval_metric.replace('top', 'top-')
-                _logger.info(f'{line}  {metric} {result["accuracy"]:.2f} %  ({_duration(now - start)}{rest})')
+                _logger.info(f'{line}  {metric} {result["accuracy"]:.2f} %  ({took}{rest})')
         failures = team.gather(failures)
         if team.rank == 0:
             table.write()  # a kill may have come between a result and its line
@@ -181,14 +185,7 @@ def _train(args: Namespace, table: '_Table', job: '_Job') -> dict[str, Any]:
     args.seed = job.seed
     args.model_kwargs = {**args.model_kwargs, 'arch': job.arch}
     args.output, args.experiment = str(folder.parent), folder.name
-    last = folder / 'last.pth.tar'
-    if last.exists():
-        args.resume = str(last)
-    train(args)
-
-    # A training that was cut off behind its last epoch has nothing left to do, so its own summary is asked
-    with open(folder / 'summary.csv', newline='') as f:
-        summary = list(csv.DictReader(f))[-1]
+    summary = train_or_resume(args)
     model = create_model(args, device='meta').to('meta').eval()
     result = {
         'arch': job.arch,
@@ -201,7 +198,7 @@ def _train(args: Namespace, table: '_Table', job: '_Job') -> dict[str, Any]:
         'train_loss': float(summary['train_loss']),
         'versions': {'timm_mixpath': __version__, 'timm': timm.__version__, 'torch': torch.__version__},
     }
-    write_text(folder / 'result.json', json.dumps(result, indent=2, allow_nan=False) + '\n')
+    write_json(folder / 'result.json', result)
     return result
 
 
@@ -256,7 +253,7 @@ class _Table:
                 'another --table-dir'
             )
         content = dict(format=_FORMAT, data_dir=self.data_dir, options=self.options, seeds=self.seeds, archs=archs)
-        write_text(path, json.dumps(content, indent=2) + '\n')
+        write_json(path, content)
         return archs
 
     def _merge(self, path: Path) -> list[str]:
@@ -316,20 +313,18 @@ class _Table:
         # has either seen all results, or finds the missing one then.
         jobs = sorted(self._jobs, key=lambda job: job.index)
         while (results := [result for result in map(self.result, jobs) if result is not None]) != written:
-            write_text(self.path, _format(results))
+            write_csv(self.path, _COLUMNS, _rows(results))
             written = results
 
 
-def _format(results: list[dict[str, Any]]) -> str:
+def _rows(results: list[dict[str, Any]]) -> list[tuple[Any, ...]]:
     by_arch: dict[str, list[dict[str, Any]]] = {}
     for result in results:
         by_arch.setdefault(result['arch'], []).append(result)
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator='\n')
-    writer.writerow(('arch', 'accuracy', 'accuracy_std', 'seeds', 'epochs', 'params', 'macs', 'train_loss'))
+    rows: list[tuple[Any, ...]] = []
     for arch, group in by_arch.items():
         accuracies = [result['accuracy'] for result in group]
-        writer.writerow(
+        rows.append(
             (
                 arch,
                 # Equal counts of right images must stay equal, which their sums in floating point need not be
@@ -340,7 +335,7 @@ def _format(results: list[dict[str, Any]]) -> str:
                 round(statistics.fmean(result['train_loss'] for result in group), 6),
             )
         )
-    return text.getvalue()
+    return rows
 
 
 @contextmanager
@@ -367,9 +362,3 @@ def _quiet() -> Iterator[None]:
     finally:
         for logger, level in zip(loggers, levels):
             logger.setLevel(level)
-
-
-def _duration(seconds: float) -> str:
-    if seconds < 90:
-        return f'{seconds:.0f} s'
-    return f'{seconds / 60:.0f} min' if seconds < 90 * 60 else f'{seconds / 3600:.1f} h'

@@ -1,7 +1,6 @@
 """The whole job on images of your own or on a small real data set: supernet, search, training of the winner."""
 
 import argparse
-import csv
 import json
 import logging
 import os
@@ -22,11 +21,12 @@ from ..search.run import search_checkpoint
 from ..spaces.catalog import get_space
 from ..train.checkpoint import load_model
 from ..train.data import class_names, open_dataset
-from ..train.loop import train
+from ..train.loop import train_or_resume
 from ..train.options import default_args
 from ..utils.errors import UsageError, as_usage_error
-from ..utils.files import make_output_dir, write_atomic, write_dir_atomic
+from ..utils.files import make_output_dir, write_dir_atomic
 from ..utils.numbers import parse_count
+from ..utils.tables import write_json
 from .common import from_args, setup_logging
 
 __all__ = ['DemoConfig', 'add_demo', 'digits_folder', 'run_demo', 'run_demo_command']
@@ -205,16 +205,7 @@ def run_demo(config: DemoConfig, output: str | os.PathLike) -> Path:
 def _train_or_resume(args: Namespace, val_interval: int) -> float:
     """Train, or go on from the last checkpoint; return the validation accuracy of the last epoch in percent."""
     args.val_interval = min(val_interval, args.epochs)
-    last = Path(args.output) / args.experiment / 'last.pth.tar'
-    if last.exists():
-        args.resume = str(last)
-    train(args)
-    return float(_read_summary(last.with_name('summary.csv'))[-1]['eval_top1'])
-
-
-def _read_summary(path: Path) -> list[dict[str, str]]:
-    with open(path, newline='') as f:
-        return list(csv.DictReader(f))
+    return float(train_or_resume(args)['eval_top1'])
 
 
 def _check_same_run(config: DemoConfig, path: Path) -> None:
@@ -232,8 +223,7 @@ def _check_same_run(config: DemoConfig, path: Path) -> None:
                 f'{content[changed[0]]!r}); choose another --output'
             )
         return
-    with write_atomic(path) as temporary:
-        temporary.write_text(json.dumps(content, indent=2) + '\n')
+    write_json(path, content)
 
 
 def add_demo(parser: argparse.ArgumentParser) -> None:

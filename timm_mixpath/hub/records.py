@@ -1,6 +1,5 @@
 """What the checkpoint of a training and the folder of a search say of a model."""
 
-import csv
 import json
 import logging
 import math
@@ -15,6 +14,7 @@ from ..models.supernet import Supernet
 from ..train.checkpoint import LoadedModel
 from ..train.data import HOLDOUT_SPLIT, class_names, open_dataset
 from ..utils.errors import RunError, UsageError
+from ..utils.tables import read_csv
 
 __all__ = ['PLOT', 'SearchRecord', 'TrainingRecord', 'read_search', 'read_training']
 
@@ -69,7 +69,8 @@ def read_training(checkpoint: Path, loaded: LoadedModel) -> TrainingRecord | Non
         return None
     args = loaded.args
     record = TrainingRecord(args, loaded.epoch, loaded.is_ema, is_best='best' in checkpoint.name)
-    for row in _read_rows(checkpoint.with_name('summary.csv')):
+    summary = checkpoint.with_name('summary.csv')
+    for row in read_csv(summary) if summary.exists() else ():
         if row.get('epoch') == str(loaded.epoch):
             values = {name: _number(row.get(f'eval_{name}')) for name in ('top1', 'top5', 'loss')}
             record.metrics = {name: value for name, value in values.items() if value is not None}
@@ -83,13 +84,6 @@ def read_training(checkpoint: Path, loaded: LoadedModel) -> TrainingRecord | Non
                 'restore the file'
             )
     return record
-
-
-def _read_rows(path: Path) -> list[dict[str, str]]:
-    if not path.exists():
-        return []
-    with open(path, newline='') as f:
-        return list(csv.DictReader(f))
 
 
 def _number(text: str | None) -> float | None:

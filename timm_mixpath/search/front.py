@@ -1,13 +1,10 @@
 """The front of a search as CSV, JSON, table and figure."""
 
-import csv
-import io
-import json
 import os
 from pathlib import Path
 
 from ..utils.figures import ACCENT, BLUE, GREY, new_figure, save_figure, tidy_axes
-from ..utils.files import write_text
+from ..utils.tables import format_table, write_csv, write_json
 from .result import SearchResult, has_latency, hypervolume, make_record
 
 __all__ = ['format_front', 'plot_pareto', 'print_result', 'write_front_csv', 'write_front_json']
@@ -19,15 +16,13 @@ def write_front_csv(result: SearchResult, path: str | os.PathLike) -> None:
     Columns are `chosen` (1 or 0), `top1` and `error` in percent, `loss`, `macs`, `params`, `index` and `generation` of
     the evaluation, and `arch`; `latency_ms` behind `chosen` if it was measured.
     """
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator='\n')
     names = ('top1', 'error', 'loss', 'macs', 'params', 'index', 'generation', 'arch')
     latency = ('latency_ms',) if has_latency(result) else ()
-    writer.writerow(('chosen', *latency, *names))
-    for candidate in result.front:
-        row = (candidate.extra.get(name) for name in latency)
-        writer.writerow((int(candidate is result.chosen), *row, *(getattr(candidate, name) for name in names)))
-    write_text(path, text.getvalue())
+    rows = [
+        (int(c is result.chosen), *(c.extra.get(name) for name in latency), *(getattr(c, name) for name in names))
+        for c in result.front
+    ]
+    write_csv(path, ('chosen', *latency, *names), rows)
 
 
 def write_front_json(result: SearchResult, path: str | os.PathLike) -> None:
@@ -53,7 +48,7 @@ def write_front_json(result: SearchResult, path: str | os.PathLike) -> None:
             for c in result.front
         ],
     )
-    write_text(path, json.dumps(content, indent=2, allow_nan=False) + '\n')
+    write_json(path, content)
 
 
 def format_front(result: SearchResult) -> str:
@@ -73,11 +68,7 @@ def format_front(result: SearchResult) -> str:
         )
         for c in result.front
     ]
-    widths = [max(map(len, column)) for column in zip(header, *rows)]
-    # Numbers to the right, text to the left
-    return '\n'.join(
-        '  '.join((*(cell.rjust(width) for cell, width in zip(row[:-1], widths)), row[-1])) for row in (header, *rows)
-    )
+    return format_table([header, *rows], '>' * (len(header) - 1) + '<')
 
 
 def print_result(result: SearchResult, output: str | os.PathLike) -> None:

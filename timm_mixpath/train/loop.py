@@ -35,6 +35,7 @@ from ..utils.distributed import init_device
 from ..utils.errors import RunError, UsageError, as_usage_error, concise
 from ..utils.files import make_output_dir, write_atomic
 from ..utils.progress import progress_bar
+from ..utils.tables import read_csv
 from .checkpoint import (
     AtomicCheckpointSaver,
     create_model,
@@ -48,7 +49,7 @@ from .loaders import create_loaders, open_data
 from .options import LOCAL_OPTIONS, check_values, default_args, make_storable, mixup_active
 from .task import create_task
 
-__all__ = ['TrainResult', 'train']
+__all__ = ['TrainResult', 'train', 'train_or_resume']
 
 _logger = logging.getLogger(__name__)
 
@@ -94,6 +95,25 @@ def train(args: Namespace) -> TrainResult:
     finally:
         if args.distributed:
             dist.destroy_process_group()
+
+
+def train_or_resume(args: Namespace) -> dict[str, str]:
+    """Train, or go on from the last checkpoint of `args.output` and `args.experiment` if there is one.
+
+    Args:
+        args: See `train`.
+
+    Returns:
+        The last row of the run's summary.csv, as text; also of one that was cut off behind its last epoch.
+
+    Raises:
+        UsageError: See `train`.
+        RunError: See `train`.
+    """
+    last = Path(args.output) / args.experiment / 'last.pth.tar'
+    args = Namespace(**{**vars(args), 'resume': str(last) if last.exists() else ''})
+    train(args)
+    return read_csv(last.with_name('summary.csv'))[-1]
 
 
 def _init_head(model: nn.Module, args: Namespace) -> None:

@@ -13,7 +13,7 @@ _UNITS = {
     '': 1, 'k': 10**3, 'thousand': 10**3, 'm': 10**6, 'million': 10**6, 'g': 10**9, 'b': 10**9, 'billion': 10**9,
 }  # fmt: skip
 _COUNT = re.compile(
-    rf'(?P<number>(?:{_GROUPED}|{_PLAIN})(?:e[+-]?\d{{1,2}})?)\s*(?P<unit>thousand|million|billion|[kmgb])?'
+    rf'(?P<number>-?(?:{_GROUPED}|{_PLAIN})(?:e[+-]?\d{{1,2}})?)\s*(?P<unit>thousand|million|billion|[kmgb])?'
     r'\s*(?P<what>macs?|madds?|params?|parameters|images|archs)?',
     re.IGNORECASE,
 )
@@ -23,7 +23,7 @@ def parse_count(text: str) -> int:
     """Parse a number of MACs, parameters, images or archs: 15000000, 15_000_000, 15,000,000, 15e6, 15M, 15 MMACs.
 
     Raises:
-        ArgumentTypeError: It is negative, none, no whole number, or may mean two: FLOPs are one or two a multiply-add.
+        ArgumentTypeError: It is none, no whole number, or may mean two: FLOPs are one or two a multiply-add.
     """
     stripped = text.strip()
     if re.search(r'flops?\b', stripped, re.IGNORECASE):
