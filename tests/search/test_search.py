@@ -25,6 +25,7 @@ from timm_mixpath.search.config import SearchConfig
 from timm_mixpath.search.front import format_front, write_front_csv, write_front_json
 from timm_mixpath.search.pareto import crowding_distance, pareto_front
 from timm_mixpath.search.run import search
+from timm_mixpath.utils.distributed import Ranks
 from timm_mixpath.utils.errors import RunError, UsageError
 
 FINGERPRINT = {'checkpoint': 'abc', 'batch_size': 8, 'input_size': (3, 32, 32)}
@@ -544,7 +545,7 @@ def _distributed(rank: int, world_size: int, folder: str) -> None:
     dist.init_process_group('gloo', init_method=f'file://{folder}/init', rank=rank, world_size=world_size)
     space = get_space('nano')
     cost = CostTable(space)
-    ranks = dict(rank=rank, world_size=world_size, fingerprint=FINGERPRINT)
+    ranks = dict(ranks=Ranks(rank, world_size), fingerprint=FINGERPRINT)
     counter = Counter()
     # an odd number per generation, so that the last chunk is not full
     config = SearchConfig(population=7, offspring=5, generations=2)
@@ -599,7 +600,7 @@ def test_two_processes_equal_one(nano, tmp_path):
 def test_world_size_without_process_group(tiny, tmp_path):
     config = SearchConfig(**SMALL)
     with pytest.raises(RunError, match='to be initialised'):
-        search(*tiny, formula, config, archive_path=tmp_path / 'a', fingerprint={}, rank=0, world_size=2)
+        search(*tiny, formula, config, archive_path=tmp_path / 'a', fingerprint={}, ranks=Ranks(0, 2))
 
 
 # ---- Quality

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..search.archive import Archive, plain_metrics
+from ..search.archive import Archive, evaluate_all, plain_metrics
 from ..utils.distributed import Ranks
 from ..utils.errors import RunError, UsageError
 from ..version import __version__
@@ -101,8 +101,7 @@ def evaluate_table(
     archive_path: str | os.PathLike | None = None,
     fingerprint: Mapping[str, Any] | None = None,
     progress: Callable[[RankedArch, int], None] | None = None,
-    rank: int = 0,
-    world_size: int = 1,
+    ranks: Ranks | None = None,
 ) -> list[RankedArch]:
     """Score archs with the weights of a supernet, or go on with that where it was cut off.
 
@@ -115,8 +114,7 @@ def evaluate_table(
             gone on with.
         fingerprint: All that the scores depend on (checkpoint, data, table, ...), JSON-ready.
         progress: Called in rank 0 after every new evaluation, with the arch and the number of archs.
-        rank: Rank of this process.
-        world_size: Number of processes that evaluate, see `search`.
+        ranks: Processes that share the evaluations, this one alone if None; see `search`.
 
     Returns:
         The scored archs in the order of `chosen`, the same in all ranks.
@@ -125,7 +123,7 @@ def evaluate_table(
         UsageError: The archive is of another ranking, or the metrics are not what they should be.
         RunError: The archive does not hold what this ranking would have evaluated, or another rank failed.
     """
-    ranks = Ranks(rank, world_size)
+    ranks = ranks or Ranks(0, 1)
     archive = None
     if archive_path is not None:
         archive = Archive(
@@ -138,28 +136,28 @@ def evaluate_table(
         )
     todo = [RankedArch(arch, accuracy, index=index) for index, (arch, accuracy) in enumerate(chosen)]
 
-    def keep(scored: list[RankedArch]) -> None:
-        for arch in scored:
-            if archive is not None:
-                archive.append(_record(arch))
-            if progress is not None:
-                progress(arch, len(todo))
+    def keep(scored: RankedArch) -> None:
+        if archive is not None:
+            archive.append(_record(scored))
+        if progress is not None:
+            progress(scored, len(todo))
 
     try:
         records = ranks.from_first(archive.open) if archive is not None else []
         if len(records) > len(todo):
             raise RunError(_diverged(archive, f'it holds {len(records)} evaluations, this ranking {len(todo)}'))
-        done = [_restore(arch, record, archive) for arch, record in zip(todo, records)]
-        for start in range(len(done), len(todo), world_size):
-            chunk = todo[start : start + world_size]
-            metrics = ranks.map(evaluate, [r.arch for r in chunk])
-            scored = [_with_metrics(r, m) for r, m in zip(chunk, metrics)]
-            ranks.from_first(lambda scored=scored: keep(scored))
-            done += scored
+        return evaluate_all(
+            todo,
+            evaluate,
+            records=records,
+            restore=lambda ranked, record: _restore(ranked, record, archive),
+            complete=_with_metrics,
+            keep=keep,
+            ranks=ranks,
+        )
     finally:
         if archive is not None:
             archive.close()
-    return done
 
 
 def _with_metrics(ranked: RankedArch, metrics: Mapping[str, Any]) -> RankedArch:

@@ -11,7 +11,7 @@ from ..models.cost import cost_table
 from ..search.accuracy import SupernetEvaluator
 from ..search.images import SearchData, load_batches, load_images, open_search_split
 from ..train.checkpoint import check_supernet, load_model, load_supernet
-from ..utils.distributed import open_process
+from ..utils.distributed import Ranks, open_process
 from ..utils.figures import plot_or_warn
 from ..utils.files import make_output_dir
 from ..utils.progress import Progress
@@ -117,8 +117,7 @@ def rank_checkpoint(
             archive_path=None if output is None else output / 'archive.jsonl',
             fingerprint=fingerprint,
             progress=show,
-            rank=rank,
-            world_size=process.world_size,
+            ranks=Ranks(rank, process.world_size),
         )
         if show is not None:
             show.close()

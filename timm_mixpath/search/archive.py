@@ -4,18 +4,21 @@ import io
 import json
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from numbers import Real
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+from ..utils.distributed import Ranks
 from ..utils.errors import RunError, UsageError
 from ..utils.files import lock_file, write_text
 
-__all__ = ['Archive', 'plain_metrics']
+__all__ = ['Archive', 'evaluate_all', 'plain_metrics']
 
 
 _VERSION = 1
+
+_T = TypeVar('_T')
 
 
 class Archive:
@@ -149,6 +152,40 @@ class Archive:
         # Versions are told, not compared: most new versions change nothing here, and a change that does is noticed
         self.header['versions'] = header.get('versions')
         return header
+
+
+def evaluate_all(
+    todo: Sequence[_T],
+    evaluate: Callable[[str], Mapping[str, Any]],
+    *,
+    records: Sequence[Mapping[str, Any]],
+    restore: Callable[[_T, Mapping[str, Any]], _T],
+    complete: Callable[[_T, Mapping[str, Any]], _T],
+    keep: Callable[[_T], None],
+    ranks: Ranks,
+) -> list[_T]:
+    """Evaluate archs in their order, those that an archive holds by reading its records.
+
+    Args:
+        todo: What is to be evaluated, with an attribute `arch`.
+        evaluate: Returns the metrics of an arch.
+        records: Records of the archive, of the first of `todo`; there may be more of them.
+        restore: Completes one of `todo` with its record.
+        complete: Completes one of `todo` with its metrics.
+        keep: Keeps what was evaluated; called in rank 0, in order, before more is evaluated.
+        ranks: Processes that share the evaluations.
+
+    Returns:
+        The completed ones, the same in all ranks.
+    """
+    done = [restore(one, record) for one, record in zip(todo, records)]
+    for start in range(len(done), len(todo), ranks.world_size):
+        chunk = todo[start : start + ranks.world_size]
+        metrics = ranks.map(evaluate, [one.arch for one in chunk])
+        found = [complete(one, m) for one, m in zip(chunk, metrics)]
+        ranks.from_first(lambda found=found: [keep(one) for one in found])
+        done += found
+    return done
 
 
 def plain_metrics(metrics: Mapping[str, Any], arch: str) -> dict[str, float | int | str | None]:

@@ -1,6 +1,5 @@
 """Who proposes the archs of a search: NSGA-II or chance."""
 
-from collections.abc import Generator
 from dataclasses import asdict
 from typing import Any
 
@@ -13,7 +12,7 @@ from .pareto import crowding_distance
 from .pool import NUM_MATINGS, ArchPool
 from .result import Candidate, objective_values
 
-__all__ = ['propose_nsga2', 'propose_random']
+__all__ = ['NSGA2Search', 'RandomSearch']
 
 
 # How the operators of NSGA-II work: nine pairs of parents out of ten are crossed, and on average one gene per child is
@@ -21,8 +20,6 @@ __all__ = ['propose_nsga2', 'propose_random']
 _CROSSOVER_PROB = 0.9
 
 _MUTATIONS_PER_CHILD = 1.0
-
-_Proposals = Generator[list[Arch], list[Candidate] | None, None]
 
 
 def first_generation(pool: ArchPool, config: SearchConfig) -> list[Arch]:
@@ -33,31 +30,110 @@ def first_generation(pool: ArchPool, config: SearchConfig) -> list[Arch]:
     return archs
 
 
-def propose_random(pool: ArchPool, config: SearchConfig) -> _Proposals:
-    """Sample as supernet training does, without repetition."""
-    yield first_generation(pool, config)
-    for _ in range(config.generations):
-        yield pool.take(config.offspring)
+class RandomSearch:
+    """Samples as supernet training does, without repetition.
+
+    Args:
+        pool: Archs to take.
+        config: What to search for.
+    """
+
+    def __init__(self, pool: ArchPool, config: SearchConfig) -> None:
+        self._pool = pool
+        self._config = config
+        self._generation = 0
+
+    def ask(self) -> list[Arch]:
+        """Return the archs of the next generation, none at the end of the search.
+
+        Raises:
+            UsageError: No arch is inside the limits.
+        """
+        generation, self._generation = self._generation, self._generation + 1
+        if generation == 0:
+            return first_generation(self._pool, self._config)
+        return self._pool.take(self._config.offspring) if generation <= self._config.generations else []
+
+    def tell(self, candidates: list[Candidate]) -> None:
+        """Take the evaluated archs of the generation; chance learns nothing from them."""
 
 
-def propose_nsga2(pool: ArchPool, config: SearchConfig) -> _Proposals:
+class NSGA2Search:
     """NSGA-II over categorical genes, with weights in the crowding distance.
 
     As in MoGA (arXiv 1908.01314) and FairNAS the weights say how much room each objective gets on the front. pymoo's
     own operators for integers move to nearby values, but no kernel subset is nearer to another than a third.
+
+    Args:
+        pool: Archs to take.
+        config: What to search for.
     """
+
+    def __init__(self, pool: ArchPool, config: SearchConfig) -> None:
+        self._pool = pool
+        self._config = config
+        self._generation = 0
+        self._algorithm: Any = None  # made for the first generation, whose archs are told without being asked for
+        self._individuals: Any = None
+
+    def ask(self) -> list[Arch]:
+        """Return the archs of the next generation, none at the end of the search.
+
+        Raises:
+            UsageError: No arch is inside the limits.
+        """
+        from pymoo.core.population import Population
+
+        generation, self._generation = self._generation, self._generation + 1
+        if generation == 0:
+            archs = first_generation(self._pool, self._config)
+            # Told without having been asked for: pymoo's own initialisation would repair and sort out what is in order
+            self._individuals = Population.new('X', self._encode(archs))
+            self._algorithm = _make_nsga2(self._pool, self._config)
+            return archs
+        if generation > self._config.generations:
+            return []
+        individuals = self._algorithm.ask()
+        if individuals is None:  # all children were known
+            self._algorithm.termination.force_termination = False
+            individuals = Population.new('X', np.empty((0, len(self._pool.sizes)), dtype=int))
+        archs = [_decode(self._pool, individual) for individual in individuals]
+        self._pool.taken.update(dict.fromkeys(archs))
+        # Mating gives up where most children are known already; the number of evaluations stays what was asked for
+        extra = self._pool.take(self._config.offspring - len(archs))
+        if extra:
+            individuals = Population.merge(individuals, Population.new('X', self._encode(extra)))
+        self._individuals = individuals
+        return archs + extra
+
+    def tell(self, candidates: list[Candidate]) -> None:
+        """Take the evaluated archs of the generation, in the order in which `ask` gave them."""
+        if self._generation > self._config.generations:
+            return  # nothing is asked any more
+        self._individuals.set('F', objective_values(candidates, self._config.objective_names))
+        self._algorithm.tell(infills=self._individuals)
+
+    def _encode(self, archs: list[Arch]) -> np.ndarray:
+        return np.array([self._pool.space.encode(arch) for arch in archs])
+
+
+def _decode(pool: ArchPool, individual: Any) -> Arch:
+    return pool.space.decode([int(v) for v in individual.X])
+
+
+def _make_nsga2(pool: ArchPool, config: SearchConfig) -> Any:
+    """Make pymoo's algorithm with this package's operators."""
     from pymoo.algorithms.moo.nsga2 import NSGA2
     from pymoo.core.crossover import Crossover
     from pymoo.core.duplicate import DuplicateElimination
     from pymoo.core.mutation import Mutation
-    from pymoo.core.population import Population
     from pymoo.core.problem import Problem
     from pymoo.core.repair import Repair
     from pymoo.core.termination import NoTermination
     from pymoo.operators.survival.rank_and_crowding import RankAndCrowding
     from pymoo.operators.survival.rank_and_crowding.metrics import CrowdingDiversity
 
-    space, sizes = pool.space, np.array(pool.sizes)
+    sizes = np.array(pool.sizes)
     num_open = max(1, np.count_nonzero(sizes > 1))  # a gene of one value takes no mutation
 
     class UniformCrossover(Crossover):
@@ -83,10 +159,10 @@ def propose_nsga2(pool: ArchPool, config: SearchConfig) -> _Proposals:
         """Drops what was evaluated at any time in this run, not only what is in the population, and failed repairs."""
 
         def do(self, pop: Any, *others: Any, **kwargs: Any) -> Any:
-            seen = {decode(individual) for other in others for individual in other}
+            seen = {_decode(pool, individual) for other in others for individual in other}
             keep: list[int] = []
             for index, individual in enumerate(pop):
-                arch = decode(individual)
+                arch = _decode(pool, individual)
                 if arch not in seen and pool.is_new(arch):
                     seen.add(arch)
                     keep.append(index)
@@ -101,17 +177,6 @@ def propose_nsga2(pool: ArchPool, config: SearchConfig) -> _Proposals:
             distance[order] -= 1e-9 * np.arange(len(distance))
             return distance
 
-    def decode(individual: Any) -> Arch:
-        return space.decode([int(v) for v in individual.X])
-
-    def encode(archs: list[Arch]) -> np.ndarray:
-        return np.array([space.encode(arch) for arch in archs])
-
-    first = first_generation(pool, config)
-    # Told without having been asked for: pymoo's own initialisation would repair and sort out what is in order
-    individuals = Population.new('X', encode(first))
-    candidates = yield first
-
     algorithm = NSGA2(
         pop_size=config.population,
         n_offsprings=config.offspring,
@@ -125,17 +190,4 @@ def propose_nsga2(pool: ArchPool, config: SearchConfig) -> _Proposals:
     algorithm.mating.n_max_iterations = NUM_MATINGS
     problem = Problem(n_var=len(sizes), n_obj=len(config.objectives), xl=0, xu=sizes - 1, vtype=int)
     algorithm.setup(problem, termination=NoTermination())
-    for _ in range(config.generations):
-        individuals.set('F', objective_values(candidates, config.objective_names))
-        algorithm.tell(infills=individuals)
-        individuals = algorithm.ask()
-        if individuals is None:  # all children were known
-            algorithm.termination.force_termination = False
-            individuals = Population.new('X', np.empty((0, len(sizes)), dtype=int))
-        archs = [decode(individual) for individual in individuals]
-        pool.taken.update(dict.fromkeys(archs))
-        # Mating gives up where most children are known already; the number of evaluations stays what was asked for
-        extra = pool.take(config.offspring - len(archs))
-        if extra:
-            individuals = Population.merge(individuals, Population.new('X', encode(extra)))
-        candidates = yield archs + extra
+    return algorithm

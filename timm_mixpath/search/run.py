@@ -7,7 +7,6 @@ is run again from its start with the scores of the archive in the place of evalu
 NSGA-II and the hypervolume need `pip install 'timm-mixpath[search]'`; to import this module does not.
 """
 
-import itertools
 import logging
 import math
 import os
@@ -31,11 +30,11 @@ from ..utils.files import make_output_dir
 from ..utils.progress import Progress
 from ..version import __version__
 from .accuracy import SupernetEvaluator
-from .archive import Archive
+from .archive import Archive, evaluate_all
 from .config import LIMITED, SearchConfig
 from .front import plot_pareto, write_front_csv, write_front_json
 from .images import SearchData, load_images
-from .nsga2 import propose_nsga2, propose_random
+from .nsga2 import NSGA2Search, RandomSearch
 from .pareto import require_pymoo
 from .pool import ArchPool, check_limits
 from .result import Candidate, SearchResult, is_diverged, make_front, make_record, restore, with_metrics
@@ -57,8 +56,7 @@ def search(
     archive_path: str | os.PathLike,
     fingerprint: Mapping[str, Any],
     progress: Callable[[Candidate, int], None] | None = None,
-    rank: int = 0,
-    world_size: int = 1,
+    ranks: Ranks | None = None,
 ) -> SearchResult:
     """Search a space, or go on with a search that was cut off.
 
@@ -75,10 +73,8 @@ def search(
             with it; `generations` alone may have grown.
         fingerprint: All that the scores depend on (checkpoint, data, ...), JSON-ready.
         progress: Called in rank 0 after every new evaluation, with the candidate and `config.num_evaluations`.
-        rank: Rank of this process.
-        world_size: Number of processes that evaluate. If there are several, `torch.distributed` is initialised and
-            all of them call `search` with the same arguments. Rank 0 proposes and keeps the archive, the others
-            evaluate what it hands out.
+        ranks: Processes that share the evaluations, this one alone if None. All of them call `search` with the same
+            arguments. The first proposes and keeps the archive, the others evaluate what it hands out.
 
     Returns:
         The result, the same in all ranks.
@@ -92,7 +88,7 @@ def search(
     if config.algorithm == 'nsga2':
         require_pymoo()
     check_limits(config, cost)
-    ranks = Ranks(rank, world_size)
+    ranks = ranks or Ranks(0, 1)
     archive = Archive(
         archive_path,
         'search',
@@ -102,40 +98,32 @@ def search(
         grows='generations',
     )
     pool = ArchPool(space, cost, config)
-    propose = (propose_nsga2 if config.algorithm == 'nsga2' else propose_random)(pool, config)
+    algorithm = (NSGA2Search if config.algorithm == 'nsga2' else RandomSearch)(pool, config)
 
-    def next_generation(candidates: list[Candidate] | None) -> list[Arch]:
-        try:
-            return propose.send(candidates)
-        except StopIteration:
-            return []
-
-    def keep(found: list[Candidate]) -> None:
-        for candidate in found:
-            archive.append(make_record(candidate))
-            if progress is not None:
-                progress(candidate, config.num_evaluations)
+    def keep(candidate: Candidate) -> None:
+        archive.append(make_record(candidate))
+        if progress is not None:
+            progress(candidate, config.num_evaluations)
 
     evaluations: list[Candidate] = []
-    candidates = None
     try:
         records = ranks.from_first(archive.open)
-        for generation in itertools.count():
-            archs = ranks.from_first(lambda c=candidates: next_generation(c))
-            if not archs:
-                break
+        while archs := ranks.from_first(algorithm.ask):
+            generation = evaluations[-1].generation + 1 if evaluations else 0
             todo = [
                 Candidate(arch, math.nan, math.nan, cost.macs(arch), cost.params(arch), index, generation)
                 for index, arch in enumerate(archs, len(evaluations))
             ]
-            known = [restore(c, record, archive.path) for c, record in zip(todo, records[len(evaluations) :])]
-            candidates = known
-            for start in range(len(known), len(todo), world_size):
-                chunk = todo[start : start + world_size]
-                metrics = ranks.map(evaluate, [c.arch for c in chunk])
-                found = [with_metrics(c, m) for c, m in zip(chunk, metrics)]
-                ranks.from_first(lambda found=found: keep(found))
-                candidates = candidates + found
+            candidates = evaluate_all(
+                todo,
+                evaluate,
+                records=records[len(evaluations) :],
+                restore=lambda candidate, record: restore(candidate, record, archive.path),
+                complete=with_metrics,
+                keep=keep,
+                ranks=ranks,
+            )
+            ranks.from_first(lambda candidates=candidates: algorithm.tell(candidates))
             evaluations += candidates
     finally:
         archive.close()
@@ -239,8 +227,7 @@ def search_checkpoint(
             archive_path=output / 'archive.jsonl',
             fingerprint=fingerprint,
             progress=show,
-            rank=rank,
-            world_size=process.world_size,
+            ranks=Ranks(rank, process.world_size),
         )
         if show is not None:
             show.close()
