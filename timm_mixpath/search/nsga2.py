@@ -124,25 +124,17 @@ def _decode(pool: ArchPool, individual: Any) -> Arch:
 def _make_nsga2(pool: ArchPool, config: SearchConfig) -> Any:
     """Make pymoo's algorithm with this package's operators."""
     from pymoo.algorithms.moo.nsga2 import NSGA2
-    from pymoo.core.crossover import Crossover
     from pymoo.core.duplicate import DuplicateElimination
     from pymoo.core.mutation import Mutation
     from pymoo.core.problem import Problem
     from pymoo.core.repair import Repair
     from pymoo.core.termination import NoTermination
+    from pymoo.operators.crossover.ux import UniformCrossover
     from pymoo.operators.survival.rank_and_crowding import RankAndCrowding
     from pymoo.operators.survival.rank_and_crowding.metrics import CrowdingDiversity
 
     sizes = np.array(pool.sizes)
     num_open = max(1, np.count_nonzero(sizes > 1))  # a gene of one value takes no mutation
-
-    class UniformCrossover(Crossover):
-        def __init__(self) -> None:
-            super().__init__(n_parents=2, n_offsprings=2, prob=_CROSSOVER_PROB)
-
-        def _do(self, problem: Any, X: np.ndarray, *args: Any, random_state: Any = None, **kwargs: Any) -> np.ndarray:
-            swap = random_state.random(X.shape[1:]) < 0.5  # X is [2, num_matings, num_genes]
-            return np.where(swap, X[::-1], X)
 
     class RedrawGenes(Mutation):
         def _do(self, problem: Any, X: np.ndarray, *args: Any, random_state: Any = None, **kwargs: Any) -> np.ndarray:
@@ -180,7 +172,7 @@ def _make_nsga2(pool: ArchPool, config: SearchConfig) -> Any:
     algorithm = NSGA2(
         pop_size=config.population,
         n_offsprings=config.offspring,
-        crossover=UniformCrossover(),
+        crossover=UniformCrossover(prob=_CROSSOVER_PROB),
         mutation=RedrawGenes(),
         repair=IntoLimits(),
         survival=RankAndCrowding(crowding_func=WeightedCrowding()),
