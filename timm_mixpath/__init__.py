@@ -8,11 +8,13 @@ from .utils.timm_version import check_timm
 check_timm()  # before anything that an older timm lacks
 
 from .models import nasbench as _nasbench  # noqa: F401  registers the models of the benchmarks
+from .models.backbone import backbone_space, list_backbones, warm_start
 from .models.cellnet import CellNet, CellSupernet
 from .models.layers import ShadowBatchNorm2d
 from .models.mixpath import MixPath, MixPathSupernet, register_space
 from .models.supernet import Supernet
 from .spaces.arch import Arch, BlockChoice
+from .spaces.backbone import BackboneSpace
 from .spaces.catalog import get_space, list_spaces
 from .spaces.nasbench import CellArch, CellSpace, NB101Space, NB201Space
 from .spaces.sampling import sample
@@ -22,6 +24,7 @@ from .version import __version__
 
 __all__ = [
     'Arch',
+    'BackboneSpace',
     'BlockChoice',
     'BlockSpec',
     'CellArch',
@@ -37,8 +40,11 @@ __all__ = [
     'Supernet',
     'SupernetTask',
     '__version__',
+    'backbone_space',
     'get_space',
+    'list_backbones',
     'list_spaces',
     'register_space',
     'sample',
+    'warm_start',
 ]

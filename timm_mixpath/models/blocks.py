@@ -1,6 +1,7 @@
 """The multi-path inverted bottleneck of a stand-alone network."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from functools import partial
 from itertools import groupby
 from typing import Any, ClassVar
 
@@ -12,11 +13,24 @@ from ..spaces.space import BlockSpec
 from ._timm import DepthwiseSeparableConv, SqueezeExcite
 from .layers import fold_bn, sum_paths
 
-__all__ = ['DepthwiseSeparable', 'GroupedPaths', 'MultiPathResidual', 'PathSum', 'path_name', 'spec_kwargs']
+__all__ = [
+    'DepthwiseSeparable',
+    'GroupedPaths',
+    'MultiPathResidual',
+    'PathSum',
+    'branch_name',
+    'group_name',
+    'path_name',
+    'spec_kwargs',
+]
 
 
 def path_name(kernel_size: int) -> str:
     return f'k{kernel_size}'
+
+
+def branch_name(expand_ratio: int | float) -> str:
+    return f'e{expand_ratio}'.replace('.', '_')  # a module's name holds no dot
 
 
 def group_name(group: int) -> str:
@@ -27,15 +41,11 @@ class PathSum(nn.ModuleDict):
     """Depthwise convolutions in parallel, each with its norm and activation, summed.
 
     Args:
-        channels: Input and output channels.
-        kernel_sizes: Kernels of the paths.
-        **kwargs: Arguments of `timm.layers.ConvNormAct`.
+        paths: By `path_name`; modules [B, C, H, W] -> [B, C, H / stride, W / stride] with a convolution `conv`.
     """
 
-    def __init__(self, channels: int, kernel_sizes: Sequence[int], **kwargs: Any) -> None:
-        super().__init__(
-            {path_name(k): ConvNormAct(channels, channels, k, groups=channels, **kwargs) for k in kernel_sizes}
-        )
+    def __init__(self, paths: Mapping[str, nn.Module]) -> None:
+        super().__init__(paths)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[B, C, H, W] -> [B, C, H / stride, W / stride]."""
@@ -49,7 +59,7 @@ class GroupedPaths(nn.ModuleDict):
     """Channels in groups, each with paths of its own: the mixed depthwise convolution of MixNet, with sums.
 
     Args:
-        groups: Paths by name, in the order of the channels.
+        groups: Paths by `group_name`, in the order of the channels.
         splits: Channels of each.
     """
 
@@ -133,19 +143,19 @@ class MultiPathResidual(nn.Module):
         # Where nothing is summed, one norm and activation behind all groups does what one in every path would
         is_sum_free = all(len(group) == 1 for group in groups) and not norm_sums
         self.joint_norm = len(runs) > 1 and is_sum_free and self._can_join_norms()
+        make_path = partial(
+            ConvNormAct,
+            stride=stride,
+            dilation=dilation,
+            norm_layer=norm_layer,
+            act_layer=act_layer,
+            act_kwargs=dict(inplace=True),
+            apply_norm=not self.joint_norm,
+            apply_act=not self.joint_norm,
+            **dd,
+        )
         path_sums = [
-            self._path_sum_cls(
-                chs,
-                groups[run[0]],
-                stride=stride,
-                dilation=dilation,
-                norm_layer=norm_layer,
-                act_layer=act_layer,
-                act_kwargs=dict(inplace=True),
-                apply_norm=not self.joint_norm,
-                apply_act=not self.joint_norm,
-                **dd,
-            )
+            self._path_sum_cls({path_name(k): make_path(chs, chs, k, groups=chs) for k in groups[run[0]]})
             for run, chs in zip(runs, splits)
         ]
         if len(runs) == 1:

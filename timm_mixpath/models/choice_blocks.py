@@ -12,14 +12,10 @@ from torch import nn
 
 from ..spaces.arch import BlockChoice
 from ..spaces.space import BlockSpec
-from .blocks import GroupedPaths, MultiPathResidual, PathSum, path_name, spec_kwargs
+from .blocks import GroupedPaths, MultiPathResidual, PathSum, branch_name, path_name, spec_kwargs
 from .layers import ActiveConv2d, ActiveShadowBatchNorm2d, fuse_conv_bn, set_num_paths, sum_paths
 
 __all__ = ['ActivePathSum', 'ChoiceBlock', 'subnet_state_dict']
-
-
-def _branch_name(expand_ratio: int) -> str:
-    return f'e{expand_ratio}'
 
 
 class ActivePathSum(PathSum):
@@ -153,12 +149,12 @@ class ChoiceBlock(nn.Module):
                 **spec_kwargs(spec),
                 **kwargs,
             )
-            self.add_module(_branch_name(expand_ratio), branch)
-        self.active_branch = _branch_name(spec.expand_ratios[0])
+            self.add_module(branch_name(expand_ratio), branch)
+        self.active_branch = branch_name(spec.expand_ratios[0])
 
     def set_choice(self, choice: BlockChoice) -> None:
         """Activate the paths of a choice."""
-        self.active_branch = _branch_name(choice.expand_ratio)
+        self.active_branch = branch_name(choice.expand_ratio)
         self._modules[self.active_branch].set_paths(choice.groups)
 
     def feature_info(self, location: str) -> dict[str, Any]:
@@ -189,7 +185,7 @@ def subnet_state_dict(
     pieces: dict[str, list[torch.Tensor]] = {}
     for key, value in state_dict.items():
         branch, *parts = key.split('.')
-        if branch != _branch_name(choice.expand_ratio):
+        if branch != branch_name(choice.expand_ratio):
             continue
         group = 0
         if parts[0] == 'paths':

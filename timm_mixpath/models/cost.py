@@ -16,16 +16,18 @@ import torch
 import torch.nn as nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from ..spaces.arch import Arch, BlockChoice
+from ..spaces.arch import SKIP, Arch, BlockChoice
 from ..spaces.nasbench import CellArch
 from ..spaces.sampling import sample
-from ..spaces.space import SearchSpace
+from ..spaces.space import BlockSpace, SearchSpace
 from ..utils.errors import as_usage_error
+from .backbone import BackboneSupernet
 from .cellnet import CellSupernet
 from .mixpath import MixPath
 from .supernet import Supernet
 
 __all__ = [
+    'BackboneCostTable',
     'CellCostTable',
     'CostTable',
     'MetricRange',
@@ -41,7 +43,7 @@ def cost_table(
     supernet: Supernet,
     input_size: tuple[int, int, int] | None = None,
     num_classes: int | None = None,
-) -> 'CostTable | CellCostTable':
+) -> 'CostTable | BackboneCostTable | CellCostTable':
     """Make the table of what the networks that `supernet.extract` gives cost.
 
     Args:
@@ -65,6 +67,8 @@ def cost_table(
             raise ValueError(f'input_size {input_size} does not fit a supernet of {supernet.in_chans} input channels')
         if isinstance(supernet, CellSupernet):
             return CellCostTable(supernet, num_classes=num_classes, input_size=input_size)
+        if isinstance(supernet, BackboneSupernet):
+            return BackboneCostTable(supernet, num_classes=num_classes, input_size=input_size)
         kwargs = supernet.subnet_kwargs(num_classes)
         del kwargs['in_chans']  # they are those of the input
         return CostTable(supernet.space, input_size=input_size, **kwargs)
@@ -104,84 +108,28 @@ class _Costs:
             raise ValueError(f'unknown metric {metric!r}, known are {", ".join(self.metrics)}')
 
 
-class CostTable(_Costs):
-    """MACs and parameters of any arch of a space, by look-up.
+class _BlockCosts(_Costs):
+    """Costs of networks of blocks: what all archs share, per block a part of the expansion, and one part per path."""
 
-    A look-up takes microseconds and equals what the stand-alone network has: `macs` are the multiply-adds of its
-    convolutions and linear layers for one image (half of what `torch.utils.flop_counter` counts), `params` all of its
-    parameters, without the running statistics of batch norm.
-
-    Args:
-        space: Search space as it is, with its m and its final widths: `supernet.space`, or `space.scaled(width_mult)`.
-        num_classes: Number of classes, the space's own if None; 0 for no classifier.
-        input_size: Input as (channels, height, width), in pixels; the space's own if None.
-        **model_kwargs: Arguments of `MixPath` that change what the network is made of, such as `act_layer`.
-
-    Attributes:
-        space: The space.
-        num_classes: Number of classes.
-        input_size: Input as (channels, height, width), in pixels.
-
-    Raises:
-        ValueError: `input_size` is not three positive integers, or `width_mult` is given.
-    """
-
-    def __init__(
-        self,
-        space: SearchSpace,
-        *,
-        num_classes: int | None = None,
-        input_size: tuple[int, int, int] | None = None,
-        **model_kwargs: Any,
-    ) -> None:
-        if 'width_mult' in model_kwargs:
-            # The space of a supernet is scaled already, a second scaling would go unnoticed
-            raise ValueError('width_mult belongs to the space: pass space.scaled(width_mult) or supernet.space')
+    def __init__(self, space: BlockSpace) -> None:
         self.space = space
-        self.num_classes = space.num_classes if num_classes is None else num_classes
-        self.input_size = check_input_size(space.input_size if input_size is None else input_size)
-
         # What all archs share, {metric: cost}; per block the expansions' own parts and the paths' parts
         self._base: dict[str, int] = {}
-        self._expansions: list[dict[int, dict[str, int]]] = [{} for _ in space.blocks]
-        self._paths: list[dict[tuple[int, int, int], dict[str, int]]] = [{} for _ in space.blocks]
-        # With channel groups the networks of a supernet all have the batch norms that sums of paths need
-        model_kwargs.setdefault('norm_sums', space.max_paths > 1)
-        for arch in _single_path_archs(space):
-            # Neither place nor precision of a supernet matters here
-            kwargs = dict(model_kwargs, device='meta', dtype=None)
-            model = MixPath(space, arch, num_classes=self.num_classes, in_chans=self.input_size[0], **kwargs)
-            # timm's norm layers make the parameters of an activation on the CPU in any case
-            self._add(model.to('meta'), arch)
-
-    def _add(self, model: MixPath, arch: Arch) -> None:
-        counts = {
-            'macs': count_macs(model.eval(), self.input_size),
-            'params': {name: p.numel() for name, p in model.named_parameters()},
-        }
-        for metric, count in counts.items():
-            base = _sum_below(count, '')
-            for index, ((name, block), choice) in enumerate(zip(model.get_choice_blocks().items(), arch.blocks)):
-                total, paths = _sum_below(count, f'{name}.'), _sum_below(count, f'{name}.paths.')
-                e = choice.expand_ratio
-                self._expansions[index].setdefault(e, {})[metric] = total - paths
-                for run_name, run in block.run_names.items():
-                    # Groups that share convolutions share the cost by their channels
-                    cost, chs = _sum_below(count, f'{name}.{run_name}.'), [block.group_chs[group] for group in run]
-                    for group in run:
-                        group_cost = cost * block.group_chs[group] // sum(chs)
-                        self._paths[index].setdefault((group, e, choice.groups[group][0]), {})[metric] = group_cost
-                base -= total
-            self._base[metric] = base
+        self._expansions: list[dict[int | float, dict[str, int]]] = [{} for _ in space.blocks]
+        self._paths: list[dict[tuple[int, int | float, int], dict[str, int]]] = [{} for _ in space.blocks]
 
     def _block_cost(self, metric: str, index: int, choice: BlockChoice) -> int:
+        if choice.is_skip:
+            return 0
         e = choice.expand_ratio
         cost = self._expansions[index][e][metric]
         for group, kernel_sizes in enumerate(choice.groups):
             cost += self._group_cost(metric, index, group, e, kernel_sizes)
         return cost
 
-    def _group_cost(self, metric: str, index: int, group: int, expand_ratio: int, kernel_sizes: Iterable[int]) -> int:
+    def _group_cost(
+        self, metric: str, index: int, group: int, expand_ratio: int | float, kernel_sizes: Iterable[int]
+    ) -> int:
         paths = self._paths[index]
         return sum(paths[group, expand_ratio, k][metric] for k in kernel_sizes)
 
@@ -230,8 +178,111 @@ class CostTable(_Costs):
                 )
                 for e in spec.expand_ratios
             ]
+            choices += [SKIP] * spec.can_skip
             blocks.append(pick(choices, key=partial(self._block_cost, metric, index)))
         return Arch.from_blocks(blocks)
+
+
+class CostTable(_BlockCosts):
+    """MACs and parameters of any arch of a space, by look-up.
+
+    A look-up takes microseconds and equals what the stand-alone network has: `macs` are the multiply-adds of its
+    convolutions and linear layers for one image (half of what `torch.utils.flop_counter` counts), `params` all of its
+    parameters, without the running statistics of batch norm.
+
+    Args:
+        space: Search space as it is, with its m and its final widths: `supernet.space`, or `space.scaled(width_mult)`.
+        num_classes: Number of classes, the space's own if None; 0 for no classifier.
+        input_size: Input as (channels, height, width), in pixels; the space's own if None.
+        **model_kwargs: Arguments of `MixPath` that change what the network is made of, such as `act_layer`.
+
+    Attributes:
+        space: The space.
+        num_classes: Number of classes.
+        input_size: Input as (channels, height, width), in pixels.
+
+    Raises:
+        ValueError: `input_size` is not three positive integers, or `width_mult` is given.
+    """
+
+    def __init__(
+        self,
+        space: SearchSpace,
+        *,
+        num_classes: int | None = None,
+        input_size: tuple[int, int, int] | None = None,
+        **model_kwargs: Any,
+    ) -> None:
+        if 'width_mult' in model_kwargs:
+            # The space of a supernet is scaled already, a second scaling would go unnoticed
+            raise ValueError('width_mult belongs to the space: pass space.scaled(width_mult) or supernet.space')
+        super().__init__(space)
+        self.num_classes = space.num_classes if num_classes is None else num_classes
+        self.input_size = check_input_size(space.input_size if input_size is None else input_size)
+        # With channel groups the networks of a supernet all have the batch norms that sums of paths need
+        model_kwargs.setdefault('norm_sums', space.max_paths > 1)
+        for arch in _single_path_archs(space):
+            # Neither place nor precision of a supernet matters here
+            kwargs = dict(model_kwargs, device='meta', dtype=None)
+            model = MixPath(space, arch, num_classes=self.num_classes, in_chans=self.input_size[0], **kwargs)
+            # timm's norm layers make the parameters of an activation on the CPU in any case
+            self._add(model.to('meta'), arch)
+
+    def _add(self, model: MixPath, arch: Arch) -> None:
+        counts = {
+            'macs': count_macs(model.eval(), self.input_size),
+            'params': {name: p.numel() for name, p in model.named_parameters()},
+        }
+        for metric, count in counts.items():
+            base = _sum_below(count, '')
+            for index, ((name, block), choice) in enumerate(zip(model.get_choice_blocks().items(), arch.blocks)):
+                total, paths = _sum_below(count, f'{name}.'), _sum_below(count, f'{name}.paths.')
+                e = choice.expand_ratio
+                self._expansions[index].setdefault(e, {})[metric] = total - paths
+                for run_name, run in block.run_names.items():
+                    # Groups that share convolutions share the cost by their channels
+                    cost, chs = _sum_below(count, f'{name}.{run_name}.'), [block.group_chs[group] for group in run]
+                    for group in run:
+                        group_cost = cost * block.group_chs[group] // sum(chs)
+                        self._paths[index].setdefault((group, e, choice.groups[group][0]), {})[metric] = group_cost
+                base -= total
+            self._base[metric] = base
+
+
+class BackboneCostTable(_BlockCosts):
+    """MACs and parameters of any arch of a backbone's space, counted as in `CostTable`.
+
+    Args:
+        supernet: Supernet, in any mode and on any device.
+        num_classes: Number of classes, 0 for no classifier.
+        input_size: Input as (channels, height, width), in pixels.
+
+    Attributes:
+        space: The space.
+        num_classes: Number of classes.
+        input_size: Input as (channels, height, width), in pixels.
+    """
+
+    def __init__(self, supernet: BackboneSupernet, *, num_classes: int, input_size: tuple[int, int, int]) -> None:
+        super().__init__(supernet.space)
+        self.num_classes = num_classes
+        self.input_size = input_size
+        whole = supernet.make_empty(num_classes)
+        params = {name: p.numel() for name, p in whole.named_parameters()}
+        for arch in _single_path_archs(self.space):
+            whole.active_arch = arch
+            macs = count_macs(whole, input_size)
+            blocks = whole.get_choice_blocks()
+            for metric, count in (('macs', macs), ('params', params)):
+                self._base[metric] = _sum_below(count, '') - sum(_sum_below(count, f'{name}.') for name in blocks)
+                for index, ((name, block), choice) in enumerate(zip(blocks.items(), arch.blocks)):
+                    expansion, groups = block.parts(choice)
+                    total = _sum_below(count, f'{name}.{expansion}.')
+                    total -= _sum_below(count, f'{name}.{expansion}.{block.site.paths}.')
+                    self._expansions[index].setdefault(choice.expand_ratio, {})[metric] = total
+                    for group, (part, kernels) in enumerate(zip(groups, choice.groups)):
+                        key = group, choice.expand_ratio, kernels[0]
+                        self._paths[index].setdefault(key, {})[metric] = _sum_below(count, f'{name}.{part}.')
 
 
 class CellCostTable(_Costs):
@@ -306,7 +357,7 @@ def check_input_size(input_size: Iterable[int]) -> tuple[int, int, int]:
     return size
 
 
-def _single_path_archs(space: SearchSpace) -> list[Arch]:
+def _single_path_archs(space: BlockSpace) -> list[Arch]:
     """As few archs of one path per channel group as show every path of every block at least once."""
     paths = [
         [BlockChoice(((k,),) * block.num_groups, e) for e in block.expand_ratios for k in block.kernel_sizes]

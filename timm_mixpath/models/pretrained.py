@@ -23,7 +23,7 @@ from ..utils.errors import RunError, UsageError, concise
 from ..utils.hub_client import CONFIG_NAME, WEIGHTS_NAME, fetch_model
 from ..utils.recipes import model_recipes
 
-__all__ = ['HUB_ORG', 'add_weights', 'build_model', 'check_state_dict', 'locate_weights', 'readable']
+__all__ = ['HUB_ORG', 'SOURCE_KEYS', 'add_weights', 'build_model', 'check_state_dict', 'locate_weights', 'readable']
 
 
 # The organisation on the Hub under which the official weights live, read once, at import
@@ -36,7 +36,8 @@ PUBLISHED: dict[str, dict[str, Any]] = {}
 # Small weights that ship inside the package: <model>.<tag>/config.json and model.safetensors, as `export` writes them
 _PACKAGED = Path(__file__).parents[1] / 'weights'
 
-_SOURCES = ('url', 'file', 'state_dict', 'hf_hub_id', 'hf_hub_filename', 'source')
+# What in a pretrained cfg says where weights are
+SOURCE_KEYS = ('url', 'file', 'state_dict', 'hf_hub_id', 'hf_hub_filename', 'source')
 
 
 def add_weights(cfgs: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
@@ -64,26 +65,27 @@ def add_weights(cfgs: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
 
 
 def build_model(
-    model_cls: type[nn.Module],
+    model_cls: Callable[..., nn.Module],
     variant: str,
     pretrained: bool,
     *,
     num_features: int,
     filter_fn: Callable[[dict[str, Any], nn.Module], dict[str, Any]],
+    bind_bn_args: bool = True,
     **kwargs: Any,
 ) -> nn.Module:
     """Create a model of this package through `timm.models.build_model_with_cfg`.
 
     Args:
-        model_cls: Class of the model.
+        model_cls: Class of the model, or a function that makes it.
         variant: Registered name.
         pretrained: Load the weights of the pretrained cfg, located and checked by this module.
         num_features: Number of feature maps that `features_only` gives.
         filter_fn: Brings a state dict into the layout of the model and checks it.
-        **kwargs: Arguments of the model class and of `build_model_with_cfg`; timm's `bn_*` ones are bound to the
-            `norm_layer`.
+        bind_bn_args: Bind timm's `bn_*` arguments to the `norm_layer`, for a class that knows only that.
+        **kwargs: Arguments of the model class and of `build_model_with_cfg`.
     """
-    bn_args = resolve_bn_args(kwargs)
+    bn_args = resolve_bn_args(kwargs) if bind_bn_args else {}
     if bn_args:
         kwargs['norm_layer'] = partial(get_norm_layer(kwargs.get('norm_layer') or nn.BatchNorm2d), **bn_args)
     model_args = locate_weights(variant, kwargs) if pretrained else {}
@@ -121,9 +123,9 @@ def locate_weights(variant: str, kwargs: dict[str, Any]) -> dict[str, Any]:
     cache_dir = kwargs.get('cache_dir')
     overlay = kwargs.get('pretrained_cfg_overlay') or {}
     cfg = resolve_pretrained_cfg(variant, kwargs.get('pretrained_cfg'), overlay)
-    if any(overlay.get(key) for key in _SOURCES) and not overlay.get('source'):
+    if any(overlay.get(key) for key in SOURCE_KEYS) and not overlay.get('source'):
         # timm lets a source of the cfg win over those of the overlay
-        named = {key: overlay.get(key) for key in _SOURCES}
+        named = {key: overlay.get(key) for key in SOURCE_KEYS}
         cfg = resolve_pretrained_cfg(variant, cfg.to_dict(remove_source=True), named)
     if cfg.state_dict or (cfg.url and not (cfg.file or cfg.hf_hub_id)):
         kwargs['pretrained_cfg'] = cfg.to_dict()
@@ -165,13 +167,13 @@ def locate_weights(variant: str, kwargs: dict[str, Any]) -> dict[str, Any]:
             raise UsageError(f'{where!r} holds weights of {config["architecture"]}, not of {variant}')
         if cfg.source not in ('hf-hub', 'local-dir'):  # otherwise timm has done this
             model_args = dict(config.get('model_args') or {})
-            given = {key: value for key, value in overlay.items() if key not in _SOURCES}
+            given = {key: value for key, value in overlay.items() if key not in SOURCE_KEYS}
             own = {key: config[key] for key in ('num_classes', 'label_names', 'label_descriptions') if key in config}
             values = {**values, **config['pretrained_cfg'], **own, **given}
             kwargs['pretrained_model_args'] = dict(model_args)
             for key, value in model_args.items():
                 kwargs.setdefault(key, value)
-    values = {key: value for key, value in values.items() if key not in _SOURCES}
+    values = {key: value for key, value in values.items() if key not in SOURCE_KEYS}
     kwargs['pretrained_cfg'] = {**values, **place, 'architecture': variant}
     kwargs['pretrained_cfg_overlay'] = None
     return model_args

@@ -1,5 +1,7 @@
 """The one-shot supernet: samples an arch per training step, runs `active_arch` in eval, hands out sub-networks."""
 
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Any, ClassVar, Protocol, runtime_checkable
 
 import timm
@@ -54,6 +56,7 @@ class Supernet(nn.Module):
         space: The space that is searched, with this supernet's m and width.
         sum_norm: What stands behind sums of paths: `'sbn'`, `'bn'` or `'none'`; `'bn'` where nothing is ever summed.
         subnet_cls: Class of the sub-networks.
+        subnet_name: Name of the sub-networks in timm, `mixpath_<space>` if None.
         seed: Seed of the sampled sequence.
         sampling: How archs are drawn, see `timm_mixpath.sample`.
         sampled_arch: The arch of the latest forward in training mode, None before.
@@ -63,12 +66,15 @@ class Supernet(nn.Module):
     space: Space
     sampled_arch: str | None
     sum_norm: str
-    subnet_cls: ClassVar[type[nn.Module]]
+    subnet_cls: Callable[..., nn.Module]
+    subnet_name: ClassVar[str | None] = None
     # Arguments of the supernet that its sub-networks do not take, and those that it decides for them
     _supernet_args: ClassVar[tuple[str, ...]] = ('arch', 'm', 'seed', 'sampling')
     _sum_args: ClassVar[tuple[str, ...]]
     # Arguments of the network that do not depend on what the supernet has become since it was built
     _network_kwargs: dict[str, Any]
+    # Arguments of the sub-networks in any case, beside their arch
+    _subnet_args: Mapping[str, Any] = MappingProxyType({})
 
     def _init_sampling(self, seed: int, sampling: str, device: Any = None) -> None:
         """Start the sequence; the network's constructor calls it when all modules exist."""
@@ -149,7 +155,7 @@ class Supernet(nn.Module):
                 were wrapped by something that renames their weights.
         """
         arch = self.space.arch(arch) if arch is not None else self.active_arch
-        name = f'mixpath_{self.space.name}'
+        name = self.subnet_name or f'mixpath_{self.space.name}'
         if not timm.is_model(name):
             raise ValueError(
                 f'space {self.space.name!r} is not registered; call timm_mixpath.register_space(space) first'
@@ -167,7 +173,7 @@ class Supernet(nn.Module):
         given = get_model_args(self)
         args = dict(kwargs if given is None else {k: v for k, v in given.items() if k not in self._supernet_args})
         args.update({k: kwargs[k] for k in ('num_classes', 'global_pool', *self._sum_args) if k in kwargs})
-        model._model_args = dict(args, arch=str(arch))
+        model._model_args = {**args, **self._subnet_args, 'arch': str(arch)}
         return model.train(self.training)
 
     def _inherited(self, model: nn.Module) -> dict[str, torch.Tensor]:

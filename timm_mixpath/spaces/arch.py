@@ -2,7 +2,8 @@
 
 The text form follows timm's own notation. One block reads `k3+7_e6`: depthwise kernels 3 and 7 in parallel, their
 outputs summed, behind an expansion of 6. `.` separates channel groups (`k3.5_e6`: 3x3 on the first half of the
-channels, 5x5 on the second) and `,` joins blocks. There is nothing in it that a shell or `ast.literal_eval` would
+channels, 5x5 on the second) and `,` joins blocks. An expansion may be a decimal number (`k3_e4.5`), and a block that is
+left out, of which the identity remains, reads `skip`. There is nothing in it that a shell or `ast.literal_eval` would
 touch, so an arch passes unquoted through `--model-kwargs arch=...`.
 """
 
@@ -14,10 +15,14 @@ from functools import cached_property, lru_cache
 from numbers import Integral
 from typing import Any
 
-__all__ = ['Arch', 'BlockChoice', 'cached_choice', 'check_vector']
+__all__ = ['SKIP', 'Arch', 'BlockChoice', 'cached_choice', 'check_expand_ratio', 'check_vector']
 
 
 _BLOCK_RE = re.compile(r'k(?P<kernels>[^_]*)_e(?P<expand>[^_]*)')
+
+_SKIP = 'skip'
+
+_MAX_DECIMALS = 4  # of an expansion
 
 _EXAMPLE = "for example 'k3_e6', 'k3+7_e3' or 'k3.5+7_e6'"
 
@@ -28,18 +33,20 @@ class BlockChoice:
 
     Attributes:
         groups: Kernel sizes of the active paths, one ascending tuple per channel group. The paths of a group are
-            summed, groups are concatenated.
-        expand_ratio: Expansion of the inverted bottleneck.
+            summed, groups are concatenated. Empty for a block that is skipped, as in `SKIP`.
+        expand_ratio: Expansion of the inverted bottleneck, 0 for a block that is skipped.
 
     Raises:
         ValueError: A kernel is not an odd positive integer or stands twice in a group, a group is empty, or the
-            expansion is not a positive integer.
+            expansion is not a positive number of at most four decimals.
     """
 
     groups: tuple[tuple[int, ...], ...]
-    expand_ratio: int
+    expand_ratio: int | float
 
     def __post_init__(self) -> None:
+        if self.is_skip and self.expand_ratio == 0:
+            return
         if not self.groups or not all(self.groups):
             raise ValueError('every channel group needs at least one kernel')
         for group in self.groups:
@@ -48,8 +55,7 @@ class BlockChoice:
                     raise ValueError(f'kernel {kernel_size!r} is not an odd positive integer')
                 if group.count(kernel_size) > 1:
                     raise ValueError(f'kernel {kernel_size} is given twice, a path can be active once')
-        if type(self.expand_ratio) is not int or self.expand_ratio < 1:
-            raise ValueError(f'expansion {self.expand_ratio!r} is not a positive integer')
+        object.__setattr__(self, 'expand_ratio', check_expand_ratio(self.expand_ratio))
         # The sum does not depend on the order of its paths, so neither do equality and hash.
         object.__setattr__(self, 'groups', tuple(tuple(sorted(group)) for group in self.groups))
 
@@ -58,8 +64,15 @@ class BlockChoice:
         """Number of active paths, per channel group."""
         return tuple(len(group) for group in self.groups)
 
+    @property
+    def is_skip(self) -> bool:
+        """Whether the block is left out: no path at all, only the residual connection."""
+        return not self.groups
+
     @cached_property
     def _text(self) -> str:
+        if self.is_skip:
+            return _SKIP
         kernels = '.'.join('+'.join(str(k) for k in group) for group in self.groups)
         return f'k{kernels}_e{self.expand_ratio}'
 
@@ -71,19 +84,42 @@ class BlockChoice:
         """Parse the text form of one block.
 
         Raises:
-            ValueError: The text is not of the form `k<kernels>_e<expansion>`.
+            ValueError: The text is neither `skip` nor of the form `k<kernels>_e<expansion>`.
         """
+        if text.strip() == _SKIP:
+            return SKIP
         match = _BLOCK_RE.fullmatch(text.strip())
         if match is None:
             raise ValueError(f"{text.strip()!r} is not of the form 'k<kernels>_e<expansion>', {_EXAMPLE}")
         groups = tuple(
             tuple(_parse_int(token, 'kernel') for token in group.split('+')) for group in match['kernels'].split('.')
         )
-        return cls(groups, _parse_int(match['expand'], 'expansion'))
+        expand = match['expand']
+        if '.' in expand:
+            if not re.fullmatch(f'[0-9]{{1,4}}\\.[0-9]{{1,{_MAX_DECIMALS}}}', expand):
+                raise ValueError(f'expansion {expand!r} is not a number of 1 to 4 digits and up to 4 decimals')
+            return cls(groups, float(expand))
+        return cls(groups, _parse_int(expand, 'expansion'))
+
+
+SKIP = BlockChoice((), 0)
 
 
 # For what makes choices by the thousand, such as sampling and a search: checking and formatting one is what takes time
 cached_choice = lru_cache(maxsize=100_000)(BlockChoice)
+
+
+def check_expand_ratio(value: int | float) -> int | float:
+    """Return an expansion in its one form: an int where it is whole.
+
+    Raises:
+        ValueError: It is not positive, not a number, or has too many decimals to be written in an arch.
+    """
+    if type(value) is int and value >= 1:
+        return value
+    if isinstance(value, float) and 0 < value < 10_000 and round(value, _MAX_DECIMALS) == value:
+        return int(value) if value.is_integer() else float(value)
+    raise ValueError(f'expansion {value!r} is not a positive integer, nor a positive number of at most 4 decimals')
 
 
 def _parse_int(token: str, what: str) -> int:

@@ -11,12 +11,12 @@ from functools import cache
 from itertools import combinations, product
 from typing import TYPE_CHECKING
 
-from .arch import Arch, BlockChoice, cached_choice, check_vector
+from .arch import SKIP, Arch, BlockChoice, cached_choice, check_expand_ratio, check_vector
 
 if TYPE_CHECKING:
     from typing_extensions import Self  # of typing itself from Python 3.11 on
 
-__all__ = ['BlockSpec', 'SearchSpace', 'Space']
+__all__ = ['BlockSpace', 'BlockSpec', 'SearchSpace', 'Space']
 
 
 class Space(ABC):
@@ -125,17 +125,20 @@ class BlockSpec:
         pwl_groups: Convolution groups of the 1x1 projection.
         se_ratio: Squeeze-and-excite channels relative to the input of the block, 0 for none.
         act_layer: Activation, by timm name; the space's if None.
+        can_skip: The block may be left out, so that its residual connection remains. Only the space of a backbone has
+            such blocks.
     """
 
     out_chs: int
     stride: int = 1
-    expand_ratios: tuple[int, ...] = (3, 6)
+    expand_ratios: tuple[int | float, ...] = (3, 6)
     kernel_sizes: tuple[int, ...] = (3, 5, 7, 9)
     num_groups: int = 1
     exp_groups: int = 1
     pwl_groups: int = 1
     se_ratio: float = 0.0
     act_layer: str | None = None
+    can_skip: bool = False
 
     def __post_init__(self) -> None:
         # lists are welcome, but a space is hashed and compared
@@ -143,8 +146,162 @@ class BlockSpec:
         object.__setattr__(self, 'kernel_sizes', tuple(self.kernel_sizes))
 
 
+class BlockSpace(Space):
+    """A space of networks of blocks: every block chooses an expansion and, per channel group, 1 to `max_paths` kernels.
+
+    Attributes:
+        blocks: The choice blocks in order.
+    """
+
+    blocks: tuple[BlockSpec, ...]
+
+    def _check_blocks(self) -> None:
+        object.__setattr__(self, 'blocks', tuple(self.blocks))
+        if not self.blocks:
+            raise ValueError(f'space {self.name!r} has no blocks')
+        for block in self.blocks:
+            if not block.expand_ratios or not block.kernel_sizes:
+                raise ValueError(f'space {self.name!r}: every block needs at least one expansion and one kernel')
+            for field in ('num_groups', 'exp_groups', 'pwl_groups'):
+                if type(getattr(block, field)) is not int or getattr(block, field) < 1:
+                    raise ValueError(f'space {self.name!r}: {field}={getattr(block, field)!r} must be at least 1')
+            if len(set(block.expand_ratios)) < len(block.expand_ratios):
+                raise ValueError(f'space {self.name!r}: an expansion of {block.expand_ratios} is given twice')
+            try:  # what is wrong with all kernels at once is wrong with a block made of them
+                for expand_ratio in block.expand_ratios:
+                    BlockChoice((block.kernel_sizes,), check_expand_ratio(expand_ratio))
+            except ValueError as e:
+                raise ValueError(f'space {self.name!r}: {e}') from None
+        self._check_max_paths()
+
+    @property
+    def max_paths_limit(self) -> int:
+        """The largest m the space allows: the number of kernels of its block with the fewest."""
+        return min(len(block.kernel_sizes) for block in self.blocks)
+
+    def subsets(self, index: int) -> tuple[tuple[int, ...], ...]:
+        """Kernel subsets that a channel group of block `index` may activate, by size and then by kernel."""
+        return _subsets(self.blocks[index].kernel_sizes, self.max_paths)
+
+    def choices(self, index: int) -> list[BlockChoice]:
+        """All choices of block `index`; with channel groups there are many, see `num_choices`."""
+        block = self.blocks[index]
+        choices = [
+            BlockChoice(groups, expand_ratio)
+            for expand_ratio in block.expand_ratios
+            for groups in product(self.subsets(index), repeat=block.num_groups)
+        ]
+        return choices + [SKIP] * block.can_skip
+
+    def num_choices(self, index: int) -> int:
+        """Number of choices of block `index`; 8, 20, 28, 30 in S1 for m = 1..4."""
+        block = self.blocks[index]
+        return len(block.expand_ratios) * len(self.subsets(index)) ** block.num_groups + block.can_skip
+
+    @property
+    def size(self) -> int:
+        """Number of archs in the space."""
+        return math.prod(self.num_choices(index) for index in range(len(self.blocks)))
+
+    def arch(self, arch: Arch | str) -> Arch:
+        """Parse `arch` and check that the space holds it.
+
+        Raises:
+            ValueError: Malformed text, or a choice that the space does not have; the message names the block, the
+                value and what is allowed.
+        """
+        arch = Arch(arch)
+        if len(arch.blocks) != len(self.blocks):
+            raise ValueError(
+                f'arch has {len(arch.blocks)} blocks, space {self.name!r} needs {len(self.blocks)}: {str(arch)!r}'
+            )
+        for index, (choice, spec) in enumerate(zip(arch.blocks, self.blocks)):
+            problem = None
+            unknown = [k for group in choice.groups for k in group if k not in spec.kernel_sizes]
+            if choice.is_skip:
+                if not spec.can_skip:
+                    problem = 'the block can not be skipped'
+            elif len(choice.groups) != spec.num_groups:
+                problem = f'{len(choice.groups)} channel groups, the space has {spec.num_groups}'
+            elif choice.expand_ratio not in spec.expand_ratios:
+                problem = f'expansion {choice.expand_ratio} is not one of {_join(spec.expand_ratios)}'
+            elif max(choice.num_paths) > self.max_paths:
+                problem = f'{max(choice.num_paths)} paths, at most m={self.max_paths} may be active'
+            elif unknown:
+                problem = f'kernel {unknown[0]} is not one of {_join(spec.kernel_sizes)}'
+            if problem:
+                raise ValueError(f'arch block {index} ({str(choice)!r}) is not in space {self.name!r}: {problem}')
+        return arch
+
+    @property
+    def gene_sizes(self) -> tuple[int, ...]:
+        """Number of values of each entry of an integer vector: per block the expansion, then the groups' kernels.
+
+        Where a block can be skipped, that is the last value of its expansion, whatever its kernels say.
+        """
+        sizes: list[int] = []
+        for index, block in enumerate(self.blocks):
+            num_expansions = len(block.expand_ratios) + block.can_skip
+            sizes += [num_expansions, *[len(self.subsets(index))] * block.num_groups]
+        return tuple(sizes)
+
+    def encode(self, arch: Arch | str) -> tuple[int, ...]:
+        """Return the integer vector of an arch: entries are indices into expansions and `subsets`."""
+        vector: list[int] = []
+        for index, choice in enumerate(self.arch(arch).blocks):
+            block, subsets = self.blocks[index], self.subsets(index)
+            if choice.is_skip:
+                vector += [len(block.expand_ratios), *[0] * block.num_groups]
+                continue
+            vector.append(block.expand_ratios.index(choice.expand_ratio))
+            vector += [subsets.index(group) for group in choice.groups]
+        return tuple(vector)
+
+    def decode(self, vector: Sequence[int]) -> Arch:
+        """Return the arch of an integer vector, the inverse of `encode`.
+
+        Raises:
+            ValueError: Wrong length, or an entry out of range.
+        """
+        check_vector(vector, self.gene_sizes, self.name)
+        genes = iter(vector)
+        choices: list[BlockChoice] = []
+        for index, block in enumerate(self.blocks):
+            expansion, subsets = next(genes), self.subsets(index)
+            groups = tuple(subsets[next(genes)] for _ in range(block.num_groups))
+            if expansion == len(block.expand_ratios):
+                choices.append(SKIP)
+            else:
+                choices.append(cached_choice(groups, block.expand_ratios[expansion]))
+        return Arch.from_blocks(choices)
+
+    def sample(self, draw: Callable[[], float]) -> Arch:
+        """Draw an arch: per block the expansion is uniform, in every channel group the number of paths in 1..m.
+
+        To skip a block counts as one expansion more.
+
+        Args:
+            draw: Gives numbers in [0, 1), as `random.random` does.
+        """
+        blocks: list[BlockChoice] = []
+        for spec in self.blocks:
+            expansion = int(draw() * (len(spec.expand_ratios) + spec.can_skip))
+            if expansion == len(spec.expand_ratios):
+                blocks.append(SKIP)
+                continue
+            expand_ratio = spec.expand_ratios[expansion]
+            groups: list[tuple[int, ...]] = []
+            for _ in range(spec.num_groups):
+                num_paths = 1 + int(draw() * self.max_paths)
+                kernel_sizes = list(spec.kernel_sizes)
+                paths = [kernel_sizes.pop(int(draw() * len(kernel_sizes))) for _ in range(num_paths)]
+                groups.append(tuple(sorted(paths)))
+            blocks.append(cached_choice(tuple(groups), expand_ratio))
+        return Arch.from_blocks(blocks)
+
+
 @dataclass(frozen=True)
-class SearchSpace(Space):
+class SearchSpace(BlockSpace):
     """A multi-path search space of inverted bottlenecks.
 
     Every block chooses one expansion and, in each of its channel groups, 1 to `max_paths` of its kernels, without
@@ -183,32 +340,14 @@ class SearchSpace(Space):
     description: str = ''
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, 'blocks', tuple(self.blocks))
-        if not self.blocks:
-            raise ValueError(f'space {self.name!r} has no blocks')
+        self._check_blocks()
         for block in self.blocks:
-            if not block.expand_ratios or not block.kernel_sizes:
-                raise ValueError(f'space {self.name!r}: every block needs at least one expansion and one kernel')
             if block.out_chs < 1 or block.stride not in (1, 2):
                 raise ValueError(
                     f'space {self.name!r}: out_chs={block.out_chs} must be positive, stride={block.stride} be 1 or 2'
                 )
-            for field in ('num_groups', 'exp_groups', 'pwl_groups'):
-                if type(getattr(block, field)) is not int or getattr(block, field) < 1:
-                    raise ValueError(f'space {self.name!r}: {field}={getattr(block, field)!r} must be at least 1')
-            if len(set(block.expand_ratios)) < len(block.expand_ratios):
-                raise ValueError(f'space {self.name!r}: an expansion of {block.expand_ratios} is given twice')
-            try:  # what is wrong with all kernels at once, or with an expansion, is wrong with a block made of them
-                for expand_ratio in block.expand_ratios:
-                    BlockChoice((block.kernel_sizes,), expand_ratio)
-            except ValueError as e:
-                raise ValueError(f'space {self.name!r}: {e}') from None
-        self._check_max_paths()
-
-    @property
-    def max_paths_limit(self) -> int:
-        """The largest m the space allows: the number of kernels of its block with the fewest."""
-        return min(len(block.kernel_sizes) for block in self.blocks)
+            if block.can_skip:
+                raise ValueError(f'space {self.name!r}: only blocks of a backbone can be skipped, set can_skip=False')
 
     def scaled(self, width_mult: float) -> 'SearchSpace':
         """Return the space with its channels multiplied and rounded as timm's EfficientNet builder does.
@@ -248,107 +387,12 @@ class SearchSpace(Space):
         """Stride of the whole network: input pixels per pixel of its last features."""
         return self.stem_stride * math.prod(block.stride for block in self.blocks)
 
-    def subsets(self, index: int) -> tuple[tuple[int, ...], ...]:
-        """Kernel subsets that a channel group of block `index` may activate, by size and then by kernel."""
-        return _subsets(self.blocks[index].kernel_sizes, self.max_paths)
-
-    def choices(self, index: int) -> list[BlockChoice]:
-        """All choices of block `index`; with channel groups there are many, see `num_choices`."""
-        block = self.blocks[index]
-        return [
-            BlockChoice(groups, expand_ratio)
-            for expand_ratio in block.expand_ratios
-            for groups in product(self.subsets(index), repeat=block.num_groups)
-        ]
-
-    def num_choices(self, index: int) -> int:
-        """Number of choices of block `index`; 8, 20, 28, 30 in S1 for m = 1..4."""
-        block = self.blocks[index]
-        return len(block.expand_ratios) * len(self.subsets(index)) ** block.num_groups
-
     @property
     def default_arch(self) -> Arch:
         """The smallest kernel alone at the largest expansion in every block, the plain MobileNetV2 block."""
         return Arch.from_blocks(
             BlockChoice(((min(b.kernel_sizes),),) * b.num_groups, max(b.expand_ratios)) for b in self.blocks
         )
-
-    def arch(self, arch: Arch | str) -> Arch:
-        """Parse `arch` and check that the space holds it.
-
-        Raises:
-            ValueError: Malformed text, or a choice that the space does not have; the message names the block, the
-                value and what is allowed.
-        """
-        arch = Arch(arch)
-        if len(arch.blocks) != len(self.blocks):
-            raise ValueError(
-                f'arch has {len(arch.blocks)} blocks, space {self.name!r} needs {len(self.blocks)}: {str(arch)!r}'
-            )
-        for index, (choice, spec) in enumerate(zip(arch.blocks, self.blocks)):
-            problem = None
-            unknown = [k for group in choice.groups for k in group if k not in spec.kernel_sizes]
-            if len(choice.groups) != spec.num_groups:
-                problem = f'{len(choice.groups)} channel groups, the space has {spec.num_groups}'
-            elif choice.expand_ratio not in spec.expand_ratios:
-                problem = f'expansion {choice.expand_ratio} is not one of {_join(spec.expand_ratios)}'
-            elif max(choice.num_paths) > self.max_paths:
-                problem = f'{max(choice.num_paths)} paths, at most m={self.max_paths} may be active'
-            elif unknown:
-                problem = f'kernel {unknown[0]} is not one of {_join(spec.kernel_sizes)}'
-            if problem:
-                raise ValueError(f'arch block {index} ({str(choice)!r}) is not in space {self.name!r}: {problem}')
-        return arch
-
-    @property
-    def gene_sizes(self) -> tuple[int, ...]:
-        """Number of values of each entry of an integer vector: per block the expansion, then the groups' kernels."""
-        sizes: list[int] = []
-        for index, block in enumerate(self.blocks):
-            sizes += [len(block.expand_ratios), *[len(self.subsets(index))] * block.num_groups]
-        return tuple(sizes)
-
-    def encode(self, arch: Arch | str) -> tuple[int, ...]:
-        """Return the integer vector of an arch: entries are indices into expansions and `subsets`."""
-        vector: list[int] = []
-        for index, choice in enumerate(self.arch(arch).blocks):
-            subsets = self.subsets(index)
-            vector.append(self.blocks[index].expand_ratios.index(choice.expand_ratio))
-            vector += [subsets.index(group) for group in choice.groups]
-        return tuple(vector)
-
-    def decode(self, vector: Sequence[int]) -> Arch:
-        """Return the arch of an integer vector, the inverse of `encode`.
-
-        Raises:
-            ValueError: Wrong length, or an entry out of range.
-        """
-        check_vector(vector, self.gene_sizes, self.name)
-        genes = iter(vector)
-        choices: list[BlockChoice] = []
-        for index, block in enumerate(self.blocks):
-            expand_ratio, subsets = block.expand_ratios[next(genes)], self.subsets(index)
-            groups = tuple(subsets[next(genes)] for _ in range(block.num_groups))
-            choices.append(cached_choice(groups, expand_ratio))
-        return Arch.from_blocks(choices)
-
-    def sample(self, draw: Callable[[], float]) -> Arch:
-        """Draw an arch: per block the expansion is uniform, in every channel group the number of paths in 1..m.
-
-        Args:
-            draw: Gives numbers in [0, 1), as `random.random` does.
-        """
-        blocks: list[BlockChoice] = []
-        for spec in self.blocks:
-            expand_ratio = spec.expand_ratios[int(draw() * len(spec.expand_ratios))]
-            groups: list[tuple[int, ...]] = []
-            for _ in range(spec.num_groups):
-                num_paths = 1 + int(draw() * self.max_paths)
-                kernel_sizes = list(spec.kernel_sizes)
-                paths = [kernel_sizes.pop(int(draw() * len(kernel_sizes))) for _ in range(num_paths)]
-                groups.append(tuple(sorted(paths)))
-            blocks.append(cached_choice(tuple(groups), expand_ratio))
-        return Arch.from_blocks(blocks)
 
 
 @cache  # a search decodes every vector that it considers

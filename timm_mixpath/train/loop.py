@@ -116,6 +116,15 @@ def train_or_resume(args: Namespace) -> dict[str, str]:
     return read_csv(last.with_name('summary.csv'))[-1]
 
 
+def _pretrained_kwargs(args: Namespace) -> dict[str, Any]:
+    if not args.pretrained:
+        if args.pretrained_path:
+            raise UsageError(f'--pretrained-path {args.pretrained_path} has no effect without --pretrained, give both')
+        return {}
+    overlay = {'file': args.pretrained_path} if args.pretrained_path else None
+    return {'pretrained': True, 'pretrained_cfg_overlay': overlay}
+
+
 def _init_head(model: nn.Module, args: Namespace) -> None:
     if args.head_init_scale is None and args.head_init_bias is None:
         return
@@ -137,7 +146,7 @@ def _train(args: Namespace, device: torch.device) -> TrainResult:
     # Model, task, optimizer, in the order of timm's train.py
     utils.random_seed(args.seed, args.rank)
     # A run that goes on has the weights of its checkpoint, and needs no others
-    model = create_model(args, pretrained=args.pretrained and not args.resume)
+    model = create_model(args, **({} if args.resume else _pretrained_kwargs(args)))
     own_model(args, model)
     if args.initial_checkpoint and not args.resume:
         load_weights(model, args.initial_checkpoint, args)
@@ -342,7 +351,16 @@ def check_resumed(args: Namespace, before: Namespace) -> None:
 def _warn_of_changes(args: Namespace, before: Namespace) -> None:
     """Name the options with which a run goes on in another way than it began."""
     # checked above, found out on the way, of no effect on the weights, or what one resumes for
-    left_out = {'model', 'model_kwargs', 'search_holdout', 'pretrained', 'initial_checkpoint', 'start_epoch', 'dist_bn'}
+    left_out = {
+        'model',
+        'model_kwargs',
+        'search_holdout',
+        'pretrained',
+        'pretrained_path',
+        'initial_checkpoint',
+        'start_epoch',
+        'dist_bn',
+    }
     left_out |= {'epochs', 'val_interval', 'val_split', 'validation_batch_size', 'class_map', *LOCAL_OPTIONS}
     of_optimizer = {'lr', 'momentum', 'weight_decay', 'opt_eps', 'opt_betas', 'opt_kwargs', 'layer_decay'}
     changed: dict[str, str] = {}

@@ -1,0 +1,73 @@
+"""Score archs of a warm-started supernet at every checkpoint of its training, as it is and recalibrated.
+
+    python recipes/warm_start/measure.py OUTPUT.jsonl RUN [RUN ...] --data-dir imagenette
+
+A RUN is the folder of a training with --checkpoint-hist 99. Scored are the backbone's own arch, the one of most
+multiply-adds and 20 random ones, the same in all runs, on 1,000 validation images, evenly spread over the classes.
+What is in OUTPUT.jsonl already is skipped, so a run that was cut off goes on.
+"""
+
+import argparse
+import json
+import time
+from pathlib import Path
+
+from timm.data import create_dataset
+
+from timm_mixpath import sample
+from timm_mixpath.models.cost import cost_table
+from timm_mixpath.search.accuracy import evaluate, recalibrate_bn
+from timm_mixpath.search.images import SearchData, load_batches, open_search_split, recalibration_batches
+from timm_mixpath.train.checkpoint import load_model
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('output', type=Path)
+    parser.add_argument('runs', type=Path, nargs='+')
+    parser.add_argument('--data-dir', required=True)
+    parser.add_argument('--val-split', default='validation')
+    parser.add_argument('--num-images', type=int, default=1000)
+    parser.add_argument('--num-archs', type=int, default=20)
+    parser.add_argument('--recalibration-images', type=int, default=512)
+    args = parser.parse_args()
+
+    done = set()
+    if args.output.exists():
+        rows = map(json.loads, args.output.read_text().splitlines())
+        done = {(r['run'], r['epoch'], r['arch_name'], r['recalibrated']) for r in rows}
+    images: dict[tuple, list] = {}
+    for run in args.runs:
+        for path in sorted(run.glob('checkpoint-*.pth.tar'), key=lambda p: int(p.name.split('.')[0].split('-')[1])):
+            loaded = load_model(path)
+            supernet, size = loaded.model, tuple(loaded.data_config['input_size'])
+            if size not in images:
+                val_set = create_dataset('', root=args.data_dir, split=args.val_split)
+                train_set = open_search_split(loaded, SearchData(data_dir=args.data_dir), warn=False)[1]
+                images[size] = [
+                    load_batches(val_set, loaded.data_config, max_images=args.num_images),
+                    recalibration_batches(train_set, loaded, args.recalibration_images),
+                ]
+            val, recal = images[size]
+            archs = {'own': supernet.space.default_arch, 'largest': cost_table(supernet).largest('macs')}
+            archs |= {f'random{i}': sample(supernet.space, seed=1, step=i) for i in range(args.num_archs)}
+            for name, arch in archs.items():
+                for recalibrated in (False, True):
+                    key = (run.name, loaded.epoch + 1, name, recalibrated)
+                    if key in done:
+                        continue
+                    start = time.perf_counter()
+                    if recalibrated:
+                        with recalibrate_bn(supernet, arch, recal):
+                            metrics = evaluate(supernet, val)
+                    else:
+                        supernet.active_arch = arch
+                        metrics = evaluate(supernet, val)
+                    row = dict(zip(('run', 'epoch', 'arch_name', 'recalibrated'), key), arch=str(arch), **metrics)
+                    row['seconds'] = round(time.perf_counter() - start, 2)
+                    with open(args.output, 'a') as f:
+                        f.write(json.dumps(row) + '\n')
+
+
+if __name__ == '__main__':
+    main()

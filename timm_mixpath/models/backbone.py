@@ -1,0 +1,590 @@
+"""Any network of timm that is made of depthwise-separable blocks, as a search space around its own weights.
+
+`mixpath_supernet` is a supernet that begins as a copy of its backbone, `mixpath` a network of one arch. Both are the
+network that timm builds, with some of its blocks exchanged (see `backbone_blocks`), so stem, head, features and
+parameter names are timm's. Starting a supernet from a pretrained network is this package's own, not the paper's.
+"""
+
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+from typing import Any, ClassVar
+
+import timm
+import torch
+from timm.layers import make_divisible
+from timm.models import (
+    PretrainedCfg,
+    generate_default_cfgs,
+    get_pretrained_cfg,
+    is_model,
+    load_state_dict,
+    register_model,
+)
+from timm.models.efficientnet import EfficientNet
+from timm.models.mobilenetv3 import MobileNetV3
+from torch import nn
+
+from ..spaces.arch import Arch, BlockChoice
+from ..spaces.backbone import BackboneSpace
+from ..spaces.space import BlockSpec
+from ..utils.errors import RunError, UsageError, concise
+from ..utils.hub_client import hub_errors
+from .backbone_blocks import SEARCHED_BLOCKS, BackboneChoice, BlockSite, fixed_block
+from .pretrained import SOURCE_KEYS, build_model, check_state_dict, readable
+from .supernet import Supernet
+
+__all__ = [
+    'DEFAULT_BACKBONE',
+    'BackboneNet',
+    'BackboneSupernet',
+    'backbone_space',
+    'list_backbones',
+    'warm_start',
+]
+
+
+DEFAULT_BACKBONE = 'mobilenetv3_large_100'
+
+# Kernels that every block may choose from, beside its own
+_KERNEL_SIZES = (3, 5, 7)
+
+_EXPANSIONS = (0.5, 0.75, 1.0)
+
+
+class BackboneNet(nn.Module):
+    """A network of timm with blocks of an arch in the place of its own, as a mixin in front of the network's class.
+
+    Args:
+        network: The network as timm built it. It is used up: its modules are those of the new one.
+        space: Space around the backbone, of which the arch is.
+        arch: Text or `Arch`, the backbone's own if None. Blocks of the arch inherit from those of `network`.
+
+    Attributes:
+        space: The space.
+        arch: The arch.
+
+    Raises:
+        ValueError: The space does not hold the arch.
+    """
+
+    def __init__(self, network: nn.Module, space: BackboneSpace, arch: Arch | str | None = None) -> None:
+        nn.Module.__init__(self)  # not the network's own, which would build another
+        self.__dict__.update(network.__dict__)
+        self.space = space
+        self.arch = space.arch(arch) if arch is not None else space.default_arch
+        for name in space.block_names:
+            self.set_submodule(name, self.inherit(name, self.get_submodule(name)))
+
+    def inherit(self, name: str, block: nn.Module) -> nn.Module:
+        """Make the block of a name anew, with the weights that it inherits from a block of the backbone."""
+        return fixed_block(block, self.arch.blocks[self.space.block_names.index(name)])
+
+    def get_choice_blocks(self) -> dict[str, nn.Module]:
+        """Return the blocks that an arch describes, in its order, by module name."""
+        return _choice_blocks(self)
+
+
+class BackboneSupernet(Supernet):
+    """A supernet around a network of timm, as a mixin in front of the network's class. See `Supernet`.
+
+    Args:
+        network: The network as timm built it. It is used up: its modules are those of the supernet.
+        space: Space around the backbone.
+        network_kwargs: Arguments with which timm built the network.
+        arch: The arch that eval mode runs at first, the backbone's own if None.
+        sum_norm: What normalises a sum of paths: `'sbn'`, Shadow Batch Normalization, or `'bn'`, one batch norm for all
+            numbers of paths.
+        seed: Seed of the sampled sequence.
+        sampling: How archs are drawn, see `timm_mixpath.sample`.
+
+    Raises:
+        ValueError: The space does not hold the arch, or a name is unknown.
+    """
+
+    _supernet_args: ClassVar[tuple[str, ...]] = (
+        *Supernet._supernet_args,
+        'sum_norm',
+        'kernel_sizes',
+        'expansions',
+        'skip',
+    )
+    _sum_args = ()
+    subnet_name = 'mixpath'
+
+    def __init__(
+        self,
+        network: nn.Module,
+        space: BackboneSpace,
+        network_kwargs: dict[str, Any],
+        arch: Arch | str | None = None,
+        sum_norm: str = 'sbn',
+        seed: int = 0,
+        sampling: str = 'paths',
+    ) -> None:
+        nn.Module.__init__(self)
+        if sum_norm not in ('sbn', 'bn'):
+            raise ValueError(f'unknown sum_norm {sum_norm!r}, known are sbn, bn')
+        self.__dict__.update(network.__dict__)
+        self.space = space
+        self._active_arch = space.arch(arch) if arch is not None else space.default_arch
+        self.sum_norm = sum_norm if any(spec.num_groups == 1 for spec in space.blocks) else 'bn'
+        self._network_kwargs = network_kwargs
+        self._subnet_args = {'backbone': space.name}
+        for name in space.block_names:
+            self.set_submodule(name, self.inherit(name, self.get_submodule(name)))
+        self._init_sampling(seed, sampling, next(self.parameters()).device)
+        self.train(self.training)
+
+    def inherit(self, name: str, block: nn.Module) -> nn.Module:
+        """Make the choice block of a name anew, with the weights that it inherits from a block of the backbone."""
+        num_shadows = self.space.max_paths if self.sum_norm == 'sbn' else None
+        return BackboneChoice(block, self.space.blocks[self.space.block_names.index(name)], num_shadows)
+
+    def get_choice_blocks(self) -> dict[str, nn.Module]:
+        """Return the blocks that an arch describes, in its order, by module name."""
+        return _choice_blocks(self)
+
+    def _activate(self, arch: Arch) -> None:
+        for block, choice in zip(self.get_choice_blocks().values(), arch.blocks):
+            block.set_choice(choice)
+
+    def subnet_cls(self, space: BackboneSpace, arch: Arch, **kwargs: Any) -> BackboneNet:
+        """Build the network of an arch."""
+        return _build_net(space, arch, **kwargs)
+
+    def make_empty(self, num_classes: int) -> 'BackboneSupernet':
+        """Make a supernet of the same space without memory for weights, and with one batch norm behind a sum.
+
+        Args:
+            num_classes: Number of classes.
+        """
+        kwargs = self.subnet_kwargs(num_classes)
+        with torch.device('meta'):
+            return type(self)(timm.create_model(self.space.name, **kwargs), self.space, kwargs, sum_norm='bn').eval()
+
+    def _prune_like_this(self, model: BackboneNet) -> None:
+        if isinstance(self.conv_head, nn.Identity) and not isinstance(model.conv_head, nn.Identity):
+            model.prune_intermediate_layers([len(self.blocks)], extra_blocks=True)
+            model.reset_classifier(self.num_classes, self.global_pool.pool_type)
+
+    def _subnet_state_dict(self, model: BackboneNet) -> dict[str, torch.Tensor]:
+        blocks = self.get_choice_blocks()
+        left_out = ('sample_step', *(f'{name}.' for name in blocks))
+        state_dict = {key: value for key, value in self.state_dict().items() if not key.startswith(left_out)}
+        for (name, block), choice in zip(blocks.items(), model.arch.blocks):
+            state_dict.update({f'{name}.{key}': value for key, value in block.fixed(choice).state_dict().items()})
+        return state_dict
+
+
+class EfficientNetMixPath(BackboneNet, EfficientNet):
+    """See `BackboneNet`."""
+
+
+class EfficientNetMixPathSupernet(BackboneSupernet, EfficientNet):
+    """See `BackboneSupernet`."""
+
+
+class MobileNetV3MixPath(BackboneNet, MobileNetV3):
+    """See `BackboneNet`."""
+
+
+class MobileNetV3MixPathSupernet(BackboneSupernet, MobileNetV3):
+    """See `BackboneSupernet`."""
+
+
+_NETS: dict[type[nn.Module], type[BackboneNet]] = {
+    EfficientNet: EfficientNetMixPath,
+    MobileNetV3: MobileNetV3MixPath,
+}
+
+_SUPERNETS: dict[type[nn.Module], type[BackboneSupernet]] = {
+    EfficientNet: EfficientNetMixPathSupernet,
+    MobileNetV3: MobileNetV3MixPathSupernet,
+}
+
+# Where timm has networks of these classes
+_MODULES = ('efficientnet', 'hardcorenas', 'mobilenetv3')
+
+
+def _choice_blocks(model: nn.Module) -> dict[str, nn.Module]:
+    modules = dict(model.named_modules())  # features_only may have taken the last ones
+    return {name: modules[name] for name in model.space.block_names if name in modules}
+
+
+def list_backbones(filter: str = '', pretrained: bool = False) -> list[str]:
+    """Return the names of timm that can be the backbone of `mixpath_supernet` and `mixpath`.
+
+    Every name that passes the filter is built once, without memory for its weights.
+
+    Args:
+        filter: Wildcard as in `timm.list_models`, for example `'mobilenet*'`.
+        pretrained: Only those with pretrained weights, with the tag of the weights.
+
+    Returns:
+        Names in the order of `timm.list_models`.
+    """
+    names = timm.list_models(filter, module=list(_MODULES), pretrained=pretrained)
+    return [name for name in names if _problem(name.partition('.')[0]) is None]
+
+
+def backbone_space(
+    backbone: str,
+    kernel_sizes: Sequence[int] | None = None,
+    expansions: Sequence[float] = _EXPANSIONS,
+    skip: bool = True,
+    m: int | None = None,
+) -> BackboneSpace:
+    """Make the search space around a backbone.
+
+    Args:
+        backbone: Name in timm, see `list_backbones`.
+        kernel_sizes: Kernels that every block may choose from; 3, 5, 7 and the block's own if None.
+        expansions: Expansions that every block may choose from, in shares of its own, which is among them. Blocks
+            without an expansion keep what they have, and so do those that deal their channels out to several pointwise
+            convolutions (some of mixnet).
+        skip: Residual blocks may be left out.
+        m: Largest number of paths that are summed, 2 if None.
+
+    Raises:
+        UsageError: The name can't be a backbone, or a value is out of range; the message says why.
+    """
+    check_backbone(backbone)
+    name = backbone.partition('.')[0]
+    if isinstance(expansions, int | float):
+        expansions = (expansions,)
+    if not all(isinstance(share, int | float) and 0 < share <= 1 for share in expansions) or 1 not in expansions:
+        raise UsageError(
+            f'expansions={tuple(expansions)} must be shares of the pretrained expansion, above 0 up to 1, and 1 itself '
+            'has to be among them'
+        )
+    if isinstance(kernel_sizes, int):
+        kernel_sizes = (kernel_sizes,)
+    network = _plain_network(name)
+    specs: list[BlockSpec] = []
+    choices: list[BlockChoice] = []
+    block_names: list[str] = []
+    for block_name, block, site in _sites(network):
+        own_kernels, own_expansion = site.kernel_sizes(block), site.expand_ratio(block)
+        if kernel_sizes is None:
+            kernels = tuple(sorted({*_KERNEL_SIZES, *own_kernels}))
+        else:
+            kernels = tuple(kernel_sizes)
+            if missing := sorted(set(own_kernels) - set(kernels)):
+                raise UsageError(
+                    f'kernel_sizes={kernels} lack the {missing[0]} that {block_name} of {name} was trained with; '
+                    'add it, or leave kernel_sizes out'
+                )
+        specs.append(
+            BlockSpec(
+                out_chs=_out_channels(block, site),
+                expand_ratios=_expand_ratios(block, site, expansions),
+                kernel_sizes=kernels,
+                num_groups=len(own_kernels),
+                can_skip=skip and block.has_skip,
+            )
+        )
+        choices.append(BlockChoice(tuple((k,) for k in own_kernels), own_expansion))
+        block_names.append(block_name)
+    cfg = get_pretrained_cfg(backbone) or get_pretrained_cfg(name)
+    try:
+        space = BackboneSpace(
+            name,
+            tuple(specs),
+            Arch.from_blocks(choices),
+            tuple(block_names),
+            max_paths=1,
+            input_size=tuple(cfg.input_size),
+            num_classes=cfg.num_classes,
+            description=f'Around the {len(specs)} depthwise-separable blocks of {name}',
+        )
+        return space.with_max_paths(min(2, space.max_paths_limit) if m is None else m)
+    except ValueError as e:
+        raise UsageError(str(e)) from None
+
+
+def check_backbone(backbone: str) -> None:
+    """Check that a name can be a backbone.
+
+    Raises:
+        UsageError: It can not; the message says why.
+    """
+    if not isinstance(backbone, str) or not re.fullmatch(r'[\w.-]+', backbone):
+        raise UsageError(
+            f'backbone={backbone!r} must be the name of a network in timm; weights from elsewhere come in with '
+            'timm_mixpath.warm_start(supernet, model)'
+        )
+    name, _, tag = backbone.partition('.')
+    if problem := _problem(name):
+        raise UsageError(f'{name!r} can not be a backbone: {problem}')
+    tags = [full.partition('.')[2] for full in timm.list_models(f'{name}.*', pretrained=True)]
+    if tag and tag not in tags:
+        known = f'there are {", ".join(tags)}' if tags else 'timm has none'
+        raise UsageError(f'{name} has no weights with the tag {tag!r}, {known}')
+
+
+@cache
+def _problem(name: str) -> str | None:
+    """Why a name can't be a backbone, None if it can."""
+    if not is_model(name):
+        return 'timm has no such model; timm_mixpath.list_backbones() names those that can be one'
+    if name.startswith('mixpath'):
+        return 'it is a network of this package'
+    try:
+        network = _plain_network(name)
+    except Exception as e:  # whatever a model of somebody else raises on the meta device
+        return f'it can not be built without memory for its weights ({concise(e)})'
+    if type(network) not in _SUPERNETS:
+        return f'a {type(network).__name__} is not made of the depthwise-separable blocks of EfficientNet and MobileNet'
+    if next(_sites(network), None) is None:
+        reasons = {type(block): site for _, block, site in _all_sites(network)}
+        nearest = next((reason for kind, reason in reasons.items() if kind in SEARCHED_BLOCKS), None)
+        return f'none of its blocks can be searched: {nearest or next(iter(reasons.values()))}'
+    return None
+
+
+@cache
+def _plain_network(name: str) -> nn.Module:
+    """The network as timm builds it, on the meta device; only to look at."""
+    with torch.device('meta'):
+        return timm.create_model(name)
+
+
+def _all_sites(network: nn.Module) -> Iterator[tuple[str, nn.Module, BlockSite | str]]:
+    for stage_index, stage in enumerate(network.blocks):
+        for block_index, block in enumerate(stage):
+            yield f'blocks.{stage_index}.{block_index}', block, BlockSite.of(block)
+
+
+def _sites(network: nn.Module) -> Iterator[tuple[str, nn.Module, BlockSite]]:
+    return ((name, block, site) for name, block, site in _all_sites(network) if isinstance(site, BlockSite))
+
+
+def _out_channels(block: nn.Module, site: BlockSite) -> int:
+    return block.get_submodule(site.project or site.linear).out_channels
+
+
+def _expand_ratios(block: nn.Module, site: BlockSite, shares: Sequence[float]) -> tuple[int | float, ...]:
+    own = site.expand_ratio(block)
+    if not site.can_narrow(block):
+        return (own,)
+    in_chs = block.get_submodule(site.expand).in_channels
+    # Several shares may round to one width, of which the largest names it
+    ratios = {make_divisible(in_chs * own): own}
+    for share in sorted(shares, reverse=True):
+        ratio = round(own * share, 4)
+        ratios.setdefault(make_divisible(in_chs * ratio), int(ratio) if ratio == int(ratio) else ratio)
+    return tuple(sorted(ratios.values()))
+
+
+def _including(space: BackboneSpace, arch: Arch | str | None) -> BackboneSpace:
+    """The space with what an arch of the same blocks needs beyond it, for a network that is not searched any more."""
+    arch = Arch(arch) if arch is not None else space.default_arch
+    blocks = list(space.blocks)
+    for index, (spec, choice) in enumerate(zip(blocks, arch.blocks)):
+        kernels = {*spec.kernel_sizes, *(k for group in choice.groups for k in group)}
+        ratios = set(spec.expand_ratios)
+        if 0 < choice.expand_ratio < max(ratios) and ratios != {1}:
+            ratios.add(choice.expand_ratio)
+        blocks[index] = replace(spec, kernel_sizes=tuple(sorted(kernels)), expand_ratios=tuple(sorted(ratios)))
+    space = replace(space, blocks=tuple(blocks))
+    return space.with_max_paths(space.max_paths_limit)
+
+
+def _build_net(space: BackboneSpace, arch: Arch | str | None, **kwargs: Any) -> BackboneNet:
+    network = timm.create_model(space.name, **kwargs)
+    return _NETS[type(network)](network, _including(space, arch), arch)
+
+
+def _create(variant: str, pretrained: bool, backbone: str = DEFAULT_BACKBONE, **kwargs: Any) -> nn.Module:
+    """Create a model through timm's builder.
+
+    Weights that the pretrained cfg names are the model's own, unless they are a file of the backbone's. Where it names
+    none, `pretrained` means those of the backbone.
+    """
+    check_backbone(backbone)
+    cfg = kwargs.pop('pretrained_cfg', None)
+    overlay = dict(kwargs.pop('pretrained_cfg_overlay', None) or {})
+    sources = {key: overlay[key] for key in SOURCE_KEYS if overlay.get(key)}
+    if isinstance(cfg, PretrainedCfg):
+        cfg = cfg.to_dict()
+    is_own = isinstance(cfg, str) or any((cfg or {}).get(key) for key in SOURCE_KEYS)
+    num_classes = None
+    if pretrained and sources and not is_own:
+        is_own, num_classes = _look_into(sources, backbone)
+    if not cfg:
+        cfg = {**get_pretrained_cfg(backbone).to_dict(remove_source=True), 'architecture': variant}
+        cfg.pop('custom_load', None)
+    from_backbone = pretrained and not is_own
+    network_cfg: dict[str, Any] = {}
+    if from_backbone:
+        network_cfg = {**({} if num_classes is None else {'num_classes': num_classes}), **overlay}
+        cfg = {**cfg, 'notes': (_origin(backbone, sources),)}
+        overlay = {key: value for key, value in overlay.items() if key not in SOURCE_KEYS}
+
+    def make_network(**network_kwargs: Any) -> nn.Module:
+        network_kwargs = {**network_kwargs, 'cache_dir': kwargs.get('cache_dir')}
+        if not from_backbone:
+            return timm.create_model(backbone.partition('.')[0], **network_kwargs)
+        return _pretrained_network(backbone, network_cfg, **network_kwargs)
+
+    def make_model(
+        arch: str | None = None,
+        kernel_sizes: Sequence[int] | None = None,
+        expansions: Sequence[float] = _EXPANSIONS,
+        skip: bool = True,
+        m: int | None = None,
+        sum_norm: str = 'sbn',
+        seed: int = 0,
+        sampling: str = 'paths',
+        **network_kwargs: Any,
+    ) -> nn.Module:
+        space = backbone_space(backbone, kernel_sizes, expansions, skip, m)
+        if not variant.endswith('_supernet'):
+            space = _including(space, arch)
+            space.arch(arch if arch is not None else space.default_arch)  # before anything is loaded
+            network = make_network(**network_kwargs)
+            return _NETS[type(network)](network, space, arch)
+        if arch is not None:
+            space.arch(arch)
+        network = make_network(**network_kwargs)
+        own = {key: value for key, value in network_kwargs.items() if key not in ('device', 'dtype')}
+        return _SUPERNETS[type(network)](network, space, own, arch, sum_norm, seed, sampling)
+
+    return build_model(
+        make_model,
+        variant,
+        pretrained and is_own,
+        num_features=len(_plain_network(backbone.partition('.')[0]).feature_info),
+        filter_fn=check_state_dict,
+        bind_bn_args=False,
+        pretrained_cfg=cfg,
+        pretrained_cfg_overlay=overlay,
+        **kwargs,
+    )
+
+
+def _look_into(sources: dict[str, Any], backbone: str) -> tuple[bool, int | None]:
+    """Whether weights are a model's own, not those of its backbone, and for how many classes they are."""
+    state_dict = sources.get('state_dict')
+    if state_dict is None:
+        if not (path := sources.get('file')):
+            return not sources.get('url'), None
+        if not Path(path).is_file():
+            if Path(path).is_dir():
+                return True, None
+            raise UsageError(f'weights file {str(path)!r} does not exist')
+        with readable(backbone, sources):
+            state_dict = load_state_dict(path, device='cpu', weights_only=True)
+    network = _plain_network(backbone.partition('.')[0])
+    adapted = (f'{network.pretrained_cfg["classifier"]}.', f'{network.pretrained_cfg["first_conv"]}.')
+
+    def shapes(state_dict: dict[str, Any]) -> dict[str, Any]:
+        return {k: getattr(v, 'shape', None) for k, v in state_dict.items() if not k.startswith(adapted)}
+
+    weight = state_dict.get(f'{network.pretrained_cfg["classifier"]}.weight')
+    return shapes(state_dict) != shapes(network.state_dict()), None if weight is None else weight.shape[0]
+
+
+def _pretrained_network(backbone: str, overlay: dict[str, Any], **kwargs: Any) -> nn.Module:
+    cfg = get_pretrained_cfg(backbone)
+    if not (cfg.has_weights or any(overlay.get(key) for key in SOURCE_KEYS)):
+        raise RunError(
+            f'timm has no pretrained weights of {backbone}; name a file of them with '
+            "pretrained_cfg_overlay=dict(file='model.safetensors'), or start from nothing without pretrained=True"
+        )
+    place = overlay.get('file') or overlay.get('hf_hub_id') or cfg.hf_hub_id or cfg.url
+    with readable(backbone, {'file': place}) if overlay.get('file') else hub_errors(place):
+        return timm.create_model(backbone, pretrained=True, pretrained_cfg_overlay=overlay, **kwargs)
+
+
+def _origin(backbone: str, sources: dict[str, Any]) -> str:
+    """What a model card says about the weights of a warm start."""
+    cfg = get_pretrained_cfg(backbone)
+    if file := sources.get('file'):
+        return f'warm start from weights of {backbone.partition(".")[0]} in {Path(file).name}'
+    if sources:
+        return f'warm start from weights of {backbone.partition(".")[0]} in {next(iter(sources.values()))}'
+    name = f'{backbone.partition(".")[0]}.{cfg.tag}' if cfg.tag else backbone
+    return f'warm start from {name}, whose weights are under the licence {cfg.license or "unknown"}'
+
+
+@torch.no_grad()
+def warm_start(model: nn.Module, source: nn.Module) -> None:
+    """Give a supernet, or a network of one arch, the weights of its backbone, in place.
+
+    Every arch of a supernet whose expansions are the backbone's and whose kernels are at least as large computes what
+    `source` does in eval mode. The classifier is taken over where it has as many classes.
+
+    Args:
+        model: `mixpath_supernet` or `mixpath`.
+        source: The backbone as timm makes it, with the same input channels.
+
+    Raises:
+        UsageError: The model has no backbone, or `source` is another network; nothing was changed then.
+    """
+    if not isinstance(model, BackboneNet | BackboneSupernet):
+        raise UsageError(f'{type(model).__name__} has no backbone to be warm-started from; mixpath_supernet has one')
+    name, given = model.space.name, source.state_dict()
+    classifier = f'{_plain_network(name).pretrained_cfg["classifier"]}.'
+    blocks = tuple(f'{block}.' for block in model.space.block_names)
+    expected = {key: value.shape for key, value in _plain_network(name).state_dict().items()}
+    expected.update({k: v.shape for k, v in model.state_dict().items() if k in expected and not k.startswith(blocks)})
+    for key in sorted({*expected, *given}):
+        if key.startswith(classifier):
+            continue
+        if key not in given or key not in expected or given[key].shape != expected[key]:
+            found, needed = (
+                f'shape {tuple(shape)}' if shape is not None else 'nothing'
+                for shape in (getattr(given.get(key), 'shape', None), expected.get(key))
+            )
+            raise UsageError(f'the weights are not those of {name}: they have {found} at {key}, it has {needed}')
+    weights = {key: value for key, value in given.items() if not key.startswith(blocks)}
+    own = model.state_dict()
+    if any(weights[key].shape != own[key].shape for key in weights if key.startswith(classifier) and key in own):
+        weights = {key: value for key, value in weights.items() if not key.startswith(classifier)}
+    for block_name in model.get_choice_blocks():
+        fresh = model.inherit(block_name, source.get_submodule(block_name))
+        weights.update({f'{block_name}.{key}': value for key, value in fresh.state_dict().items()})
+    model.load_state_dict({**own, **{key: weights[key] for key in weights if key in own}})
+    cfg = getattr(source, 'pretrained_cfg', None) or {}
+    note = f'warm start from {cfg.get("architecture") or name}'
+    note += f'.{cfg["tag"]}' if cfg.get('tag') else ''
+    if cfg.get('license'):
+        note += f', whose weights are under the licence {cfg["license"]}'
+    if getattr(model, 'pretrained_cfg', None):
+        model.pretrained_cfg['notes'] = (note,)
+
+
+default_cfgs = generate_default_cfgs(
+    {
+        f'{name}.untrained': {
+            'url': '',
+            'input_size': (3, 224, 224),
+            'first_conv': 'conv_stem',
+            'classifier': 'classifier',
+        }
+        for name in ('mixpath', 'mixpath_supernet')
+    }
+)
+
+
+@register_model
+def mixpath(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """Network of timm, `backbone`, with blocks of the given `arch`; `pretrained` starts it from the backbone's weights.
+
+    See `backbone_space` for what an arch is made of.
+    """
+    return _create('mixpath', pretrained, **kwargs)
+
+
+@register_model
+def mixpath_supernet(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """Supernet around a network of timm, `backbone`; `pretrained` starts it from the backbone's weights.
+
+    Arguments beside those of the backbone: `arch`, `kernel_sizes`, `expansions`, `skip` and `m` as in `backbone_space`;
+    `sum_norm`, `seed` and `sampling` as in `BackboneSupernet`.
+    """
+    return _create('mixpath_supernet', pretrained, **kwargs)
