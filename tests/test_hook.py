@@ -24,12 +24,14 @@ from timm_mixpath import get_space, sample
 SCRIPT = """
 import importlib
 import timm, torch
-from timm.task import ClassificationTask
+from timm.task import ClassificationTask, LogitDistillationTask
 
 importlib.import_module('timm_mixpath.hook')
 for name in ('mixpath_nano_supernet', 'mixpath_nano', 'resnet18'):
     task = ClassificationTask(model=timm.create_model(name, num_classes=4), criterion=torch.nn.CrossEntropyLoss())
     print(name, type(task).__module__, type(task).__name__)
+    student, teacher = timm.create_model(name, num_classes=4), timm.create_model('mixpath_nano', num_classes=4)
+    print(name, type(LogitDistillationTask(student_model=student, teacher_model=teacher)).__name__)
 """
 
 
@@ -40,8 +42,11 @@ def test_hook_replaces_the_task_of_supernets_only(tmp_path: Path) -> None:
     assert result.returncode == 0, result.stderr
     assert [line.split() for line in result.stdout.splitlines()] == [
         ['mixpath_nano_supernet', 'timm_mixpath.train.task', 'SupernetTask'],
+        ['mixpath_nano_supernet', 'SupernetLogitDistillationTask'],
         ['mixpath_nano', 'timm.task.classification', 'ClassificationTask'],
+        ['mixpath_nano', 'LogitDistillationTask'],
         ['resnet18', 'timm.task.classification', 'ClassificationTask'],
+        ['resnet18', 'LogitDistillationTask'],
     ]
 
 

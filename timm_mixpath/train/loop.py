@@ -45,6 +45,7 @@ from .checkpoint import (
     resolve_data,
 )
 from .data import iterate
+from .distill import create_distillation_task
 from .loaders import create_loaders, open_data
 from .options import LOCAL_OPTIONS, check_values, default_args, make_storable, mixup_active
 from .task import create_task
@@ -192,13 +193,16 @@ def _train(args: Namespace, device: torch.device) -> TrainResult:
 
     with as_usage_error(f'the loss can not be created with --smoothing {args.smoothing}'):
         criterion = create_classification_loss(smoothing=args.smoothing, soft_targets=mixup_active(args))
-    task = create_task(model, criterion, device=device, verbose=primary)
+    if args.kd_model_name:
+        task = create_distillation_task(model, criterion, args, device=device, verbose=primary)
+    else:
+        task = create_task(model, criterion, device=device, verbose=primary)
     if isinstance(model, Supernet) and args.opt_kwargs.get('fused'):
         raise UsageError(
             '--opt-kwargs fused=True does not work for a supernet: fused optimizers want a gradient of every parameter'
         )
     with as_usage_error(f'optimizer {args.opt!r} can not be created'):
-        optimizer = create_optimizer_v2(model, **optimizer_kwargs(args), **args.opt_kwargs)
+        optimizer = create_optimizer_v2(task.get_trainable_module(), **optimizer_kwargs(args), **args.opt_kwargs)
 
     resume_epoch = None
     if args.resume:

@@ -12,6 +12,7 @@ from timm.utils import ParseKwargs
 from ..utils.errors import UsageError
 from ..utils.numbers import parse_float, parse_share
 from .data import HOLDOUT_SPLIT
+from .distill import add_distillation_options, check_distillation
 
 __all__ = [
     'KeyValue',
@@ -166,6 +167,8 @@ def add_train_options(parser: argparse.ArgumentParser) -> None:
     add('--drop', type=parse_float, default=0.0, help='dropout rate')
     add('--drop-path', type=parse_float, default=None, help='stochastic depth rate')
 
+    add_distillation_options(parser)
+
     add = parser.add_argument_group('batch norm').add_argument
     add('--bn-momentum', type=parse_float, default=None)
     add('--bn-eps', type=parse_float, default=None)
@@ -317,6 +320,7 @@ def check_values(args: Namespace) -> None:
         raise UsageError(f'--in-chans {args.in_chans} must be at least 1')
     if args.initial_checkpoint and not Path(args.initial_checkpoint).is_file():
         raise UsageError(f'--initial-checkpoint {args.initial_checkpoint!r} is not a file')
+    check_distillation(args)
     if args.resume and args.sched == 'plateau':
         raise UsageError('--sched plateau can not be resumed: what it has seen is not in the checkpoint')
 

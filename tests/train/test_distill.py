@@ -1,0 +1,158 @@
+"""Distillation into a supernet: tasks, training loop, two processes."""
+
+import copy
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+import torch.nn.functional as F
+from commands import assert_equal, command, torchrun
+from conftest import CLASSES, small_args
+from timm.models import save_for_hf
+from timm.task import FeatureDistillationTask, LogitDistillationTask, TokenDistillationTask
+from timm.utils import unwrap_model
+
+from timm_mixpath.train.checkpoint import read_checkpoint
+from timm_mixpath.train.loop import train
+from timm_mixpath.train.task import (
+    STAND_INS,
+    SupernetFeatureDistillationTask,
+    SupernetLogitDistillationTask,
+)
+from timm_mixpath.utils.errors import UsageError
+
+WORLD_SIZE = 2
+TASKS = {'logit': SupernetLogitDistillationTask, 'feature': SupernetFeatureDistillationTask}
+
+
+def make_task(kind: str):
+    torch.manual_seed(0)
+    teacher = timm.create_model('mixpath_nano', num_classes=CLASSES, width_mult=0.5 if kind == 'feature' else 1.0)
+    student = timm.create_model('mixpath_nano_supernet', num_classes=CLASSES, seed=3)
+    return TASKS[kind](student, teacher, torch.nn.CrossEntropyLoss(), verbose=False)
+
+
+def make_batch(seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(4, 3, 32, 32, generator=generator), torch.randint(CLASSES, (4,), generator=generator)
+
+
+def worker(rank: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group('gloo', init_method=f'file://{folder}/store', rank=rank, world_size=WORLD_SIZE)
+    results = {}
+    for kind in TASKS:
+        task, alone = make_task(kind), make_task(kind)
+        task.prepare_distributed(device_ids=[rank])
+        optimizer = torch.optim.SGD(task.get_trainable_module().parameters(), lr=0.05, momentum=0.9)
+        errors, archs = [], []
+        for step in range(3):
+            batch = make_batch(100 * rank + step)
+            alone.get_trainable_module().load_state_dict(unwrap_model(task.get_trainable_module()).state_dict())
+            alone.zero_grad()
+            alone(*batch)['loss'].backward()
+            optimizer.zero_grad()
+            task(*batch)['loss'].backward()
+            for p, q in zip(task.get_trainable_module().parameters(), alone.get_trainable_module().parameters()):
+                assert (p.grad is None) == (q.grad is None)
+                if p.grad is not None:
+                    dist.all_reduce(q.grad)
+                    errors.append((p.grad - q.grad / WORLD_SIZE).abs().max().item())
+            archs.append(str(unwrap_model(task.get_eval_model()).sampled_arch))
+            optimizer.step()
+        results[kind] = dict(error=max(errors), archs=archs)
+    torch.save(results, Path(folder) / f'{rank}.pt')
+    dist.destroy_process_group()
+
+
+def test_two_processes_train_what_one_would(tmp_path: Path) -> None:
+    mp.spawn(worker, args=(str(tmp_path),), nprocs=WORLD_SIZE)
+    first, second = (torch.load(tmp_path / f'{rank}.pt', weights_only=True) for rank in range(WORLD_SIZE))
+    for kind in TASKS:
+        assert first[kind]['archs'] == second[kind]['archs'] and len(set(first[kind]['archs'])) == 3
+        assert max(first[kind]['error'], second[kind]['error']) < 1e-5
+
+
+def test_loss_is_that_of_the_formula() -> None:
+    task = SupernetLogitDistillationTask(
+        timm.create_model('mixpath_nano_supernet', num_classes=CLASSES),
+        timm.create_model('mixpath_nano', num_classes=CLASSES),
+        torch.nn.CrossEntropyLoss(),
+        task_loss_weight=0.3,
+        temperature=2.0,
+        verbose=False,
+    )
+    x, target = make_batch(0)
+    student = copy.deepcopy(task.get_trainable_module())
+    logits, teacher = student(x), task.teacher.model(x)
+    divergence = (teacher.div(2).softmax(1) * (teacher.div(2).log_softmax(1) - logits.div(2).log_softmax(1))).sum() / 4
+    expected = 0.3 * F.cross_entropy(logits, target) + 0.7 * 4 * divergence
+    torch.testing.assert_close(task(x, target)['loss'], expected)
+    assert not any(p.grad is not None for p in task.teacher.parameters())
+
+
+def test_ordinary_students_get_timms_own_tasks() -> None:
+    student, teacher = (timm.create_model('mixpath_nano', num_classes=CLASSES) for _ in range(2))
+    for task_cls in (LogitDistillationTask, FeatureDistillationTask):
+        task = STAND_INS[task_cls](student_model=student, teacher_model=teacher, verbose=False)
+        assert type(task) is task_cls
+    assert TokenDistillationTask not in STAND_INS
+
+
+@pytest.fixture(scope='module')
+def teacher(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Model folder of a network that was trained on the digits."""
+    output = tmp_path_factory.mktemp('teacher')
+    run = train(small_args(digits, output, model='mixpath_nano', epochs=3)).output_dir
+    model = timm.create_model('mixpath_nano', num_classes=CLASSES)
+    model.load_state_dict(read_checkpoint(run / 'last.pth.tar')['state_dict'])
+    save_for_hf(model, output / 'folder', safe_serialization=True)
+    return output / 'folder'
+
+
+@pytest.mark.parametrize('kind', ['logit', 'feature'])
+def test_supernet_learns_from_a_teacher(digits: Path, teacher: Path, tmp_path: Path, kind: str) -> None:
+    options = dict(kd_model_name=f'local-dir:{teacher}', kd_distill_type=kind, sched='none', model_ema=True)
+    plain = train(small_args(digits, tmp_path, experiment='plain', sched='none', epochs=1)).metrics
+    cut = train(small_args(digits, tmp_path, experiment='cut', **options, epochs=1))
+    assert cut.metrics['train_loss'] != plain['train_loss']
+    last = cut.output_dir / 'last.pth.tar'
+    train(small_args(digits, tmp_path, experiment='cut', **options, epochs=2, resume=str(last)))
+    whole = read_checkpoint(train(small_args(digits, tmp_path, **options, epochs=2)).output_dir / 'last.pth.tar')
+    assert_equal(read_checkpoint(last)['state_dict'], whole['state_dict'])
+    assert_equal(read_checkpoint(last)['state_dict_ema'], whole['state_dict_ema'])
+    model = timm.create_model('mixpath_nano_supernet', num_classes=CLASSES)
+    model.load_state_dict(whole['state_dict'])  # the student alone, neither teacher nor projection
+
+
+def test_torchrun_with_a_teacher(digits: Path, teacher: Path, tmp_path: Path) -> None:
+    args = small_args(digits, tmp_path, epochs=1, batch_size=16, kd_model_name=f'local-dir:{teacher}')
+    result = torchrun('train', *command(args))
+    assert result.returncode == 0, result.stderr
+    assert (tmp_path / 'run' / 'last.pth.tar').exists()
+
+
+@pytest.mark.parametrize(
+    'options, message',
+    [
+        (dict(kd_model_name='resnet999'), 'resnet999'),
+        (dict(kd_model_name='mixpath_nano'), 'no weights of mixpath_nano'),
+        (dict(distill_loss_weight=2.0), r'--distill-loss-weight 2.0 has no effect without --kd-model-name'),
+        (dict(kd_model_name='resnet18', kd_temperature=0.0), '--kd-temperature 0.0 must be positive'),
+        (dict(kd_model_name='resnet18', task_loss_weight=-1.0), '--task-loss-weight -1.0 must not be negative'),
+    ],
+)
+def test_wrong_options_are_one_sentence(digits: Path, tmp_path: Path, options: dict, message: str) -> None:
+    with pytest.raises((UsageError, RuntimeError), match=message):
+        train(small_args(digits, tmp_path, **options))
+
+
+def test_teacher_of_other_classes_is_refused(digits: Path, teacher: Path, tmp_path: Path) -> None:
+    save_for_hf(timm.create_model('mixpath_nano', num_classes=4), tmp_path / 'four', safe_serialization=True)
+    with pytest.raises(UsageError, match=r'tells 4 classes apart and the student 10.*--kd-distill-type feature'):
+        train(small_args(digits, tmp_path, kd_model_name=f'local-dir:{tmp_path / "four"}'))
+    with pytest.raises(UsageError, match=r'--kd-distill-type token does not work for mixpath_nano_supernet'):
+        train(small_args(digits, tmp_path, kd_model_name=f'local-dir:{teacher}', kd_distill_type='token'))

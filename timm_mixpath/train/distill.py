@@ -1,0 +1,107 @@
+"""Distillation from a teacher, with the options of timm's train.py."""
+
+import argparse
+from argparse import Namespace
+from typing import Any
+
+import timm
+from timm.models import get_pretrained_cfg
+from timm.task import (
+    DistillationTeacher,
+    FeatureDistillationTask,
+    LogitDistillationTask,
+    TokenDistillationTask,
+    TrainingTask,
+)
+from torch import nn
+
+from ..utils.errors import UsageError, as_usage_error
+from ..utils.numbers import parse_float
+from .task import STAND_INS
+
+__all__ = ['add_distillation_options', 'check_distillation', 'create_distillation_task']
+
+
+def add_distillation_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options of timm's train.py for distillation."""
+    add = parser.add_argument_group('distillation').add_argument
+    add('--kd-model-name', default=None, metavar='NAME',
+        help='teacher, with its pretrained weights: any timm name, local-dir:DIR or hf-hub:ORG/NAME')  # fmt: skip
+    add('--kd-distill-type', default='logit', choices=('logit', 'feature', 'token'), help='what the student matches')
+    add('--kd-loss-type', default='kl', choices=('kl',), help='loss between logits')
+    add('--distill-loss-weight', type=parse_float, default=None, metavar='N', help='weight of the distillation loss')
+    add('--task-loss-weight', type=parse_float, default=None, metavar='N',
+        help='weight of the loss against the labels; alone, the other one is 1 minus it')  # fmt: skip
+    add('--kd-temperature', type=parse_float, default=4.0, metavar='T', help='temperature of the softmax')
+    add('--kd-student-feature-dim', type=int, default=None, metavar='N', help="features (default: the student's)")
+    add('--kd-teacher-feature-dim', type=int, default=None, metavar='N', help="features (default: the teacher's)")
+    add('--kd-token-distill-type', default='soft', choices=('soft', 'hard'), help='for models with a second head')
+
+
+def check_distillation(args: Namespace) -> None:
+    """Check the values of the options.
+
+    Raises:
+        UsageError: One is out of range, or has no effect without a teacher.
+    """
+    if not args.kd_model_name:
+        given = [name for name in ('distill_loss_weight', 'task_loss_weight') if getattr(args, name) is not None]
+        if given:
+            option = given[0].replace('_', '-')
+            raise UsageError(
+                f'--{option} {getattr(args, given[0])} has no effect without --kd-model-name, name a teacher'
+            )
+        return
+    if args.kd_temperature <= 0:
+        raise UsageError(f'--kd-temperature {args.kd_temperature} must be positive')
+    for name in ('distill_loss_weight', 'task_loss_weight'):
+        if (getattr(args, name) or 0) < 0:
+            raise UsageError(f'--{name.replace("_", "-")} {getattr(args, name)} must not be negative')
+
+
+def create_distillation_task(model: nn.Module, criterion: nn.Module, args: Namespace, **kwargs: Any) -> TrainingTask:
+    """Create the task of timm that `--kd-distill-type` names, one for supernets where the student is a supernet.
+
+    Args:
+        model: Student.
+        criterion: Loss against the labels.
+        args: Training options with a `kd_model_name`.
+        **kwargs: `device` and `verbose` of the task.
+
+    Raises:
+        UsageError: No such teacher, it has no weights, its classifier is for other classes, or the student has no
+            second head.
+    """
+    teacher = _create_teacher(model, args, kwargs['device'])
+    weights = dict(distill_loss_weight=args.distill_loss_weight, task_loss_weight=args.task_loss_weight)
+    task_cls, options = {
+        'logit': (LogitDistillationTask, dict(loss_type=args.kd_loss_type, temperature=args.kd_temperature)),
+        'feature': (
+            FeatureDistillationTask,
+            dict(student_feature_dim=args.kd_student_feature_dim, teacher_feature_dim=args.kd_teacher_feature_dim),
+        ),
+        'token': (
+            TokenDistillationTask,
+            dict(distill_type=args.kd_token_distill_type, temperature=args.kd_temperature),
+        ),
+    }[args.kd_distill_type]
+    with as_usage_error(f'--kd-distill-type {args.kd_distill_type} does not work for {args.model}'):
+        return STAND_INS.get(task_cls, task_cls)(
+            student_model=model, teacher_model=teacher, criterion=criterion, **weights, **options, **kwargs
+        )
+
+
+def _create_teacher(model: nn.Module, args: Namespace, device: Any) -> DistillationTeacher:
+    name = args.kd_model_name
+    with as_usage_error(f'teacher --kd-model-name {name!r} can not be created'):
+        cfg = None if ':' in name else get_pretrained_cfg(name)
+        teacher = timm.create_model(name, pretrained=True, in_chans=model.in_chans).to(device)
+        if cfg is not None and not cfg.has_weights:
+            raise ValueError(f'timm has no pretrained weights of {name}')
+    if args.kd_distill_type != 'feature' and teacher.num_classes != model.num_classes:
+        raise UsageError(
+            f'teacher {name!r} tells {teacher.num_classes} classes apart and the student {model.num_classes}, so there '
+            'is nothing to match: fine-tune it on these images and name its folder, local-dir:DIR, or take '
+            '--kd-distill-type feature'
+        )
+    return DistillationTeacher(teacher, device=device)
