@@ -8,11 +8,12 @@ from .utils.timm_version import check_timm
 check_timm()  # before anything that an older timm lacks
 
 from .models import nasbench as _nasbench  # noqa: F401  registers the models of the benchmarks
-from .models.backbone import backbone_space, list_backbones, warm_start
+from .models.backbone import backbone_space, list_backbones
 from .models.cellnet import CellNet, CellSupernet
 from .models.layers import ShadowBatchNorm2d
 from .models.mixpath import MixPath, MixPathSupernet, register_space
 from .models.supernet import Supernet
+from .models.warm_start import warm_start
 from .spaces.arch import Arch, BlockChoice
 from .spaces.backbone import BackboneSpace
 from .spaces.catalog import get_space, list_spaces

@@ -27,6 +27,7 @@ def main() -> None:
     parser.add_argument('runs', type=Path, nargs='+')
     parser.add_argument('--data-dir', required=True)
     parser.add_argument('--val-split', default='validation')
+    parser.add_argument('--epochs', type=int, nargs='*', help='after how many epochs (default: at every checkpoint)')
     parser.add_argument('--num-images', type=int, default=1000)
     parser.add_argument('--num-archs', type=int, default=20)
     parser.add_argument('--recalibration-images', type=int, default=512)
@@ -40,6 +41,8 @@ def main() -> None:
     for run in args.runs:
         for path in sorted(run.glob('checkpoint-*.pth.tar'), key=lambda p: int(p.name.split('.')[0].split('-')[1])):
             loaded = load_model(path)
+            if args.epochs and loaded.epoch + 1 not in args.epochs:
+                continue
             supernet, size = loaded.model, tuple(loaded.data_config['input_size'])
             if size not in images:
                 val_set = create_dataset('', root=args.data_dir, split=args.val_split)

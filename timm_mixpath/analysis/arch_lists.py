@@ -58,7 +58,13 @@ def _base_name(model: str) -> str:
 
 
 def draw_archs(
-    model: str, num_archs: int, *, seed: int = 0, m: int | None = None, sampling: str = 'paths'
+    model: str,
+    num_archs: int,
+    *,
+    seed: int = 0,
+    m: int | None = None,
+    sampling: str = 'paths',
+    backbone: str | None = None,
 ) -> list[str]:
     """Draw distinct archs of a space, by default as the training of its supernet does.
 
@@ -69,6 +75,7 @@ def draw_archs(
         m: Largest number of paths, the default of the supernet if None.
         sampling: One of `timm_mixpath.spaces.sampling.STRATEGIES`. 'paths' does not reach all archs of every space: in
             nb201 none with a node that has no inputs.
+        backbone: Backbone of the model `mixpath`.
 
     Raises:
         UsageError: A value is out of range, or the sampling does not find as many archs.
@@ -78,9 +85,8 @@ def draw_archs(
     # A sub-network may have more paths than the m its supernet is trained for, which could not rank it then
     supernet = f'{_base_name(model)}_supernet'
     with as_usage_error(f'archs of {model!r} can not be drawn'):
-        space = timm.create_model(
-            supernet if timm.is_model(supernet) else model, device='meta', **({} if m is None else {'m': m})
-        ).space
+        kwargs = {key: value for key, value in (('m', m), ('backbone', backbone)) if value is not None}
+        space = timm.create_model(supernet if timm.is_model(supernet) else model, device='meta', **kwargs).space
         check_strategy(sampling)
     archs: dict[str, None] = {}
     step = last_new = 0

@@ -57,7 +57,12 @@ def run_table(args: argparse.Namespace) -> None:
         archs = read_archs(args.archs, space)
     else:
         archs = draw_archs(
-            args.model, args.num_archs, seed=args.archs_seed, m=args.archs_m, sampling=args.archs_sampling
+            args.model,
+            args.num_archs,
+            seed=args.archs_seed,
+            m=args.archs_m,
+            sampling=args.archs_sampling,
+            backbone=options.model_kwargs.get('backbone'),
         )
     train_table(
         options,

@@ -9,11 +9,13 @@ from dataclasses import dataclass
 
 import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from torch import nn
 
 from ..models.cellnet import CellNet
 from ..models.cost import count_macs
-from ..models.mixpath import BUILTIN_SPACES, MixPath
+from ..models.mixpath import BUILTIN_SPACES
 from ..models.supernet import Supernet
+from ..spaces.backbone import BackboneSpace
 from ..spaces.catalog import get_space
 from ..train.checkpoint import LoadedModel
 from ..train.options import LOCAL_OPTIONS, default_args
@@ -49,7 +51,7 @@ _SPACE_NOTES = {
 }
 
 # What a card leaves out: where and how a run was executed, files of that machine, and what `lr` was derived from
-_LOCAL_OPTIONS = LOCAL_OPTIONS | {'class_map', 'initial_checkpoint', 'lr_base'}
+_LOCAL_OPTIONS = LOCAL_OPTIONS | {'class_map', 'initial_checkpoint', 'pretrained_path', 'lr_base'}
 
 
 @dataclass
@@ -140,12 +142,13 @@ def _dataset_id(training: TrainingRecord | None) -> str | None:
     return name if kind in ('hfds', 'hfids') and name else None
 
 
-def _what(
-    model: MixPath | CellNet, loaded: LoadedModel, training: TrainingRecord | None, dataset_name: str | None
-) -> str:
+def _what(model: nn.Module, loaded: LoadedModel, training: TrainingRecord | None, dataset_name: str | None) -> str:
     architecture = model.pretrained_cfg['architecture']
     size = _size(loaded)
     on = f' on {dataset_name}' if dataset_name else ''
+    space, after = f'search space `{model.space.name}`', f' of [MixPath]({_PAPER})'
+    if isinstance(model.space, BackboneSpace):
+        space, after = f"the search space around timm's `{model.space.name}`", f', after [MixPath]({_PAPER}),'
     if isinstance(model, Supernet):
         bn = {
             'sbn': 'Shadow Batch Normalization',
@@ -153,19 +156,19 @@ def _what(
             'none': 'no norm behind the sum of paths',
         }[model.sum_norm]
         return (
-            f'A one-shot supernet (`{architecture}`) that holds all {model.space.size:.3g} networks of search space '
-            f'`{model.space.name}` with up to m = {model.space.max_paths} paths per sum, with {bn}, after '
-            f'[MixPath]({_PAPER}).{" Trained" + on + "." if training and on else ""} It is made to be searched, '
-            f'not to classify images as it is. {model.num_classes} classes, images of {size}.'
+            f'A one-shot supernet (`{architecture}`) that holds all {model.space.size:.3g} networks of {space} with up '
+            f'to m = {model.space.max_paths} paths per sum, with {bn}, after [MixPath]({_PAPER}).'
+            f'{" Trained" + on + "." if training and on else ""} It is made to be searched, not to classify images as '
+            f'it is. {model.num_classes} classes, images of {size}.'
         )
     trained = f' trained{on}' if training and on else ''
     return (
-        f'An image classifier (`{architecture}`) of search space `{model.space.name}` of [MixPath]({_PAPER})'
-        f'{trained}. {model.num_classes} classes, images of {size}.'
+        f'An image classifier (`{architecture}`) of {space}{after}{trained}. {model.num_classes} classes, images of '
+        f'{size}.'
     )
 
 
-def _notes(model: MixPath | CellNet) -> str:
+def _notes(model: nn.Module) -> str:
     architecture = model.pretrained_cfg['architecture']
     notes = []
     if architecture in _RECONSTRUCTIONS:
@@ -176,14 +179,22 @@ def _notes(model: MixPath | CellNet) -> str:
             f'{"" if architecture == "mixpath_c" else " within the published budget"}: neither its arch '
             f"nor its weights are the authors', and accuracies that the paper reports for {paper_name} are not its own."
         )
-    notes.append(_SPACE_NOTES.get(model.space.name, ''))
+    if isinstance(model.space, BackboneSpace):
+        notes.append(
+            f"It is [timm](https://github.com/huggingface/pytorch-image-models)'s `{model.space.name}` with other "
+            'depthwise kernels, sums of them, expansions, and blocks left out. That a supernet starts from a '
+            'pretrained network is of timm-mixpath, not of the paper.'
+        )
+    else:
+        notes.append(_SPACE_NOTES.get(model.space.name, ''))
+    notes += [f'{note[:1].upper()}{note[1:]}.' for note in model.pretrained_cfg.get('notes') or ()]
     notes.append('Made with timm-mixpath, an independent implementation that is not by the authors of the paper.')
     return '\n\n'.join(note for note in notes if note)
 
 
-def _usage(model: MixPath | CellNet, source: str, training: TrainingRecord | None) -> str:
+def _usage(model: nn.Module, source: str, training: TrainingRecord | None) -> str:
     lines = ['import timm_mixpath  # registers the models with timm', 'import timm', '']
-    if model.space.name not in BUILTIN_SPACES:  # repr of a dataclass is the expression that makes it
+    if model.space.name not in BUILTIN_SPACES and not isinstance(model.space, BackboneSpace):  # repr makes it
         lines[0] = 'import timm_mixpath'
         lines[2:] = [
             'from timm_mixpath import BlockSpec, SearchSpace',
@@ -214,7 +225,7 @@ def _usage(model: MixPath | CellNet, source: str, training: TrainingRecord | Non
     return '```python\n' + '\n'.join(lines) + '\n```'
 
 
-def _architecture(model: MixPath | CellNet, loaded: LoadedModel) -> str:
+def _architecture(model: nn.Module, loaded: LoadedModel) -> str:
     params = sum(p.numel() for p in model.parameters())
     rows = []
     if isinstance(model, Supernet):
@@ -232,8 +243,12 @@ def _architecture(model: MixPath | CellNet, loaded: LoadedModel) -> str:
     )
     if isinstance(model, CellNet):
         return '\n'.join([*rows, _cells(model)])
-    rows.append('Kernels joined by `+` are depthwise convolutions whose outputs are summed, `e` is the expansion'
-                + (', `.` separates channel groups' if '.' in str(model.arch) else '') + '.\n')  # fmt: skip
+    legend = 'Kernels joined by `+` are depthwise convolutions whose outputs are summed, `e` is the expansion'
+    if any(len(choice.groups) > 1 for choice in model.arch.blocks):
+        legend += ', `.` separates channel groups'
+    if any(choice.is_skip for choice in model.arch.blocks):
+        legend += ', of a block to `skip` the residual connection remains'
+    rows.append(f'{legend}.\n')
     rows += ['| block | channels | stride | choice |', '|---|---|---|---|']
     for index, (spec, choice) in enumerate(zip(model.space.blocks, model.arch.blocks)):
         rows.append(f'| {index} | {spec.out_chs} | {spec.stride} | `{choice}` |')
@@ -248,7 +263,7 @@ def _cells(model: CellNet) -> str:
     )
 
 
-def _results(model: MixPath | CellNet, training: TrainingRecord, dataset_name: str | None) -> str:
+def _results(model: nn.Module, training: TrainingRecord, dataset_name: str | None) -> str:
     split = f'split `{training.args.val_split}`' + (f' of {dataset_name}' if dataset_name else '')
     names = {'top1': 'top-1 (%)', 'top5': 'top-5 (%)', 'loss': 'cross-entropy'}
     metrics = {names[name]: f'{value:.2f}' for name, value in training.metrics.items()}
@@ -276,7 +291,7 @@ def _training(training: TrainingRecord, details: CardDetails, dataset_name: str 
     if getattr(args, 'search_holdout', None):
         facts.append(f'{args.search_holdout:g} of its images held out for a search')
     facts.append(f'{args.epochs} epochs, seed {args.seed}')
-    if getattr(args, 'initial_checkpoint', '') or getattr(args, 'pretrained', False):
+    if any(getattr(args, name, '') for name in ('initial_checkpoint', 'pretrained', 'warm_start')):
         facts.append('started from other weights, not from scratch')
     if getattr(args, 'world_size', 1) > 1:
         facts.append(f'{args.world_size} processes, each with the batch size below')
@@ -358,7 +373,7 @@ def _search(searched: SearchRecord) -> str:
     return text
 
 
-def _limits(model: MixPath | CellNet, loaded: LoadedModel, training: TrainingRecord | None) -> str:
+def _limits(model: nn.Module, loaded: LoadedModel, training: TrainingRecord | None) -> str:
     text = (
         f'It knows the {model.num_classes} classes that it was trained on and images of {_size(loaded)} as they were '
         'prepared for the training. Its robustness, its calibration and its behaviour on other images have not been '

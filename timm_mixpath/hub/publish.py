@@ -12,6 +12,7 @@ from pathlib import Path
 from huggingface_hub import HfApi, get_token
 from huggingface_hub.utils import HFValidationError, validate_repo_id
 
+from ..models.backbone import BackboneNet, BackboneSupernet
 from ..models.cellnet import CellNet
 from ..models.mixpath import MixPath
 from ..train.checkpoint import load_model, state_dict_sha256
@@ -82,7 +83,7 @@ def write_repo(
     details = details or CardDetails()
     loaded = load_model(checkpoint, like=like)
     model = loaded.model
-    if not isinstance(model, (MixPath, CellNet)):
+    if not isinstance(model, MixPath | CellNet | BackboneNet | BackboneSupernet):
         raise UsageError(
             f'{str(checkpoint)!r} holds {type(model).__name__}, which is not of timm-mixpath; publish it with '
             'timm.models.push_to_hf_hub'

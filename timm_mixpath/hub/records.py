@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..models.cellnet import CellNet
-from ..models.mixpath import MixPath
+from torch import nn
+
 from ..models.supernet import Supernet
 from ..train.checkpoint import LoadedModel
 from ..train.data import HOLDOUT_SPLIT, class_names, open_dataset
@@ -93,7 +93,7 @@ def _number(text: str | None) -> float | None:
         return None
 
 
-def read_search(folder: Path, model: MixPath | CellNet, weights_sha256: str) -> SearchRecord:
+def read_search(folder: Path, model: nn.Module, weights_sha256: str) -> SearchRecord:
     """Read the output folder of the search that found a model, or that searched a supernet.
 
     Args:

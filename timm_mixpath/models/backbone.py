@@ -41,8 +41,10 @@ __all__ = [
     'BackboneNet',
     'BackboneSupernet',
     'backbone_space',
+    'describe_origin',
+    'inherited',
     'list_backbones',
-    'warm_start',
+    'plain_network',
 ]
 
 
@@ -262,7 +264,7 @@ def backbone_space(
         )
     if isinstance(kernel_sizes, int):
         kernel_sizes = (kernel_sizes,)
-    network = _plain_network(name)
+    network = plain_network(name)
     specs: list[BlockSpec] = []
     choices: list[BlockChoice] = []
     block_names: list[str] = []
@@ -280,6 +282,7 @@ def backbone_space(
         specs.append(
             BlockSpec(
                 out_chs=_out_channels(block, site),
+                stride=_stride(block),
                 expand_ratios=_expand_ratios(block, site, expansions),
                 kernel_sizes=kernels,
                 num_groups=len(own_kernels),
@@ -333,7 +336,7 @@ def _problem(name: str) -> str | None:
     if name.startswith('mixpath'):
         return 'it is a network of this package'
     try:
-        network = _plain_network(name)
+        network = plain_network(name)
     except Exception as e:  # whatever a model of somebody else raises on the meta device
         return f'it can not be built without memory for its weights ({concise(e)})'
     if type(network) not in _SUPERNETS:
@@ -346,8 +349,8 @@ def _problem(name: str) -> str | None:
 
 
 @cache
-def _plain_network(name: str) -> nn.Module:
-    """The network as timm builds it, on the meta device; only to look at."""
+def plain_network(name: str) -> nn.Module:
+    """Return a network as timm builds it, on the meta device; only to look at."""
     with torch.device('meta'):
         return timm.create_model(name)
 
@@ -364,6 +367,11 @@ def _sites(network: nn.Module) -> Iterator[tuple[str, nn.Module, BlockSite]]:
 
 def _out_channels(block: nn.Module, site: BlockSite) -> int:
     return block.get_submodule(site.project or site.linear).out_channels
+
+
+def _stride(block: nn.Module) -> int:
+    strides = [module.stride for module in block.modules() if hasattr(module, 'stride')]  # of a blur too
+    return max(stride[0] if isinstance(stride, tuple) else stride for stride in strides)
 
 
 def _expand_ratios(block: nn.Module, site: BlockSite, shares: Sequence[float]) -> tuple[int | float, ...]:
@@ -416,12 +424,14 @@ def _create(variant: str, pretrained: bool, backbone: str = DEFAULT_BACKBONE, **
         is_own, num_classes = _look_into(sources, backbone)
     if not cfg:
         cfg = {**get_pretrained_cfg(backbone).to_dict(remove_source=True), 'architecture': variant}
-        cfg.pop('custom_load', None)
+        for key in ('custom_load', 'tag'):  # of weights that it will not have
+            cfg.pop(key, None)
     from_backbone = pretrained and not is_own
     network_cfg: dict[str, Any] = {}
     if from_backbone:
         network_cfg = {**({} if num_classes is None else {'num_classes': num_classes}), **overlay}
-        cfg = {**cfg, 'notes': (_origin(backbone, sources),)}
+        where = next((str(value) for value in sources.values() if isinstance(value, str | Path)), '')
+        cfg = {**cfg, 'notes': (describe_origin(backbone, where),)}
         overlay = {key: value for key, value in overlay.items() if key not in SOURCE_KEYS}
 
     def make_network(**network_kwargs: Any) -> nn.Module:
@@ -453,12 +463,20 @@ def _create(variant: str, pretrained: bool, backbone: str = DEFAULT_BACKBONE, **
         own = {key: value for key, value in network_kwargs.items() if key not in ('device', 'dtype')}
         return _SUPERNETS[type(network)](network, space, own, arch, sum_norm, seed, sampling)
 
+    def check(state_dict: dict[str, Any], model: nn.Module) -> dict[str, Any]:
+        try:
+            return check_state_dict(state_dict, model)
+        except RunError as e:
+            if not sources:
+                raise
+            raise RunError(f'{e}; nor are they those of its backbone {backbone}') from None
+
     return build_model(
         make_model,
         variant,
         pretrained and is_own,
-        num_features=len(_plain_network(backbone.partition('.')[0]).feature_info),
-        filter_fn=check_state_dict,
+        num_features=len(plain_network(backbone.partition('.')[0]).feature_info),
+        filter_fn=check,
         bind_bn_args=False,
         pretrained_cfg=cfg,
         pretrained_cfg_overlay=overlay,
@@ -478,7 +496,7 @@ def _look_into(sources: dict[str, Any], backbone: str) -> tuple[bool, int | None
             raise UsageError(f'weights file {str(path)!r} does not exist')
         with readable(backbone, sources):
             state_dict = load_state_dict(path, device='cpu', weights_only=True)
-    network = _plain_network(backbone.partition('.')[0])
+    network = plain_network(backbone.partition('.')[0])
     adapted = (f'{network.pretrained_cfg["classifier"]}.', f'{network.pretrained_cfg["first_conv"]}.')
 
     def shapes(state_dict: dict[str, Any]) -> dict[str, Any]:
@@ -500,62 +518,29 @@ def _pretrained_network(backbone: str, overlay: dict[str, Any], **kwargs: Any) -
         return timm.create_model(backbone, pretrained=True, pretrained_cfg_overlay=overlay, **kwargs)
 
 
-def _origin(backbone: str, sources: dict[str, Any]) -> str:
-    """What a model card says about the weights of a warm start."""
-    cfg = get_pretrained_cfg(backbone)
-    if file := sources.get('file'):
-        return f'warm start from weights of {backbone.partition(".")[0]} in {Path(file).name}'
-    if sources:
-        return f'warm start from weights of {backbone.partition(".")[0]} in {next(iter(sources.values()))}'
-    name = f'{backbone.partition(".")[0]}.{cfg.tag}' if cfg.tag else backbone
-    return f'warm start from {name}, whose weights are under the licence {cfg.license or "unknown"}'
-
-
-@torch.no_grad()
-def warm_start(model: nn.Module, source: nn.Module) -> None:
-    """Give a supernet, or a network of one arch, the weights of its backbone, in place.
-
-    Every arch of a supernet whose expansions are the backbone's and whose kernels are at least as large computes what
-    `source` does in eval mode. The classifier is taken over where it has as many classes.
+def describe_origin(name: str, path: str = '') -> str:
+    """Say from which weights a warm start was, for a model card.
 
     Args:
-        model: `mixpath_supernet` or `mixpath`.
-        source: The backbone as timm makes it, with the same input channels.
-
-    Raises:
-        UsageError: The model has no backbone, or `source` is another network; nothing was changed then.
+        name: Name in timm, with or without a tag, or a source such as `local-dir:DIR`.
+        path: File of the weights, where it was not timm's own.
     """
-    if not isinstance(model, BackboneNet | BackboneSupernet):
-        raise UsageError(f'{type(model).__name__} has no backbone to be warm-started from; mixpath_supernet has one')
-    name, given = model.space.name, source.state_dict()
-    classifier = f'{_plain_network(name).pretrained_cfg["classifier"]}.'
+    cfg = None if ':' in name else get_pretrained_cfg(name)
+    if path or cfg is None:
+        base = name if ':' in name else name.partition('.')[0]
+        return f'warm start from weights of {base}' + (f' in {Path(path).name}' if path else '')
+    tagged = name if '.' in name or not cfg.tag else f'{name}.{cfg.tag}'
+    return f'warm start from {tagged}, whose weights are under the licence {cfg.license or "unknown"}'
+
+
+def inherited(model: BackboneNet | BackboneSupernet, source: nn.Module) -> dict[str, torch.Tensor]:
+    """Return what a model inherits from its backbone, see `timm_mixpath.warm_start`."""
     blocks = tuple(f'{block}.' for block in model.space.block_names)
-    expected = {key: value.shape for key, value in _plain_network(name).state_dict().items()}
-    expected.update({k: v.shape for k, v in model.state_dict().items() if k in expected and not k.startswith(blocks)})
-    for key in sorted({*expected, *given}):
-        if key.startswith(classifier):
-            continue
-        if key not in given or key not in expected or given[key].shape != expected[key]:
-            found, needed = (
-                f'shape {tuple(shape)}' if shape is not None else 'nothing'
-                for shape in (getattr(given.get(key), 'shape', None), expected.get(key))
-            )
-            raise UsageError(f'the weights are not those of {name}: they have {found} at {key}, it has {needed}')
-    weights = {key: value for key, value in given.items() if not key.startswith(blocks)}
-    own = model.state_dict()
-    if any(weights[key].shape != own[key].shape for key in weights if key.startswith(classifier) and key in own):
-        weights = {key: value for key, value in weights.items() if not key.startswith(classifier)}
-    for block_name in model.get_choice_blocks():
-        fresh = model.inherit(block_name, source.get_submodule(block_name))
-        weights.update({f'{block_name}.{key}': value for key, value in fresh.state_dict().items()})
-    model.load_state_dict({**own, **{key: weights[key] for key in weights if key in own}})
-    cfg = getattr(source, 'pretrained_cfg', None) or {}
-    note = f'warm start from {cfg.get("architecture") or name}'
-    note += f'.{cfg["tag"]}' if cfg.get('tag') else ''
-    if cfg.get('license'):
-        note += f', whose weights are under the licence {cfg["license"]}'
-    if getattr(model, 'pretrained_cfg', None):
-        model.pretrained_cfg['notes'] = (note,)
+    weights = {key: value for key, value in source.state_dict().items() if not key.startswith(blocks)}
+    for name in model.get_choice_blocks():
+        fresh = model.inherit(name, source.get_submodule(name))
+        weights.update({f'{name}.{key}': value for key, value in fresh.state_dict().items()})
+    return weights
 
 
 default_cfgs = generate_default_cfgs(

@@ -10,6 +10,7 @@ import torch
 from timm.data import create_loader
 from torch.utils.data import Dataset
 
+from ..models.backbone import BackboneNet, BackboneSupernet
 from ..train.checkpoint import LoadedModel, state_dict_sha256
 from ..train.data import Subset, check_classes, hold_out, iterate, open_dataset
 from ..utils.errors import UsageError
@@ -133,6 +134,8 @@ def open_search_split(loaded: LoadedModel, data: SearchData, *, warn: bool = Tru
         return search_set, train_set, dict(dataset=dataset, split=data.search_split)
     trained_holdout = getattr(loaded.args, 'search_holdout', None)
     holdout = next(v for v in (data.search_holdout, trained_holdout or None, 0.1) if v is not None)
+    # Weights of a backbone were trained on images of others
+    is_warm = isinstance(loaded.model, BackboneSupernet | BackboneNet)
     if not warn:
         pass
     elif not vars(loaded.args):
@@ -140,7 +143,7 @@ def open_search_split(loaded: LoadedModel, data: SearchData, *, warn: bool = Tru
             'a model folder does not tell which images its supernet was trained on; if they include those that score '
             'archs now, errors will look too low. A training checkpoint tells, or name an unseen --search-split'
         )
-    elif not trained_holdout or loaded.args.initial_checkpoint or loaded.args.pretrained:
+    elif not trained_holdout or loaded.args.initial_checkpoint or (loaded.args.pretrained and not is_warm):
         _logger.warning(
             'the supernet was trained on all training images, or started from weights that may have been, also on '
             'those that score archs now: errors will look too low. Train with `timm-mixpath train`, which holds a '

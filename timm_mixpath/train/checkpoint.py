@@ -17,6 +17,7 @@ from timm.models import adapt_input_conv, clean_state_dict, get_model_args, load
 from timm.utils import CheckpointSaver
 from torch import nn
 
+from ..models.backbone import DEFAULT_BACKBONE, BackboneNet, BackboneSupernet, describe_origin
 from ..models.supernet import Supernet
 from ..utils.errors import RunError, UsageError, as_usage_error, concise
 from ..utils.hub_client import fetch_model
@@ -32,6 +33,7 @@ __all__ = [
     'load_model',
     'load_supernet',
     'load_weights',
+    'note_origin',
     'own_model',
     'read_checkpoint',
     'resolve_data',
@@ -149,6 +151,7 @@ def load_model(path: str | os.PathLike, *, use_ema: bool = True, like: Namespace
     checkpoint = _read_any(path, like)
     args = checkpoint['args']
     model = create_model(args)
+    note_origin(model, args)
     key = 'state_dict_ema' if use_ema and checkpoint.get('state_dict_ema') is not None else 'state_dict'
     try:
         model.load_state_dict(clean_state_dict(checkpoint[key]))
@@ -159,6 +162,16 @@ def load_model(path: str | os.PathLike, *, use_ema: bool = True, like: Namespace
     return LoadedModel(
         model.eval(), args, data_config, checkpoint.get('epoch'), checkpoint.get('metric'), key == 'state_dict_ema'
     )
+
+
+def note_origin(model: nn.Module, args: Namespace) -> None:
+    """Keep with a model from which weights its training started, as the licence of those goes on to be theirs."""
+    path = getattr(args, 'pretrained_path', '')
+    name = getattr(args, 'warm_start', '')
+    if getattr(args, 'pretrained', False) and isinstance(model, BackboneNet | BackboneSupernet):
+        name = args.model_kwargs.get('backbone', DEFAULT_BACKBONE)
+    if name:
+        model.pretrained_cfg['notes'] = (describe_origin(name, path),)
 
 
 def load_weights(model: nn.Module, path: str, args: Namespace) -> None:

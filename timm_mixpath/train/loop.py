@@ -16,6 +16,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import timm
 import torch
 import torch.distributed as dist
 import yaml
@@ -23,7 +24,7 @@ from timm import utils
 from timm.data import Mixup
 from timm.layers import convert_sync_batchnorm
 from timm.loss import create_classification_loss
-from timm.models import safe_model_name
+from timm.models import get_pretrained_cfg, safe_model_name
 from timm.optim import create_optimizer_v2, optimizer_kwargs
 from timm.scheduler import create_scheduler_v2, scheduler_kwargs
 from timm.task import ClassificationTask, evaluation_sample_limit, load_task_ema_checkpoint, resume_task_checkpoint
@@ -31,6 +32,7 @@ from timm.utils.summary import trim_summary
 from torch import nn
 
 from ..models.supernet import Supernet
+from ..models.warm_start import warm_start
 from ..utils.distributed import init_device
 from ..utils.errors import RunError, UsageError, as_usage_error, concise
 from ..utils.files import make_output_dir, write_atomic
@@ -119,11 +121,27 @@ def train_or_resume(args: Namespace) -> dict[str, str]:
 
 def _pretrained_kwargs(args: Namespace) -> dict[str, Any]:
     if not args.pretrained:
-        if args.pretrained_path:
-            raise UsageError(f'--pretrained-path {args.pretrained_path} has no effect without --pretrained, give both')
+        if args.pretrained_path and not args.warm_start:
+            raise UsageError(
+                f'--pretrained-path {args.pretrained_path} has no effect without --pretrained or --warm-start, give one'
+            )
         return {}
+    if args.warm_start:
+        raise UsageError(
+            f'--pretrained and --warm-start {args.warm_start} both name weights to start from, leave one out'
+        )
     overlay = {'file': args.pretrained_path} if args.pretrained_path else None
     return {'pretrained': True, 'pretrained_cfg_overlay': overlay}
+
+
+def _warm_start(model: nn.Module, args: Namespace) -> None:
+    name = args.warm_start
+    overlay = {'file': args.pretrained_path} if args.pretrained_path else None
+    with as_usage_error(f'--warm-start {name!r} can not be loaded'):
+        if ':' not in name and not overlay and not getattr(get_pretrained_cfg(name), 'has_weights', False):
+            raise ValueError('timm has no pretrained weights of that name')
+        source = timm.create_model(name, pretrained=True, in_chans=model.in_chans, pretrained_cfg_overlay=overlay)
+    warm_start(model, source)
 
 
 def _init_head(model: nn.Module, args: Namespace) -> None:
@@ -149,6 +167,8 @@ def _train(args: Namespace, device: torch.device) -> TrainResult:
     # A run that goes on has the weights of its checkpoint, and needs no others
     model = create_model(args, **({} if args.resume else _pretrained_kwargs(args)))
     own_model(args, model)
+    if args.warm_start and not args.resume:
+        _warm_start(model, args)
     if args.initial_checkpoint and not args.resume:
         load_weights(model, args.initial_checkpoint, args)
     _init_head(model, args)
@@ -355,16 +375,8 @@ def check_resumed(args: Namespace, before: Namespace) -> None:
 def _warn_of_changes(args: Namespace, before: Namespace) -> None:
     """Name the options with which a run goes on in another way than it began."""
     # checked above, found out on the way, of no effect on the weights, or what one resumes for
-    left_out = {
-        'model',
-        'model_kwargs',
-        'search_holdout',
-        'pretrained',
-        'pretrained_path',
-        'initial_checkpoint',
-        'start_epoch',
-        'dist_bn',
-    }
+    left_out = {'model', 'model_kwargs', 'search_holdout', 'start_epoch', 'dist_bn'}
+    left_out |= {'pretrained', 'pretrained_path', 'warm_start', 'initial_checkpoint'}
     left_out |= {'epochs', 'val_interval', 'val_split', 'validation_batch_size', 'class_map', *LOCAL_OPTIONS}
     of_optimizer = {'lr', 'momentum', 'weight_decay', 'opt_eps', 'opt_betas', 'opt_kwargs', 'layer_decay'}
     changed: dict[str, str] = {}

@@ -75,7 +75,10 @@ def add_train_options(parser: argparse.ArgumentParser) -> None:
     add('--model', default='', metavar='NAME', help='any timm model')
     add('--model-kwargs', nargs='*', default={}, action=KeyValue, metavar='KEY=VALUE', help='for example arch=...')
     add('--pretrained', action='store_true', help='start from pretrained weights')
-    add('--pretrained-path', default='', metavar='PATH', help='file of the weights for --pretrained')
+    add('--pretrained-path', default='', metavar='PATH', help='file of the weights for --pretrained or --warm-start')
+    add('--warm-start', default='', metavar='NAME',
+        help='start from the weights of this model of timm (local-dir:DIR, hf-hub:ORG/NAME), on which the supernet or '
+             'network stands: mixnet_m for S2 and S3')  # fmt: skip
     add('--initial-checkpoint', default='', metavar='PATH', help='load this checkpoint into the model')
     add('--resume', default='', metavar='PATH', help='go on with a run: its last.pth.tar')
     add('--no-resume-opt', action='store_true', help='do not restore the optimizer')

@@ -1,0 +1,108 @@
+"""Weights of timm for the models of this package that stand on one of its networks."""
+
+import copy
+
+import pytest
+import timm
+import torch
+from backbones import make_backbone
+
+from timm_mixpath import Arch, BlockChoice, get_space, warm_start
+from timm_mixpath.utils.errors import UsageError
+
+
+def test_warm_start_keeps_a_classifier_of_other_classes() -> None:
+    network = make_backbone('mobilenetv3_small_050')
+    supernet = timm.create_model('mixpath_supernet', backbone='mobilenetv3_small_050', num_classes=3).eval()
+    classifier = copy.deepcopy(supernet.classifier.state_dict())
+    warm_start(supernet, network)
+    assert all(torch.equal(value, classifier[key]) for key, value in supernet.classifier.state_dict().items())
+    x = torch.randn(1, 3, 64, 64)
+    with torch.inference_mode():
+        assert torch.equal(supernet.forward_features(x), network.forward_features(x))
+
+
+@pytest.mark.parametrize(
+    'source, kwargs, message',
+    [
+        ('mobilenetv3_small_075', {}, 'not those of mobilenetv3_small_050: they have shape'),
+        ('resnet18', {}, 'not those of mobilenetv3_small_050'),
+        ('mobilenetv3_small_050', dict(in_chans=1), r'shape \(16, 1, 3, 3\) at conv_stem.weight'),
+    ],
+)
+def test_weights_of_another_network_change_nothing(source: str, kwargs: dict, message: str) -> None:
+    supernet = timm.create_model('mixpath_supernet', backbone='mobilenetv3_small_050')
+    before = copy.deepcopy(supernet.state_dict())
+    with pytest.raises(UsageError, match=message):
+        warm_start(supernet, timm.create_model(source, **kwargs))
+    assert all(torch.equal(value, before[key]) for key, value in supernet.state_dict().items())
+    with pytest.raises(UsageError, match='ResNet stands on no network of timm'):
+        warm_start(timm.create_model('resnet18'), supernet)
+
+
+@pytest.fixture(scope='module')
+def mixnet() -> torch.nn.Module:
+    return make_backbone('mixnet_m').double()
+
+
+def large_kernels(mixnet: torch.nn.Module, space_name: str, num_paths: int) -> str:
+    """An arch of kernels that are at least as large as those of mixnet_m, summed where there are several."""
+    blocks = []
+    blocks_of = [block for stage in list(mixnet.blocks)[1:] for block in stage]
+    for spec, block in zip(get_space(space_name).blocks, blocks_of):
+        convs = block.conv_dw.values() if hasattr(block.conv_dw, 'values') else [block.conv_dw]
+        largest = max(conv.kernel_size[0] for conv in convs)
+        kernels = [k for k in spec.kernel_sizes if k >= largest][-num_paths:]
+        blocks.append(BlockChoice((tuple(kernels),) * spec.num_groups, spec.expand_ratios[0]))
+    return Arch.from_blocks(blocks)
+
+
+def error(model: torch.nn.Module, mixnet: torch.nn.Module) -> float:
+    x = torch.randn(2, 3, 48, 48, dtype=torch.double, generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        expected = mixnet(x)
+        return ((model.double().eval()(x) - expected).abs().max() / expected.abs().max()).item()
+
+
+@pytest.mark.parametrize('name, kwargs', [('s2', {}), ('s2', dict(sum_norm='bn')), ('s3', {}), ('s3', dict(m=2))])
+def test_supernets_of_the_paper_begin_as_mixnet_m(mixnet: torch.nn.Module, name: str, kwargs: dict) -> None:
+    supernet = timm.create_model(f'mixpath_{name}_supernet', num_classes=10, **kwargs).double()
+    warm_start(supernet, mixnet)
+    supernet.active_arch = large_kernels(mixnet, name, num_paths=1)
+    assert error(supernet, mixnet) < 1e-9
+    assert error(supernet.extract(), mixnet) < 1e-9
+    if supernet.space.max_paths > 1:
+        supernet.active_arch = large_kernels(mixnet, name, num_paths=2)
+        if name == 's2':
+            assert error(supernet, mixnet) > 1e-3  # the gate of squeeze-and-excite sees the sum
+        else:  # a norm per channel group divides by the number of its paths
+            assert error(supernet, mixnet) < 1e-9
+
+
+@pytest.mark.parametrize('name', ['s2', 's3'])
+@pytest.mark.parametrize('num_paths', [1, 2])
+def test_fixed_networks_begin_as_mixnet_m(mixnet: torch.nn.Module, name: str, num_paths: int) -> None:
+    arch = large_kernels(mixnet, name, num_paths)
+    assert (max(max(block.num_paths) for block in arch.blocks) > 1) == (num_paths > 1)
+    net = timm.create_model(f'mixpath_{name}', arch=arch, num_classes=10).double()
+    warm_start(net, mixnet)
+    assert error(net, mixnet) < 1e-9
+
+
+@pytest.mark.parametrize('name', ['mixpath_a', 'mixpath_b'])
+def test_discovered_models_inherit(mixnet: torch.nn.Module, name: str) -> None:
+    net = timm.create_model(name, num_classes=7).double()
+    warm_start(net, mixnet)
+    assert torch.equal(net.conv_stem.weight, mixnet.conv_stem.weight)
+    assert torch.equal(net.blocks[3][0].conv_pwl.weight, mixnet.blocks[3][0].conv_pwl.weight)
+    assert net.pretrained_cfg['notes'][0].startswith('warm start from mixnet_m.ft_in1k, whose weights are under')
+    x = torch.randn(1, 3, 48, 48, dtype=torch.double)
+    assert net.eval()(x).isfinite().all()
+
+
+def test_models_that_stand_on_nothing() -> None:
+    for name in ('mixpath_nano_supernet', 'mixpath_c', 'mixpath_nb201'):
+        with pytest.raises(UsageError, match='stands on no network of timm'):
+            warm_start(timm.create_model(name), timm.create_model('mixnet_m', device='meta'))
+    with pytest.raises(UsageError, match='not those of mixnet_m'):
+        warm_start(timm.create_model('mixpath_a'), timm.create_model('mixnet_s'))

@@ -1,0 +1,175 @@
+"""Pretrained weights of timm for supernets and networks that stand on one of its networks."""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from ..utils.errors import UsageError
+from .backbone import BackboneNet, BackboneSupernet, inherited, plain_network
+from .blocks import GroupedPaths, MultiPathResidual, PathSum
+from .choice_blocks import ChoiceBlock, GroupNorms
+from .layers import ShadowBatchNorm2d
+from .mixpath import MixPath
+
+__all__ = ['warm_start']
+
+
+# The network of timm that the spaces of this package stand on
+_BACKBONES = {'s2': 'mixnet_m', 's3': 'mixnet_m'}
+
+
+@torch.no_grad()
+def warm_start(model: nn.Module, source: nn.Module) -> None:
+    """Give a supernet, or a network of one arch, the weights of the network of timm that it stands on, in place.
+
+    `mixpath_supernet` and `mixpath` stand on their `backbone`: every arch of a supernet whose expansions are the
+    backbone's and whose kernels are at least as large computes what `source` does in eval mode. The models of S2 and
+    S3, `mixpath_a` and `mixpath_b` stand on mixnet_m. There that holds for archs without sums; a sum is exact in
+    blocks without squeeze-and-excite, whose gate sees the sum of S2, and in networks of one arch. Smaller kernels
+    start as the centre of the pretrained ones. The classifier is taken over where it has as many classes.
+
+    Args:
+        model: The model.
+        source: The network of timm, with the same input channels.
+
+    Raises:
+        UsageError: The model stands on no network of timm, or `source` is another one; nothing was changed then.
+    """
+    if isinstance(model, BackboneNet | BackboneSupernet):
+        name = model.space.name
+    elif isinstance(model, MixPath) and model.space.name in _BACKBONES:
+        name = _BACKBONES[model.space.name]
+    else:
+        raise UsageError(
+            f'{type(model).__name__} stands on no network of timm that it could start from; mixpath_supernet and '
+            'mixpath do, and the models of S2 and S3'
+        )
+    own, classifier = model.state_dict(), f'{plain_network(name).pretrained_cfg["classifier"]}.'
+    _check_source(source, name, own, classifier)
+    weights = inherited(model, source) if name == model.space.name else _inherited_mixnet(model, source)
+    if any(weights[key].shape != own[key].shape for key in weights if key.startswith(classifier) and key in own):
+        weights = {key: value for key, value in weights.items() if not key.startswith(classifier)}
+    # A model without a head, and the counter of a supernet, keep what they have
+    model.load_state_dict({**own, **{key: value for key, value in weights.items() if key in own}})
+    if getattr(model, 'pretrained_cfg', None):
+        model.pretrained_cfg['notes'] = (_origin(source, name),)
+
+
+def _check_source(source: nn.Module, name: str, own: dict[str, torch.Tensor], classifier: str) -> None:
+    given = {key: value.shape for key, value in source.state_dict().items()}
+    plain = plain_network(name)
+    expected = {key: value.shape for key, value in plain.state_dict().items()}
+    first_conv = f'{plain.pretrained_cfg["first_conv"]}.weight'
+    expected[first_conv] = own[first_conv].shape
+    for key in sorted({*expected, *given}):
+        if not key.startswith(classifier) and given.get(key) != expected.get(key):
+            found, needed = (
+                f'shape {tuple(shape)}' if shape is not None else 'nothing'
+                for shape in (given.get(key), expected.get(key))
+            )
+            raise UsageError(f'the weights are not those of {name}: they have {found} at {key}, it has {needed}')
+
+
+def _origin(source: nn.Module, name: str) -> str:
+    """What a model card says about the weights."""
+    cfg: dict[str, Any] = getattr(source, 'pretrained_cfg', None) or {}
+    tag = f'.{cfg["tag"]}' if cfg.get('tag') else ''
+    note = f'warm start from {cfg.get("architecture") or name}{tag}'
+    return f'{note}, whose weights are under the licence {cfg["license"]}' if cfg.get('license') else note
+
+
+def _inherited_mixnet(model: MixPath, source: nn.Module) -> dict[str, torch.Tensor]:
+    """What a model of S2 or S3 inherits from mixnet_m: all but the blocks by name."""
+    names = model.get_choice_blocks()
+    weights = {k: v for k, v in source.state_dict().items() if not k.startswith(tuple(f'{name}.' for name in names))}
+    for name, block in names.items():
+        branches = dict(block.named_children()) if isinstance(block, ChoiceBlock) else {'': block}
+        for branch_name, branch in branches.items():
+            prefix = '.'.join(filter(None, (name, branch_name)))
+            inherited = _inherited_block(branch, source.get_submodule(name))
+            weights.update({f'{prefix}.{key}': value for key, value in inherited.items()})
+    return weights
+
+
+def _inherited_block(block: MultiPathResidual, source: nn.Module) -> dict[str, torch.Tensor]:
+    theirs = source.state_dict()
+
+    def norm(ours: str, theirs_name: str, channels: slice = slice(None), num_paths: int | torch.Tensor = 1) -> None:
+        """Statistics of a sum of equal paths: the mean grows with their number, the variance with its square."""
+        for key in ('weight', 'bias', 'running_mean', 'running_var', 'num_batches_tracked'):
+            value = theirs[f'{theirs_name}.{key}']
+            weights[f'{ours}.{key}'] = value[channels] if value.ndim else value
+        weights[f'{ours}.running_mean'] = weights[f'{ours}.running_mean'] * num_paths
+        variance = weights[f'{ours}.running_var']
+        weights[f'{ours}.running_var'] = (variance + eps) * num_paths**2 - eps if num_paths != 1 else variance
+
+    weights: dict[str, torch.Tensor] = {}
+    eps = source.bn3.eps
+    # Several pointwise convolutions of equal width are one with groups
+    for conv in ('conv_pw', 'conv_pwl'):
+        parts = [value for key, value in theirs.items() if key.startswith(f'{conv}.')]
+        weights[f'{conv}.weight'] = torch.cat(parts)
+    norm('bn1', 'bn1')
+    weights.update({key: value for key, value in theirs.items() if key.startswith('se.')})
+
+    # Depthwise kernels of all channels, in one size; the paths take their centre
+    kernels = [value for key, value in theirs.items() if key.startswith('conv_dw.')]
+    size = max(kernel.shape[-1] for kernel in kernels)
+    dense = torch.cat([F.pad(kernel, [(size - kernel.shape[-1]) // 2] * 4) for kernel in kernels])
+    is_grouped = isinstance(block.paths, GroupedPaths)
+    sums: dict[str, PathSum] = dict(block.paths.items()) if is_grouped else {'': block.paths}
+    start = 0
+    for name, paths in sums.items():
+        prefix = '.'.join(filter(None, ('paths', name)))
+        for path_name, path in paths.items():
+            channels = slice(start, start + path.conv.out_channels)
+            margin = (path.conv.kernel_size[0] - size) // 2  # negative: the centre
+            weights[f'{prefix}.{path_name}.conv.weight'] = F.pad(dense[channels], [margin] * 4)
+            if not block.joint_norm:
+                norm(f'{prefix}.{path_name}.bn', 'bn2', channels)
+        start = channels.stop
+    if block.joint_norm:
+        norm('bn2', 'bn2')
+
+    # Norms behind sums, and what a fixed sum needs in front of the projection
+    num_paths = 1
+    if isinstance(block.bn2, GroupNorms):
+        for index, shadows in enumerate(block.bn2):
+            weights.update(_mean_norms(f'bn2.{index}', shadows, eps, dense.dtype))
+    elif isinstance(block.bn2, nn.BatchNorm2d) and not block.joint_norm:
+        chs = [next(iter(paths.values())).conv.out_channels for paths in sums.values()]
+        counts = torch.tensor([len(paths) for paths in sums.values()], dtype=dense.dtype)
+        weights.update(_mean_norm('bn2', counts.repeat_interleave(torch.tensor(chs)), eps))
+    elif not is_grouped and not isinstance(block.bn3, ShadowBatchNorm2d):
+        num_paths = 1 if hasattr(block.paths, 'active') else len(block.paths)
+    if num_paths > 1 and 'se.conv_reduce.weight' in weights:
+        weights['se.conv_reduce.weight'] = weights['se.conv_reduce.weight'] / num_paths
+    if isinstance(block.bn3, ShadowBatchNorm2d):
+        for index in range(block.bn3.num_shadows):
+            norm(f'bn3.shadows.{index}', 'bn3', num_paths=index + 1)
+    else:
+        norm('bn3', 'bn3', num_paths=num_paths)
+    return weights
+
+
+def _mean_norms(name: str, norms: nn.Module, eps: float, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    if not isinstance(norms, ShadowBatchNorm2d):
+        return _mean_norm(name, torch.ones(norms.num_features, dtype=dtype), eps)
+    weights: dict[str, torch.Tensor] = {}
+    for index in range(norms.num_shadows):
+        count = torch.full((norms.num_features,), index + 1.0, dtype=dtype)
+        weights.update(_mean_norm(f'{name}.shadows.{index}', count, eps))
+    return weights
+
+
+def _mean_norm(name: str, num_paths: torch.Tensor, eps: float) -> dict[str, torch.Tensor]:
+    """A batch norm that divides by the number of paths, per channel; nothing is known of the statistics there."""
+    return {
+        f'{name}.weight': torch.ones_like(num_paths),
+        f'{name}.bias': torch.zeros_like(num_paths),
+        f'{name}.running_mean': torch.zeros_like(num_paths),
+        f'{name}.running_var': num_paths**2 - eps,
+        f'{name}.num_batches_tracked': torch.tensor(0),
+    }
