@@ -139,7 +139,8 @@ def test_impossible_limits(tiny, tmp_path, algorithm):
             ),
             (
                 {f'min_{metric}': largest + 1},
-                f'min_{metric}={largest + 1} excludes every arch, the largest of the space has {largest}',
+                f'min_{metric}={largest + 1} excludes every arch, the smallest of the space has {smallest} and the '
+                f'largest {largest}',
             ),
         ):
             with pytest.raises(ValueError, match=message):

@@ -2,15 +2,19 @@
 
 import argparse
 import dataclasses
+import json
+from pathlib import Path
 from typing import Any
 
 from ..utils.errors import UsageError
 from ..utils.numbers import parse_count, parse_share
+from ..utils.tables import write_json
 
 __all__ = [
     'add_checkpoint_options',
     'add_device_option',
     'add_image_options',
+    'check_same_run',
     'from_args',
     'is_first_process',
     'like',
@@ -90,3 +94,30 @@ def is_first_process() -> bool:
     from timm.utils.distributed import is_distributed_env, world_info_from_env
 
     return not is_distributed_env() or world_info_from_env()[1] == 0
+
+
+def check_same_run(config: Any, path: Path) -> None:
+    """Keep what a job is beside its results, and check that the job of this folder is this one.
+
+    Args:
+        config: Dataclass of what to do. `workers` and `device` may change.
+        path: JSON file.
+
+    Raises:
+        UsageError: The folder holds another job.
+    """
+    content = json.loads(json.dumps(dataclasses.asdict(config)))  # tuples become lists, as in the file
+    if path.exists():
+        try:
+            other = json.loads(path.read_text())
+        except ValueError:
+            raise UsageError(f'{str(path)!r} is damaged; choose another --output') from None
+        # where and with how many processes it runs does not change what it is
+        changed = [k for k in content if content[k] != other.get(k) and k not in ('workers', 'device')]
+        if changed:
+            raise UsageError(
+                f'{str(path.parent)!r} holds a run with another {changed[0]} ({other.get(changed[0])!r}, now '
+                f'{content[changed[0]]!r}); choose another --output'
+            )
+        return
+    write_json(path, content)

@@ -1,11 +1,10 @@
 """The whole job on images of your own or on a small real data set: supernet, search, training of the winner."""
 
 import argparse
-import json
 import logging
 import os
 from argparse import Namespace
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -26,8 +25,7 @@ from ..train.options import default_args
 from ..utils.errors import UsageError, as_usage_error
 from ..utils.files import make_output_dir, write_dir_atomic
 from ..utils.numbers import parse_count
-from ..utils.tables import write_json
-from .common import from_args, setup_logging
+from .common import check_same_run, from_args, setup_logging
 
 __all__ = ['DemoConfig', 'add_demo', 'digits_folder', 'run_demo', 'run_demo_command']
 
@@ -124,7 +122,7 @@ def run_demo(config: DemoConfig, output: str | os.PathLike) -> Path:
     )
     require_pymoo()  # not after minutes of training
     output = make_output_dir(output)
-    _check_same_run(config, output / 'demo.json')
+    check_same_run(config, output / 'demo.json')
     data_dir = config.data_dir
     if data_dir is None and not config.dataset:
         data_dir = str(digits_folder())
@@ -206,24 +204,6 @@ def _train_or_resume(args: Namespace, val_interval: int) -> float:
     """Train, or go on from the last checkpoint; return the validation accuracy of the last epoch in percent."""
     args.val_interval = min(val_interval, args.epochs)
     return float(train_or_resume(args)['eval_top1'])
-
-
-def _check_same_run(config: DemoConfig, path: Path) -> None:
-    content = asdict(config)
-    if path.exists():
-        try:
-            other = json.loads(path.read_text())
-        except ValueError:
-            raise UsageError(f'{str(path)!r} is damaged; choose another --output') from None
-        # where and with how many processes it runs does not change what it is
-        changed = [k for k in content if content[k] != other.get(k) and k not in ('workers', 'device')]
-        if changed:
-            raise UsageError(
-                f'{str(path.parent)!r} holds a run with another {changed[0]} ({other.get(changed[0])!r}, now '
-                f'{content[changed[0]]!r}); choose another --output'
-            )
-        return
-    write_json(path, content)
 
 
 def add_demo(parser: argparse.ArgumentParser) -> None:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ..utils.errors import RunError, UsageError
+from .adapt import add_adapt, run_adapt_command
 from .demo import add_demo, run_demo_command
 from .hub import add_export, add_push, run_export, run_push
 from .rank import add_rank, add_stats, run_rank, run_stats
@@ -83,6 +84,7 @@ def _build_parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.Argumen
         return commands[name]
 
     add_demo(command('demo', run_demo_command, 'the whole job on a small data set or on your own images'))
+    add_adapt(command('adapt', run_adapt_command, 'make a pretrained network of timm fit your images and your budget'))
     add_train_options(
         command('train', run_train, "train a supernet or any timm model, with the options of timm's train.py")
     )

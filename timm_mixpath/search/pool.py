@@ -38,10 +38,11 @@ def check_limits(config: SearchConfig, cost: 'CostTable') -> None:
     for metric in LIMITED:
         low, high = config.limits(metric)
         smallest, largest = cost.bounds(metric)
+        reach = f'the smallest of the space has {smallest} and the largest {largest}'
         if high < smallest:
-            raise UsageError(f'max_{metric}={high} excludes every arch, the smallest of the space has {smallest}')
+            raise UsageError(f'max_{metric}={high} excludes every arch, {reach}')
         if low > largest:
-            raise UsageError(f'min_{metric}={low} excludes every arch, the largest of the space has {largest}')
+            raise UsageError(f'min_{metric}={low} excludes every arch, {reach}')
 
 
 class ArchPool:

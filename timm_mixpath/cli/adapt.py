@@ -1,0 +1,373 @@
+"""From a pretrained network of timm to one that fits a budget, on images of one's own."""
+
+import argparse
+import logging
+import os
+import time
+from argparse import Namespace
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from timm.models import get_pretrained_cfg
+
+from ..hub.export import export, save_model
+from ..models.backbone import check_backbone, describe_origin
+from ..models.cost import cost_table, count_macs
+from ..models.latency import measure_latency
+from ..search.config import SearchConfig
+from ..search.front import print_result
+from ..search.images import SearchData
+from ..search.pareto import require_pymoo
+from ..search.pool import check_limits
+from ..search.run import search_checkpoint
+from ..train.checkpoint import load_model
+from ..train.data import class_names, open_dataset
+from ..train.loop import train_or_resume
+from ..train.options import default_args
+from ..utils.errors import UsageError, as_usage_error
+from ..utils.files import make_output_dir
+from ..utils.numbers import parse_count
+from ..utils.tables import format_table, write_json
+from .common import check_same_run, from_args, setup_logging
+
+__all__ = ['AdaptConfig', 'add_adapt', 'run_adapt', 'run_adapt_command']
+
+_logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class AdaptConfig:
+    """What to adapt to what.
+
+    Attributes:
+        backbone: Network of timm, see `timm_mixpath.list_backbones`.
+        backbone_weights: File of its weights, those that timm has on the Hub if None.
+        data_dir: Root of an image data set with a training and a validation split.
+        dataset: Type and name as in timm.
+        train_split: Training split; a tenth of it scores archs in the search and trains nothing.
+        val_split: Validation split, for the final accuracies only.
+        dataset_download: Download the data set where timm can.
+        img_size: Size that the images are brought to, in pixels; the backbone's if None.
+        max_macs: Limit of the search, for images of `img_size`.
+        max_params: Limit of the search.
+        m: Largest number of paths that are summed.
+        finetune_epochs: Epochs of the backbone, and of the winner.
+        supernet_epochs: Epochs of the supernet.
+        batch_size: Images per step.
+        generations: Generations of the search.
+        num_images: Number of images to score archs with, at most.
+        recalibration_images: Training images to recalibrate the batch norms of every candidate with, 0 for none.
+        lr: Learning rate of AdamW.
+        distill: The fine-tuned backbone teaches the supernet and the winner.
+        seed: Seed of everything.
+        workers: Processes that load images.
+        device: Device, the GPU if there is one and None is given.
+    """
+
+    backbone: str
+    backbone_weights: str | None = None
+    data_dir: str | None = None
+    dataset: str = ''
+    train_split: str = 'train'
+    val_split: str = 'validation'
+    dataset_download: bool = False
+    img_size: int | None = None
+    max_macs: int | None = None
+    max_params: int | None = None
+    m: int = 2
+    finetune_epochs: int = 3
+    supernet_epochs: int = 5
+    batch_size: int = 64
+    generations: int = 10
+    num_images: int = 500
+    recalibration_images: int = 256
+    lr: float = 1e-3
+    distill: bool = True
+    seed: int = 0
+    workers: int = 2
+    device: str | None = None
+
+
+def run_adapt(config: AdaptConfig, output: str | os.PathLike) -> Path:
+    """Fine-tune a backbone, search around it, fine-tune the winner and compare the two.
+
+    The supernet starts as an exact copy of the fine-tuned backbone, which teaches it, and the winner from what it
+    inherits there. A job that was cut off goes on where it stopped.
+
+    Args:
+        config: What to do.
+        output: Folder for `backbone/`, `supernet/`, `search/`, `winner/`, `model/` and `summary.json`.
+
+    Returns:
+        The model folder of the winner, for `timm.create_model('local-dir:...', pretrained=True)`.
+
+    Raises:
+        UsageError: The backbone or the data does not exist, a limit excludes every arch, or the output belongs to
+            another job.
+        RunError: There are no weights, a training failed, or files can't be read or written.
+    """
+    require_pymoo()  # not after minutes of training
+    check_backbone(config.backbone)
+    if config.backbone_weights and not Path(config.backbone_weights).is_file():
+        raise UsageError(f'--backbone-weights {config.backbone_weights!r} is not a file')
+    if config.data_dir is None and not config.dataset:
+        raise UsageError('no images: pass --data-dir DIR with train/ and validation/, or --dataset NAME')
+    for name in ('finetune_epochs', 'supernet_epochs'):
+        if getattr(config, name) < 1:
+            raise UsageError(f'--{name.replace("_", "-")} {getattr(config, name)} must be at least 1')
+    search_config = SearchConfig(
+        population=24,
+        offspring=12,
+        generations=config.generations,
+        objectives=dict(error=1.0, macs=1.0),
+        max_macs=config.max_macs,
+        max_params=config.max_params,
+        seed=config.seed,
+    )
+    train_set = open_dataset(config.dataset, config.data_dir, config.train_split, download=config.dataset_download)
+    names = class_names(train_set)
+    if names is None:
+        raise UsageError(f'the classes of data set {config.dataset!r} are not known, use `timm-mixpath train`')
+    size = config.img_size or get_pretrained_cfg(config.backbone).input_size[1]
+    kwargs = dict(backbone=config.backbone, m=config.m)
+    with as_usage_error(f'image size {size} is out of range'):
+        supernet = timm.create_model('mixpath_supernet', num_classes=len(names), device='meta', **kwargs)
+        table = cost_table(supernet, (3, size, size))
+    own_macs = table.macs(supernet.space.default_arch)
+    low, high = table.bounds('macs')
+    check_limits(search_config, table)
+    output = make_output_dir(output)
+    check_same_run(config, output / 'adapt.json')
+    _logger.info(
+        f'{config.backbone} has {own_macs / 1e6:.1f} M MACs at {size}x{size} pixels, the networks around it '
+        f'{low / 1e6:.1f} to {high / 1e6:.1f} M'
+    )
+
+    job = _Job(config, output, len(names), size)
+    stages = _Stages(_shares(config, len(train_set)))
+    with stages('Fine-tuning the backbone'):
+        backbone = job.finetune('backbone', config.backbone.partition('.')[0], {}, config.finetune_epochs)
+        teacher = job.save('backbone')
+    with stages('Training the supernet, which starts as a copy of it'):
+        job.train(
+            'supernet',
+            model='mixpath_supernet',
+            model_kwargs={**kwargs, 'backbone': config.backbone.partition('.')[0]},
+            pretrained=True,
+            pretrained_path=str(teacher / 'model.safetensors'),
+            epochs=config.supernet_epochs,
+            smoothing=0.0,
+            **job.distillation,
+        )
+    with stages('Searching'):
+        result = search_checkpoint(
+            output / 'supernet' / 'last.pth.tar',
+            output / 'search',
+            search_config,
+            SearchData(num_images=config.num_images),
+            recalibration_images=config.recalibration_images,
+            workers=config.workers,
+            device=config.device,
+        )
+    arch = str(result.chosen.arch)
+    with stages('Fine-tuning the winner'):
+        inherited = output / 'inherited'
+        if not inherited.exists():
+            export(
+                output / 'supernet' / 'last.pth.tar',
+                inherited,
+                arch,
+                recalibration_images=config.recalibration_images,
+            )
+        kwargs = dict(backbone=config.backbone.partition('.')[0], arch=arch)
+        weights = str(inherited / 'model.safetensors')
+        winner = job.finetune(
+            'winner', 'mixpath', kwargs, config.finetune_epochs, initial_checkpoint=weights, **job.distillation
+        )
+        folder = job.save('winner', 'model')
+
+    rows = [
+        job.row(f'{config.backbone}, fine-tuned', 'backbone', backbone),
+        job.row('winner', 'winner', winner),
+    ]
+    write_json(output / 'summary.json', dict(arch=arch, input_size=[3, size, size], rows=rows))
+    print()
+    print_result(result, output / 'search')
+    print(f'\n{_format(rows, size, config)}')
+    print(f"\ntimm.create_model('local-dir:{folder}', pretrained=True)  # after `import timm, timm_mixpath`")
+    return folder
+
+
+class _Job:
+    """The trainings of a job, with what they share."""
+
+    def __init__(self, config: AdaptConfig, output: Path, num_classes: int, size: int) -> None:
+        self.config = config
+        self.output = output
+        self.common = dict(
+            data_dir=config.data_dir,
+            dataset=config.dataset,
+            train_split=config.train_split,
+            val_split=config.val_split,
+            dataset_download=config.dataset_download,
+            search_holdout=0.1,
+            num_classes=num_classes,
+            img_size=size,
+            batch_size=config.batch_size,
+            device=config.device,
+            workers=config.workers,
+            seed=config.seed,
+            channels_last=True,
+            output=str(output),
+            opt='adamw',
+            lr=config.lr,
+            weight_decay=0.02,
+            clip_grad=5.0,
+            sched_on_updates=True,
+            warmup_epochs=0,
+            scale=[0.5, 1.0],
+            color_jitter=0.0,
+            train_interpolation='bilinear',
+            checkpoint_hist=1,
+            log_interval=1000,
+        )
+        self.distillation: dict[str, Any] = {}
+        if config.distill:
+            self.distillation = dict(kd_model_name=f'local-dir:{output / "backbone" / "model"}')
+
+    def train(self, experiment: str, **options: Any) -> float:
+        """Train, or go on; return the validation accuracy of the last epoch in percent."""
+        args: Namespace = default_args(**{**self.common, **options}, experiment=experiment)
+        args.val_interval = args.epochs
+        return float(train_or_resume(args)['eval_top1'])
+
+    def finetune(self, experiment: str, model: str, model_kwargs: dict[str, Any], epochs: int, **options: Any) -> float:
+        if 'initial_checkpoint' not in options:
+            weights = self.config.backbone_weights
+            options.update(pretrained=True, pretrained_path=weights or '')
+            model = model if weights else self.config.backbone
+        return self.train(
+            experiment, model=model, model_kwargs=model_kwargs, epochs=epochs, lr=self.config.lr / 2, **options
+        )
+
+    def save(self, experiment: str, name: str | None = None) -> Path:
+        """Write the model folder of a training."""
+        folder = self.output / (name or f'{experiment}/model')
+        if not folder.exists():
+            loaded = load_model(self.output / experiment / 'last.pth.tar')
+            notes = (describe_origin(self.config.backbone, self.config.backbone_weights or ''),)
+            loaded.model.pretrained_cfg = {**loaded.model.pretrained_cfg, 'notes': notes}
+            save_model(loaded.model, folder, loaded.data_config, loaded.label_names)
+        return folder
+
+    def row(self, name: str, experiment: str, top1: float) -> dict[str, Any]:
+        loaded = load_model(self.output / experiment / 'last.pth.tar')
+        size = loaded.data_config['input_size']
+        return dict(
+            name=name,
+            top1=round(top1, 2),
+            macs=sum(count_macs(loaded.model, size).values()),
+            params=sum(p.numel() for p in loaded.model.parameters()),
+            latency_ms=round(measure_latency(loaded.model, input_size=size, channels_last=True), 2),
+        )
+
+
+class _Stages:
+    """Numbers the stages of a job, and says how long the rest may take.
+
+    Args:
+        shares: Expected duration of every stage, in any unit.
+    """
+
+    def __init__(self, shares: list[float]) -> None:
+        self.shares = shares
+        self.index = 0
+        self.elapsed = 0.0  # of the stages that took their time, not of those that were done before
+        self.counted = 0.0
+
+    def __call__(self, text: str) -> '_Stages':
+        self.text = text
+        return self
+
+    def __enter__(self) -> None:
+        rest = ''
+        if self.counted:
+            seconds = self.elapsed / self.counted * sum(self.shares[self.index :])
+            rest = f' (about {max(1, round(seconds / 60))} min to the end)'
+        self.index += 1
+        _logger.info(f'{self.index}/{len(self.shares)} {self.text}{rest}')
+        self.start = time.monotonic()
+
+    def __exit__(self, *error: Any) -> None:
+        seconds = time.monotonic() - self.start
+        if seconds > 2:
+            self.elapsed += seconds
+            self.counted += self.shares[self.index - 1]
+
+
+def _shares(config: AdaptConfig, num_images: int) -> list[float]:
+    """Expected durations in forward passes of one image; a training step is about three."""
+    evaluations = 24 + 12 * config.generations
+    per_arch = min(config.num_images, num_images // 10) + config.recalibration_images
+    teaching = 1 if config.distill else 0
+    return [
+        config.finetune_epochs * num_images * 3,
+        config.supernet_epochs * num_images * (3 + teaching),
+        evaluations * per_arch,
+        config.finetune_epochs * num_images * (3 + teaching),
+    ]
+
+
+def _format(rows: list[dict[str, Any]], size: int, config: AdaptConfig) -> str:
+    header = ('', 'top-1 (%)', 'MACs (M)', 'params (M)', 'ms')
+    cells = [
+        (
+            r['name'],
+            f'{r["top1"]:.2f}',
+            f'{r["macs"] / 1e6:.1f}',
+            f'{r["params"] / 1e6:.3f}',
+            f'{r["latency_ms"]:.2f}',
+        )
+        for r in rows
+    ]
+    return (
+        f'{format_table([header, *cells], "<>")}\n'
+        f'top-1 on the validation split; MACs and ms for one image of {size}x{size} pixels on this machine, '
+        f'{torch.get_num_threads()} thread(s). Each was fine-tuned for {config.finetune_epochs} epochs on the same '
+        f'images, the winner behind {config.supernet_epochs} epochs of its supernet.'
+    )
+
+
+def add_adapt(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add('--backbone', required=True, metavar='NAME', help='network of timm, for example mobilenetv3_large_100')
+    add('--backbone-weights', metavar='FILE', help='its weights as timm has them (default: downloaded)')
+    add('--output', required=True, metavar='DIR', help='output folder')
+    add('--data-dir', metavar='DIR', help='your images, in train/CLASS/ and validation/CLASS/')
+    add('--dataset', default='', metavar='NAME', help='type/name as in timm')
+    add('--train-split', default='train', metavar='NAME')
+    add('--val-split', default='validation', metavar='NAME')
+    add('--dataset-download', action='store_true', help='download torch/ data sets')
+    add('--img-size', type=int, metavar='N', help="pixels (default: the backbone's)")
+    add('--max-macs', type=parse_count, metavar='N', help='limit of the search, for example 200M')
+    add('--max-params', type=parse_count, metavar='N')
+    add('--m', type=int, default=2, metavar='N', help='largest number of paths that are summed (default: 2)')
+    add('--finetune-epochs', type=int, default=3, metavar='N', help='of the backbone and of the winner (default: 3)')
+    add('--supernet-epochs', type=int, default=5, metavar='N', help='(default: 5)')
+    add('-b', '--batch-size', type=int, default=64, metavar='N')
+    add('--generations', type=int, default=10, metavar='N', help='generations of the search (default: 10)')
+    add('--num-images', type=parse_count, default=500, metavar='N', help='images to score archs with (default: 500)')
+    add('--recalibration-images', type=parse_count, default=256, metavar='N', help='0 for none (default: 256)')
+    add('--lr', type=float, default=1e-3, help='learning rate of AdamW (default: 0.001)')
+    add('--no-distill', dest='distill', action='store_false', help='the backbone teaches neither supernet nor winner')
+    add('--seed', type=int, default=0)
+    add('-j', '--workers', type=int, default=2, metavar='N')
+    add('--device', metavar='NAME')
+
+
+def run_adapt_command(args: argparse.Namespace) -> None:
+    setup_logging()
+    run_adapt(from_args(AdaptConfig, args), args.output)
