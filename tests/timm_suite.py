@@ -3,11 +3,41 @@
 The names are registered before timm's file lists the models, so that file stays as it is.
 """
 
+import sys
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 import timm
 from timm.models import _registry
+from torch import nn
 
-import timm_mixpath  # noqa: F401  registers the models
+import timm_mixpath  # registers the models
+import timm_mixpath.models.backbone
+
+# The models that take a backbone, with three of other families than the default
+BACKBONES = ('tf_efficientnet_lite0', 'mixnet_s', 'mobilenetv4_conv_small_035')
+
+
+default_cfgs: dict[str, Any] = {}  # of this module, where timm looks for them
+
+
+def register(name: str, backbone: str, create: Callable[..., nn.Module]) -> str:
+    def entrypoint(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+        return create(pretrained, backbone=backbone, **kwargs)
+
+    entrypoint.__name__ = variant = f'{name}_{backbone}' if name == 'mixpath' else f'mixpath_{backbone}_supernet'
+    cfg = timm.get_pretrained_cfg(backbone).to_dict(remove_source=True)
+    cfg = {key: value for key, value in cfg.items() if key not in ('tag', 'custom_load', 'architecture')}
+    default_cfgs.update(timm.models.generate_default_cfgs({f'{variant}.untrained': cfg}))
+    setattr(sys.modules[__name__], variant, timm.models.register_model(entrypoint))
+    return variant
+
+
+ON_BACKBONES = [register(*args) for backbone in BACKBONES for args in (
+    ('mixpath', backbone, timm_mixpath.models.backbone.mixpath),
+    ('mixpath_supernet', backbone, timm_mixpath.models.backbone.mixpath_supernet),
+)]  # fmt: skip
 
 # Some tests are for the families that timm's file names, by module. MixPath subclasses one of them, whose tests it is
 # to pass.

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 import timm
 from commands import environment
-from timm_suite import SUPERNET_SKIPS
+from timm_suite import ON_BACKBONES, SUPERNET_SKIPS
 
 EVERY_TEST = {
     'test_model_forward',
@@ -102,5 +102,6 @@ def test_timm_tests_of_every_model(timm_sdist: Path, tmp_path: Path) -> None:
     outcomes = run_timm_tests(timm_sdist, tmp_path, 'mixpath')
     spaces = ('s1', 's2', 's3', 'nano', 'nb101', 'nb201')
     names = {f'mixpath_{space}{suffix}' for space in spaces for suffix in ('', '_supernet')}
-    assert set(outcomes) >= names | {'mixpath_a', 'mixpath_b', 'mixpath_c'}
+    names |= {'mixpath_a', 'mixpath_b', 'mixpath_c', 'mixpath', 'mixpath_supernet'}
+    assert set(outcomes) >= names | set(ON_BACKBONES)
     check(outcomes)

@@ -232,7 +232,7 @@ class _Job:
             color_jitter=0.0,
             train_interpolation='bilinear',
             checkpoint_hist=1,
-            log_interval=1000,
+            log_interval=50,
         )
         self.distillation: dict[str, Any] = {}
         if config.distill:

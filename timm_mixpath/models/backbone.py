@@ -423,9 +423,7 @@ def _create(variant: str, pretrained: bool, backbone: str = DEFAULT_BACKBONE, **
     if pretrained and sources and not is_own:
         is_own, num_classes = _look_into(sources, backbone)
     if not cfg:
-        cfg = {**get_pretrained_cfg(backbone).to_dict(remove_source=True), 'architecture': variant}
-        for key in ('custom_load', 'tag'):  # of weights that it will not have
-            cfg.pop(key, None)
+        cfg = _backbone_cfg(backbone, variant)
     from_backbone = pretrained and not is_own
     network_cfg: dict[str, Any] = {}
     if from_backbone:
@@ -543,16 +541,16 @@ def inherited(model: BackboneNet | BackboneSupernet, source: nn.Module) -> dict[
     return weights
 
 
+def _backbone_cfg(backbone: str, variant: str) -> dict[str, Any]:
+    """The pretrained cfg of a model on a backbone: the backbone's, without its weights."""
+    cfg = get_pretrained_cfg(backbone).to_dict(remove_source=True)
+    for key in ('custom_load', 'tag'):
+        cfg.pop(key, None)
+    return {**cfg, 'architecture': variant}
+
+
 default_cfgs = generate_default_cfgs(
-    {
-        f'{name}.untrained': {
-            'url': '',
-            'input_size': (3, 224, 224),
-            'first_conv': 'conv_stem',
-            'classifier': 'classifier',
-        }
-        for name in ('mixpath', 'mixpath_supernet')
-    }
+    {f'{name}.untrained': _backbone_cfg(DEFAULT_BACKBONE, name) for name in ('mixpath', 'mixpath_supernet')}
 )
 
 

@@ -1,0 +1,104 @@
+"""The whole job from a network of timm, on real images, without a connection."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from safetensors.torch import save_file
+
+from timm_mixpath import cli
+from timm_mixpath.cli.adapt import AdaptConfig, run_adapt
+from timm_mixpath.models.cost import count_macs
+from timm_mixpath.utils.errors import UsageError
+
+BACKBONE = 'mobilenetv3_small_050'
+
+
+@pytest.fixture(scope='module')
+def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    torch.manual_seed(0)
+    path = tmp_path_factory.mktemp('weights') / 'backbone.safetensors'
+    save_file(timm.create_model(BACKBONE).state_dict(), path)
+    return path
+
+
+@pytest.fixture
+def tiny(weights: Path, digits: Path) -> AdaptConfig:
+    return AdaptConfig(
+        backbone=BACKBONE,
+        backbone_weights=str(weights),
+        data_dir=str(digits),
+        img_size=32,
+        finetune_epochs=1,
+        supernet_epochs=1,
+        batch_size=32,
+        generations=1,
+        num_images=20,
+        recalibration_images=32,
+        max_macs=700_000,
+        workers=0,
+        device='cpu',
+    )
+
+
+def test_job_is_cut_off_and_goes_on(
+    tiny: AdaptConfig, tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr('timm_mixpath.cli.adapt.export', lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt()))
+    with pytest.raises(KeyboardInterrupt):
+        run_adapt(tiny, tmp_path)
+    kept = ['backbone/last.pth.tar', 'supernet/last.pth.tar', 'search/archive.jsonl']
+    before = [(tmp_path / name).read_bytes() for name in kept]
+    monkeypatch.undo()
+
+    folder = run_adapt(tiny, tmp_path)
+    assert [(tmp_path / name).read_bytes() for name in kept] == before
+    assert (tmp_path / 'search' / 'pareto.png').exists()
+
+    # The supernet began as the fine-tuned backbone, and the table tells what the folder holds
+    backbone = timm.create_model(f'local-dir:{tmp_path / "backbone" / "model"}', pretrained=True).eval()
+    args = (tmp_path / 'supernet' / 'args.yaml').read_text()
+    assert str(tmp_path / 'backbone' / 'model' / 'model.safetensors') in args and 'kd_model_name' in args
+    line = capsys.readouterr().out.strip().splitlines()[-1]
+    winner = eval(line, {'timm': timm}).eval()
+    assert str(folder) in line and winner(torch.zeros(1, 3, 32, 32)).shape == (1, 10)
+    first, second = json.loads((tmp_path / 'summary.json').read_text())['rows']
+    assert first['macs'] == sum(count_macs(backbone, (3, 32, 32)).values())
+    assert second['macs'] == sum(count_macs(winner, (3, 32, 32)).values()) <= 700_000
+    assert second['params'] == sum(p.numel() for p in winner.parameters())
+    assert winner.pretrained_cfg['notes'] == [f'warm start from weights of {BACKBONE} in backbone.safetensors']
+    config = json.loads((folder / 'config.json').read_text())
+    assert config['model_args']['backbone'] == BACKBONE and config['label_names'] == [str(i) for i in range(10)]
+
+    with pytest.raises(UsageError, match=r'another seed \(0, now 1\)'):
+        run_adapt(replace(tiny, seed=1), tmp_path)
+
+
+@pytest.mark.parametrize(
+    'changes, message',
+    [
+        (
+            dict(max_macs=1000),
+            r'max_macs=1000 excludes every arch, the smallest of the space has \d+ and the largest \d+',
+        ),
+        (dict(backbone='resnet18'), "'resnet18' can not be a backbone"),
+        (dict(backbone_weights='nope.safetensors'), "--backbone-weights 'nope.safetensors' is not a file"),
+        (dict(data_dir=None), 'pass --data-dir DIR'),
+        (dict(m=9), 'm=9 is out of range'),
+        (dict(supernet_epochs=0), '--supernet-epochs 0 must be at least 1'),
+        (dict(train_split='nope'), 'nope'),
+    ],
+)
+def test_wrong_values_end_before_any_training(tiny: AdaptConfig, tmp_path: Path, changes: dict, message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        run_adapt(replace(tiny, **changes), tmp_path)
+    assert not (tmp_path / 'backbone').exists()
+
+
+def test_command_line(capsys: pytest.CaptureFixture, tmp_path: Path, digits: Path) -> None:
+    words = ['adapt', '--backbone', 'resnet18', '--data-dir', str(digits), '--output', str(tmp_path)]
+    assert cli.main(words) == 2
+    assert capsys.readouterr().err.strip().splitlines()[-1].startswith("timm-mixpath: error: 'resnet18' can not be")
