@@ -15,27 +15,31 @@ README = Path(__file__).parents[1] / 'README.md'
 BLOCKS = re.findall(r'```(\w+)\n(.*?)```', README.read_text(), re.DOTALL)
 
 
-@pytest.mark.parametrize('mark', ["timm.list_models('mixpath*')", 'class TwoPaths', '# my_space.py'])
+@pytest.mark.parametrize('mark', ["timm.list_models('mixpath*')", 'list_backbones', 'class TwoPaths', '# my_space.py'])
 def test_python_block(mark: str) -> None:
     (block,) = [text for language, text in BLOCKS if language == 'python' and mark in text]
     scope: dict = {}
     exec(block, scope)
     if 'list_models' in mark:
         assert scope['subnet'].arch == scope['supernet'].active_arch
-        shown = re.findall(r"'(mixpath_\w+)'", block.split('# [')[1].split(']')[0])
+        shown = re.findall(r"'(mixpath\w*)'", block.split('# [')[1].split(']')[0])
         # without the spaces that other tests have registered
-        own = re.compile('mixpath_([abc]|(nano|nb101|nb201|s1|s2|s3)(_supernet)?)')
+        own = re.compile('mixpath(_supernet|_([abc]|(nano|nb101|nb201|s1|s2|s3)(_supernet)?))?')
         known = [m for m in timm.list_models('mixpath*') if own.fullmatch(m)]
         assert shown == known
     if 'my_space' in mark:
         assert 'mine' in list_spaces() and timm.is_model('mixpath_mine_supernet')
 
 
-def test_commands_parse() -> None:
-    """Every timm-mixpath line of the README is accepted by the parser, up to running it."""
-    lines = '\n'.join(text for language, text in BLOCKS if language == 'bash').replace('\\\n', ' ').splitlines()
+@pytest.mark.parametrize(
+    'path', [README, *sorted(README.parent.glob('recipes/**/README.md'))], ids=lambda p: p.parent.name
+)
+def test_commands_parse(path: Path) -> None:
+    """Every timm-mixpath line is accepted by the parser, up to running it."""
+    blocks = re.findall(r'```(\w+)\n(.*?)```', path.read_text(), re.DOTALL)
+    lines = '\n'.join(text for language, text in blocks if language == 'bash').replace('\\\n', ' ').splitlines()
     commands = [line.split('#')[0].split('timm-mixpath ')[-1] for line in lines if 'timm-mixpath ' in line]
-    assert len(commands) >= 7
+    assert commands
     parser, _ = _build_parser()
     for command in commands:
         words = [w for w in shlex.split(command.replace('$algorithm', 'random').replace('$seed', '0')) if w != 'DATA']

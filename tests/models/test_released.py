@@ -24,7 +24,7 @@ from timm_mixpath.utils.errors import RunError
 
 OUT_CHS = (48, 48, 96, 96, 96, 192, 192, 192, 256, 256, 320, 320)
 EXPANSIONS, KERNELS = (3, 6), (3, 5, 7, 9)
-README = Path(__file__).parents[2] / 'README.md'
+README = Path(__file__).parents[2] / 'recipes' / 'README.md'
 
 
 class ReleasedBlock(nn.Module):

@@ -11,12 +11,14 @@ from hypothesis import strategies as st
 from timm.utils import ParseKwargs
 
 from timm_mixpath import Arch, BlockChoice
+from timm_mixpath.spaces.arch import SKIP
 
 fixed = settings(derandomize=True, database=None, deadline=None, max_examples=60)
 
 kernels = st.integers(0, 15).map(lambda i: 2 * i + 1)
 groups = st.lists(kernels, min_size=1, max_size=4, unique=True).map(tuple)
-choices = st.builds(BlockChoice, st.lists(groups, min_size=1, max_size=4).map(tuple), st.integers(1, 12))
+expansions = st.integers(1, 12) | st.integers(1, 99_999).map(lambda i: i / 10_000) | st.sampled_from([2.5, 4.5, 6.0])
+choices = st.just(SKIP) | st.builds(BlockChoice, st.lists(groups, min_size=1, max_size=4).map(tuple), expansions)
 archs = st.lists(choices, min_size=1, max_size=14).map(Arch.from_blocks)
 
 
@@ -57,7 +59,9 @@ def test_order_of_kernels_is_irrelevant(arch: Arch, rng):
     def shuffled(group: tuple[int, ...]) -> str:
         return '+'.join(str(k) for k in rng.sample(group, len(group)))
 
-    text = ','.join(f'k{".".join(shuffled(g) for g in b.groups)}_e{b.expand_ratio}' for b in arch.blocks)
+    text = ','.join(
+        'skip' if b.is_skip else f'k{".".join(shuffled(g) for g in b.groups)}_e{b.expand_ratio}' for b in arch.blocks
+    )
     assert Arch(text) == arch
     assert hash(Arch(text)) == hash(arch)
     assert Arch(text).blocks == arch.blocks
@@ -69,7 +73,9 @@ def test_survives_timm_model_kwargs(arch: Arch):
     assert parse_model_kwargs(f'--model-kwargs arch={arch} m=2') == {'arch': str(arch), 'm': 2}
 
 
-@pytest.mark.parametrize('text', ['k3.5+7.9.3_e6', 'k3_e6', 'k3+5_e6,k7_e3', 'k3.5_e6,k3.5+7.9.3_e6'])
+@pytest.mark.parametrize(
+    'text', ['k3.5+7.9.3_e6', 'k3_e6', 'k3+5_e6,k7_e3', 'k3.5_e6,k3.5+7.9.3_e6', 'skip,k3_e4.5', 'k3_e0.75,skip']
+)
 def test_survives_an_unquoted_shell_word(text):
     word = subprocess.run(['sh', '-c', f'printf %s arch={text}'], capture_output=True, text=True, check=True).stdout
     assert parse_model_kwargs(f'--model-kwargs {word}') == {'arch': text}
@@ -85,6 +91,9 @@ def test_survives_an_unquoted_shell_word(text):
         ('k3.7+5.9.3_e6', 'k3.5+7.9.3_e6', ((3,), (5, 7), (9,), (3,)), 6, (1, 2, 1, 1)),
         (' k3_e6\n', 'k3_e6', ((3,),), 6, (1,)),
         ('k03_e06', 'k3_e6', ((3,),), 6, (1,)),
+        ('k3_e4.50', 'k3_e4.5', ((3,),), 4.5, (1,)),
+        ('k3_e6.0', 'k3_e6', ((3,),), 6, (1,)),
+        (' skip', 'skip', (), 0, ()),
     ],
 )
 def test_parse(text, canonical, groups, expand_ratio, num_paths):
@@ -158,6 +167,10 @@ FORM = 'k<kernels>_e<expansion>'
         ('k3_e٦', 0, "expansion '٦'", 'number'),
         ('k3_e6 k5_e3', 0, "'k3_e6 k5_e3'", FORM),
         ('k3_e6,k3_e0', 1, 'expansion 0', 'positive integer'),
+        ('k3_e0.0', 0, 'expansion 0.0', 'positive'),
+        ('k3_e4.', 0, "expansion '4.'", 'decimals'),
+        ('k3_e1e1', 0, "expansion '1e1'", 'number'),
+        ('skip_e3', 0, 'skip_e3', 'skip'),
     ],
 )
 def test_malformed_text(text, index, token, allowed):
