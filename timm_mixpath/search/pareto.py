@@ -38,16 +38,14 @@ def crowding_distance(values: np.ndarray, weights: Sequence[float]) -> np.ndarra
     Returns:
         Distances, [num_candidates]; finite ones are at most 1.
     """
+    from pymoo.operators.survival.rank_and_crowding.metrics import calc_crowding_distance
+
     unique, first = np.unique(np.asarray(values, dtype=float), axis=0, return_index=True)
-    distance = np.zeros(len(unique))
-    for column, weight in zip(unique.T, np.asarray(weights, dtype=float) / np.sum(weights)):
-        order = np.argsort(column, kind='stable')
-        column = column[order]
-        if column[-1] > column[0]:
-            distance[order[1:-1]] += weight * (column[2:] - column[:-2]) / (column[-1] - column[0])
-            distance[order[[0, -1]]] = np.inf
     if len(unique) == 1:
-        distance[:] = np.inf
+        distance = np.full(1, np.inf)
+    else:
+        shares = np.asarray(weights, dtype=float) / np.sum(weights)
+        distance = sum(share * calc_crowding_distance(unique[:, [j]]) for j, share in enumerate(shares))
     result = np.zeros(len(values))
     result[first] = distance
     return result
