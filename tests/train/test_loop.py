@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from commands import assert_equal, command, environment, torchrun
 from conftest import small_args
 from timm.models._helpers import _torch_load
@@ -291,3 +292,14 @@ def test_validation_on_held_out_training_images(digits: Path, tmp_path: Path, ca
     assert result.metrics['eval_top1'] % 2 == pytest.approx(0, abs=1e-4)  # of 50 images
     with pytest.raises(UsageError, match='needs a --search-holdout SHARE'):
         train(small_args(tmp_path / 'data', tmp_path, experiment='other', **options))
+
+
+def test_process_group_of_the_caller_is_used_and_left_open(digits: Path, tmp_path: Path) -> None:
+    alone = train(small_args(digits, tmp_path, experiment='alone', epochs=1)).metrics
+    dist.init_process_group('gloo', init_method=f'file://{tmp_path}/store', rank=0, world_size=1)
+    try:
+        within = train(small_args(digits, tmp_path, experiment='within', epochs=1)).metrics
+        assert dist.is_initialized()
+    finally:
+        dist.destroy_process_group()
+    assert within == alone

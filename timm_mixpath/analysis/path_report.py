@@ -246,7 +246,7 @@ def _plot_cosines(ax: 'Axes', result: 'StatsResult') -> None:
 
 
 def _plot_ratios(
-    ax: 'Axes', lines: Sequence[Sequence[float]], yardsticks: Sequence[tuple], name: str = 'one sum'
+    ax: 'Axes', lines: Sequence[Sequence[float]], baselines: Sequence[tuple], name: str = 'one sum'
 ) -> None:
     """A thin line per entry, called `name`, their median, and dashed what (text, function of k) says."""
     largest = max(map(len, lines))
@@ -256,7 +256,7 @@ def _plot_ratios(
     columns = [[v for line in lines for v in line[k - 1 : k] if v == v] for k in ks]
     medians = [median(column) if column else math.nan for column in columns]
     ax.plot(ks, medians, 'o-', color=BLUE, linewidth=2.4, markersize=5, label='median', zorder=4)
-    for (text, of), color in zip(yardsticks, (ACCENT, '0.45')):
+    for (text, of), color in zip(baselines, (ACCENT, '0.45')):
         # joined by straight lines as the others are: between the numbers of paths there is nothing to compare
         ax.plot(ks, [of(k) for k in ks], '--', color=color, linewidth=1.2, label=text, zorder=5)
     ax.set_xticks(ks)

@@ -25,6 +25,7 @@ from ..search.images import Batches
 from ..spaces.sampling import sample
 from ..train.checkpoint import check_supernet
 from ..utils.errors import RunError, UsageError
+from ..utils.modes import eval_mode
 
 __all__ = ['PathStatistics', 'ShadowStatistics', 'StatsResult', 'path_statistics', 'shadow_statistics', 'sum_ratios']
 
@@ -381,12 +382,9 @@ def shadow_statistics(supernet: nn.Module) -> list[ShadowStatistics]:
 @contextmanager
 def _left_as_it_was(supernet: Supernet) -> Iterator[None]:
     """Within the context the supernet is in eval mode; then every module has its mode, and the arch is back."""
-    modes = [(module, module.training) for module in supernet.modules()]
     arch = supernet.active_arch
-    supernet.eval()
-    try:
-        yield
-    finally:
-        supernet.active_arch = arch
-        for module, training in modes:
-            module.training = training
+    with eval_mode(supernet):
+        try:
+            yield
+        finally:
+            supernet.active_arch = arch

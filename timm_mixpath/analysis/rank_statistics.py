@@ -12,6 +12,8 @@ from typing import Any
 
 import numpy as np
 
+from ..utils.errors import needs
+
 __all__ = ['Estimate', 'RankStatistics', 'rank_correlation', 'require_scipy', 'tau_difference']
 
 
@@ -81,10 +83,8 @@ def require_scipy() -> None:
     Raises:
         ImportError: It is not.
     """
-    try:
+    with needs('rank correlations need scipy', 'rank'):
         import scipy.stats  # noqa: F401
-    except ImportError as e:
-        raise ImportError(f"rank correlations need scipy ({e}): pip install 'timm-mixpath[rank]'") from e
 
 
 def rank_correlation(

@@ -54,7 +54,7 @@ def write_ranking_json(result: RankResult, path: str | os.PathLike) -> None:
             for name, parts in result.statistics.items()
         },
         tau_gains={
-            name: {yardstick: gain.to_dict() for yardstick, gain in gains.items()}
+            name: {baseline: gain.to_dict() for baseline, gain in gains.items()}
             for name, gains in result.tau_gains.items()
         },
     )
@@ -73,11 +73,11 @@ def format_ranking(result: RankResult) -> str:
             overlaps = (estimate.text(2) for estimate in s.top_k_overlap.values())
             rows.append((LABELS[name], s.kendall_tau.text(3), s.spearman_rho.text(3), *overlaps, s.regret.text(2)))
         blocks.append(format_table(rows, '<'))
-    gains = {name: by_yardstick for name, by_yardstick in result.tau_gains.items() if by_yardstick}
+    gains = {name: by_baseline for name, by_baseline in result.tau_gains.items() if by_baseline}
     if gains:
-        rows = [('Kendall tau above that of', *(LABELS[yardstick] for yardstick in next(iter(gains.values()))))]
-        for name, by_yardstick in gains.items():
-            rows.append((LABELS[name], *(gain.text(3) for gain in by_yardstick.values())))
+        rows = [('Kendall tau above that of', *(LABELS[baseline] for baseline in next(iter(gains.values()))))]
+        for name, by_baseline in gains.items():
+            rows.append((LABELS[name], *(gain.text(3) for gain in by_baseline.values())))
         blocks.append(format_table(rows, '<'))
     notes = [
         f'{LABELS[name]} gives all {len(result.archs)} archs the same {result.config.score}, so correlations are '

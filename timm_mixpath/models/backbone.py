@@ -5,6 +5,7 @@ network that timm builds, with some of its blocks exchanged (see `backbone_block
 parameter names are timm's. Starting a supernet from a pretrained network is this package's own, not the paper's.
 """
 
+import difflib
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -212,8 +213,9 @@ _MODULES = ('efficientnet', 'hardcorenas', 'mobilenetv3')
 
 
 def _choice_blocks(model: nn.Module) -> dict[str, nn.Module]:
-    modules = dict(model.named_modules())  # features_only may have taken the last ones
-    return {name: modules[name] for name in model.space.block_names if name in modules}
+    places = {name: tuple(map(int, name.split('.')[1:])) for name in model.space.block_names}
+    # features_only may have taken the last stages
+    return {name: model.blocks[i][j] for name, (i, j) in places.items() if i < len(model.blocks)}
 
 
 def list_backbones(filter: str = '', pretrained: bool = False) -> list[str]:
@@ -332,7 +334,9 @@ def check_backbone(backbone: str) -> None:
 def _problem(name: str) -> str | None:
     """Why a name can't be a backbone, None if it can."""
     if not is_model(name):
-        return 'timm has no such model; timm_mixpath.list_backbones() names those that can be one'
+        near = difflib.get_close_matches(name, timm.list_models(module=list(_MODULES)), 1)
+        hint = f', did you mean {near[0]!r}?' if near else ';'
+        return f'timm has no such model{hint} timm_mixpath.list_backbones() names those that can be one'
     if name.startswith('mixpath'):
         return 'it is a network of this package'
     try:

@@ -179,8 +179,10 @@ class BackboneChoice(nn.Module):
         branch = self._modules[self.active_branch]
         for paths, group in zip(_path_sums(branch.get_submodule(self.site.paths)), choice.groups):
             paths.active = tuple(path_name(k) for k in group)
-        for module in branch.modules():
-            set_num_paths(module, len(choice.groups[0]))
+        # With channel groups nothing counts paths
+        set_num_paths(branch.get_submodule(self.site.sum_norm), len(choice.groups[0]))
+        if self.site.is_inside and isinstance(branch.se, SqueezeExcite):
+            set_num_paths(branch.se.conv_reduce, len(choice.groups[0]))
 
     def feature_info(self, location: str) -> dict[str, Any]:
         """Feature tap of the block, the bottleneck in every case: the expansion's width varies."""

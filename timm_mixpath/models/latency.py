@@ -5,6 +5,7 @@ import copy
 import torch
 import torch.nn as nn
 
+from ..utils.modes import eval_mode
 from .cost import check_input_size
 
 __all__ = ['measure_latency']
@@ -60,15 +61,8 @@ def measure_latency(
     generator = torch.Generator(device).manual_seed(0)
     x = torch.randn(batch_size, *input_size, device=device, dtype=dtype, generator=generator)  # (B, C, H, W)
     x = x.to(memory_format=memory_format)
-    # Per module, because some may be frozen in eval mode
-    modes = [(module, module.training) for module in model.modules()]
-    try:
-        model.eval()
-        with torch.inference_mode():
-            # The timer waits for the device; without num_threads it would take a single thread
-            timer = Timer('model(x)', globals=dict(model=model, x=x), num_threads=num_threads)
-            measurement = timer.blocked_autorange(min_run_time=min_run_time_s)
-    finally:
-        for module, training in modes:
-            module.training = training
+    with eval_mode(model), torch.inference_mode():
+        # The timer waits for the device; without num_threads it would take a single thread
+        timer = Timer('model(x)', globals=dict(model=model, x=x), num_threads=num_threads)
+        measurement = timer.blocked_autorange(min_run_time=min_run_time_s)
     return measurement.median * 1e3

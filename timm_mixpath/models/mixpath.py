@@ -9,7 +9,6 @@ description; S2 and S3 are reconstructions on the backbone that the published bu
 is this package's own.
 """
 
-import math
 import re
 import sys
 from functools import partial
@@ -17,7 +16,6 @@ from typing import Any, ClassVar
 
 import torch
 import torch.nn as nn
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import LayerType, create_classifier, create_conv2d, get_act_layer, get_norm_act_layer
 from timm.models import generate_default_cfgs, is_model, register_model
 from timm.models.efficientnet import EfficientNet, efficientnet_init_weights
@@ -30,7 +28,7 @@ from ._timm import init_weight_goog
 from .blocks import DepthwiseSeparable, MultiPathResidual, spec_kwargs
 from .choice_blocks import ActivePathSum, ChoiceBlock, subnet_state_dict
 from .layers import ReLU6FromOutput, fold_bn
-from .pretrained import add_weights, build_model, check_state_dict
+from .pretrained import add_weights, build_model, check_state_dict, space_cfg
 from .released import checkpoint_filter_fn, remap_state_dict
 from .supernet import Supernet
 
@@ -332,23 +330,16 @@ def _create_discovered(variant: str, space_name: str, genotype: str, pretrained:
     return create_mixpath(MixPath, variant, get_space(space_name), pretrained, arch=genotype, **kwargs)
 
 
-def _cfg(space: SearchSpace, **kwargs: Any) -> dict:
-    return {
-        'url': '',
-        'num_classes': space.num_classes,
-        'input_size': space.input_size,
-        'pool_size': tuple(math.ceil(size / space.reduction) for size in space.input_size[1:]),
-        'crop_pct': 1.0,
-        'interpolation': 'bicubic',
-        'mean': IMAGENET_DEFAULT_MEAN,
-        'std': IMAGENET_DEFAULT_STD,
-        'first_conv': 'conv_stem',
-        'classifier': 'classifier',
-        'license': 'apache-2.0',
-        'paper_ids': 'arXiv:2001.05887',
-        'paper_name': 'MixPath: A Unified Approach for One-shot Neural Architecture Search',
+def _cfg(space: SearchSpace, **kwargs: Any) -> dict[str, Any]:
+    return space_cfg(
+        space,
+        space.reduction,
+        first_conv='conv_stem',
+        classifier='classifier',
+        paper_ids='arXiv:2001.05887',
+        paper_name='MixPath: A Unified Approach for One-shot Neural Architecture Search',
         **kwargs,
-    }
+    )
 
 
 default_cfgs = generate_default_cfgs(

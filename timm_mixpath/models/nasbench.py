@@ -5,7 +5,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch.nn as nn
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import create_conv2d, get_norm_act_layer
 from timm.models import generate_default_cfgs, register_model
 
@@ -27,7 +26,7 @@ from .cells import (
     NB201Reduction,
     path_name,
 )
-from .pretrained import add_weights, build_model, check_state_dict
+from .pretrained import add_weights, build_model, check_state_dict, space_cfg
 
 __all__ = ['NB101Net', 'NB101Supernet', 'NB201Net', 'NB201Supernet']
 
@@ -185,19 +184,7 @@ def _create(model_cls: type[CellNet], variant: str, pretrained: bool, **kwargs: 
 
 
 def _cfg(space: CellSpace, **kwargs: Any) -> dict[str, Any]:
-    return {
-        'url': '',
-        'num_classes': space.num_classes,
-        'input_size': space.input_size,
-        'pool_size': (space.input_size[1] // 4, space.input_size[2] // 4),
-        'crop_pct': 1.0,
-        'interpolation': 'bicubic',
-        'mean': IMAGENET_DEFAULT_MEAN,
-        'std': IMAGENET_DEFAULT_STD,
-        'classifier': 'fc',
-        'license': 'apache-2.0',
-        **kwargs,
-    }
+    return space_cfg(space, 4, classifier='fc', **kwargs)
 
 
 default_cfgs = generate_default_cfgs(

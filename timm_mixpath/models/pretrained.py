@@ -4,6 +4,7 @@ timm loads what it finds; here tensors have to have the names and shapes of the 
 """
 
 import json
+import math
 import os
 import pickle
 from collections.abc import Callable, Iterator
@@ -14,16 +15,27 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import get_norm_layer
 from timm.models import build_model_with_cfg, resolve_pretrained_cfg
 from timm.models.efficientnet import resolve_bn_args
 from torch import nn
 
+from ..spaces.space import Space
 from ..utils.errors import RunError, UsageError, concise
 from ..utils.hub_client import CONFIG_NAME, WEIGHTS_NAME, fetch_model
 from ..utils.recipes import model_recipes
 
-__all__ = ['HUB_ORG', 'SOURCE_KEYS', 'add_weights', 'build_model', 'check_state_dict', 'locate_weights', 'readable']
+__all__ = [
+    'HUB_ORG',
+    'SOURCE_KEYS',
+    'add_weights',
+    'build_model',
+    'check_state_dict',
+    'locate_weights',
+    'readable',
+    'space_cfg',
+]
 
 
 # The organisation on the Hub under which the official weights live, read once, at import
@@ -62,6 +74,28 @@ def add_weights(cfgs: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
         cfg.pop('tag', None)
         cfgs[config_path.parent.name] = {**cfg, 'file': str(config_path.with_name(WEIGHTS_NAME))}
     return cfgs
+
+
+def space_cfg(space: Space, reduction: int, **kwargs: Any) -> dict[str, Any]:
+    """Return the pretrained cfg of the models of a space, without weights.
+
+    Args:
+        space: The space.
+        reduction: Stride of the last features.
+        **kwargs: What else stands in it, such as `first_conv` and `classifier`.
+    """
+    return {
+        'url': '',
+        'num_classes': space.num_classes,
+        'input_size': space.input_size,
+        'pool_size': tuple(math.ceil(size / reduction) for size in space.input_size[1:]),
+        'crop_pct': 1.0,
+        'interpolation': 'bicubic',
+        'mean': IMAGENET_DEFAULT_MEAN,
+        'std': IMAGENET_DEFAULT_STD,
+        'license': 'apache-2.0',
+        **kwargs,
+    }
 
 
 def build_model(

@@ -12,7 +12,7 @@ from torch.utils.data import Dataset
 
 from ..models.backbone import BackboneNet, BackboneSupernet
 from ..train.checkpoint import LoadedModel, state_dict_sha256
-from ..train.data import Subset, check_classes, hold_out, iterate, open_dataset
+from ..train.data import Subset, check_classes, hold_out, image_mode, iterate, open_dataset
 from ..utils.errors import UsageError
 
 __all__ = ['Batches', 'SearchData', 'load_batches', 'load_images', 'open_search_split', 'recalibration_batches']
@@ -124,7 +124,7 @@ def open_search_split(loaded: LoadedModel, data: SearchData, *, warn: bool = Tru
     options = dict(
         class_map=pick(data.class_map, 'class_map', ''),
         download=data.dataset_download,
-        input_img_mode=pick(None, 'input_img_mode') or ('RGB' if loaded.data_config['input_size'][0] == 3 else 'L'),
+        input_img_mode=pick(None, 'input_img_mode') or image_mode(loaded.data_config['input_size'][0]),
     )
     if data.search_split:
         search_set = open_dataset(dataset, root, data.search_split, **options)

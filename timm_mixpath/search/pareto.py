@@ -4,6 +4,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from ..utils.errors import needs
+
 __all__ = ['crowding_distance', 'pareto_front', 'require_pymoo']
 
 
@@ -57,12 +59,10 @@ def require_pymoo() -> None:
     Raises:
         ImportError: It is not.
     """
-    try:
+    with needs('the search needs pymoo 0.6.1.6 or newer', 'search'):
         from pymoo.config import Config
 
         # pymoo 0.6.1.6 is the first whose operators draw from a random state of the run, not from numpy's global one
         from pymoo.util import default_random_state  # noqa: F401
-    except ImportError as e:
-        raise ImportError(f"the search needs pymoo 0.6.1.6 or newer ({e}): pip install 'timm-mixpath[search]'") from e
     # pymoo prints a hint to stdout where its compiled modules are missing; nothing used here is among them
     Config.warnings['not_compiled'] = False

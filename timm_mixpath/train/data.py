@@ -15,7 +15,17 @@ from ..models._timm import search_split
 from ..utils.errors import RunError, UsageError, concise
 from .image_files import ImageFiles
 
-__all__ = ['HOLDOUT_SPLIT', 'Subset', 'check_classes', 'class_names', 'hold_out', 'iterate', 'open_dataset', 'targets']
+__all__ = [
+    'HOLDOUT_SPLIT',
+    'Subset',
+    'check_classes',
+    'class_names',
+    'hold_out',
+    'image_mode',
+    'iterate',
+    'open_dataset',
+    'targets',
+]
 
 
 # Name under which the held-out training images are a split to validate on
@@ -176,6 +186,11 @@ def iterate(loader: Iterable) -> Iterator[Any]:
             text = re.sub(r'^[\w.]+(Error|Exception): ', '', str(e).strip().splitlines()[-1])
             raise RunError(f'images can not be read: {text}') from e
         yield batch
+
+
+def image_mode(channels: int) -> str:
+    """Return the mode in which images are opened for a model of so many input channels."""
+    return 'RGB' if channels == 3 else 'L'
 
 
 def class_names(dataset: Dataset) -> list[str] | None:

@@ -12,14 +12,14 @@ from timm.data import FastCollateMixup, Mixup, create_loader
 from ..models.supernet import Supernet
 from ..utils.errors import UsageError
 from .cached_loader import CachedLoader
-from .data import HOLDOUT_SPLIT, check_classes, hold_out, open_dataset
+from .data import HOLDOUT_SPLIT, check_classes, hold_out, image_mode, open_dataset
 from .options import mixup_active
 
 __all__ = ['create_loaders', 'open_data']
 
 
 def open_data(args: Namespace, model: torch.nn.Module, data_config: dict[str, Any]) -> tuple[Any, Any]:
-    args.input_img_mode = args.input_img_mode or ('RGB' if data_config['input_size'][0] == 3 else 'L')
+    args.input_img_mode = args.input_img_mode or image_mode(data_config['input_size'][0])
     common = dict(
         class_map=args.class_map,
         download=args.dataset_download,

@@ -1,4 +1,4 @@
-"""A short training loop of timm's public parts, for supernets and for ordinary models.
+"""A training loop of timm's public parts, for supernets and for ordinary models.
 
 It takes the options of timm's train.py (see `options.py`), and adds what a search needs: a held-out search split, a
 run that resumes bit for bit on the CPU, and a stop at the first loss that is not finite.
@@ -9,6 +9,7 @@ import math
 import time
 from argparse import Namespace
 from collections import OrderedDict
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from datetime import datetime
@@ -18,7 +19,6 @@ from typing import Any
 
 import timm
 import torch
-import torch.distributed as dist
 import yaml
 from timm import utils
 from timm.data import Mixup
@@ -27,13 +27,13 @@ from timm.loss import create_classification_loss
 from timm.models import get_pretrained_cfg, safe_model_name
 from timm.optim import create_optimizer_v2, optimizer_kwargs
 from timm.scheduler import create_scheduler_v2, scheduler_kwargs
-from timm.task import ClassificationTask, evaluation_sample_limit, load_task_ema_checkpoint, resume_task_checkpoint
+from timm.task import TrainingTask, evaluation_sample_limit, load_task_ema_checkpoint, resume_task_checkpoint
 from timm.utils.summary import trim_summary
 from torch import nn
 
 from ..models.supernet import Supernet
 from ..models.warm_start import warm_start
-from ..utils.distributed import init_device
+from ..utils.distributed import open_process
 from ..utils.errors import RunError, UsageError, as_usage_error, concise
 from ..utils.files import make_output_dir, write_atomic
 from ..utils.progress import progress_bar
@@ -74,6 +74,41 @@ class TrainResult:
     metrics: dict[str, float] = field(default_factory=dict)
 
 
+@dataclass
+class _Run:
+    """What a training is made of, beside its options.
+
+    Attributes:
+        task: What is trained.
+        loader_train: Training images.
+        loader_val: Validation images, None for none.
+        mixup_fn: Mixup that the loader does not do itself.
+        optimizer: The optimizer.
+        scheduler: Its schedule, None for none.
+        loss_scaler: For gradients in float16, None elsewhere.
+        autocast: Context of a forward pass.
+        saver: Writes checkpoints; None on other ranks than the first.
+        output_dir: Folder of the run; None on other ranks than the first.
+        start_epoch: First epoch.
+        num_epochs: Number of epochs.
+        eval_metric: What the best checkpoint is best in.
+    """
+
+    task: TrainingTask
+    loader_train: Any
+    loader_val: Any
+    mixup_fn: Mixup | None
+    optimizer: torch.optim.Optimizer
+    scheduler: Any
+    loss_scaler: Any
+    autocast: Callable[[], Any]
+    saver: AtomicCheckpointSaver | None
+    output_dir: Path | None
+    start_epoch: int
+    num_epochs: int
+    eval_metric: str
+
+
 def train(args: Namespace) -> TrainResult:
     """Train a model.
 
@@ -89,15 +124,11 @@ def train(args: Namespace) -> TrainResult:
     check_values(args)
     if args.resume:
         check_resumed(args, read_checkpoint(args.resume)['args'])
-    device = init_device(args)
-    if torch.cuda.is_available():
-        torch.backends.cuda.matmul.allow_tf32 = True
-        torch.backends.cudnn.benchmark = True
-    try:
-        return _train(args, device)
-    finally:
-        if args.distributed:
-            dist.destroy_process_group()
+    with open_process(args.device, args):
+        if torch.cuda.is_available():
+            torch.backends.cuda.matmul.allow_tf32 = True
+            torch.backends.cudnn.benchmark = True
+        return _train_epochs(args, _set_up(args))
 
 
 def train_or_resume(args: Namespace) -> dict[str, str]:
@@ -158,8 +189,8 @@ def _init_head(model: nn.Module, args: Namespace) -> None:
             head.bias.fill_(args.head_init_bias)
 
 
-def _train(args: Namespace, device: torch.device) -> TrainResult:
-    primary = utils.is_primary(args)
+def _set_up(args: Namespace) -> _Run:
+    device, primary = torch.device(args.device), utils.is_primary(args)
     output_dir = _output_dir(args) if primary else None
 
     # Model, task, optimizer, in the order of timm's train.py
@@ -235,7 +266,7 @@ def _train(args: Namespace, device: torch.device) -> TrainResult:
         device_ids = None if device.type == 'cpu' else [device]
         task.prepare_distributed(device_ids=device_ids, broadcast_buffers=not args.no_ddp_bb)
 
-    updates_per_epoch = math.ceil(len(loader_train) / args.grad_accum_steps)
+    updates_per_epoch = _updates_per_epoch(args, loader_train)
     eval_metric = args.eval_metric if loader_val is not None else 'loss'
     decreasing = eval_metric == 'loss'
     with as_usage_error(f'schedule {args.sched!r} can not be created'):
@@ -264,14 +295,37 @@ def _train(args: Namespace, device: torch.device) -> TrainResult:
         )
         if args.resume and Path(args.resume).resolve().parent == output_dir.resolve():
             saver.load_state_dict_from_checkpoint(args.resume)
+    return _Run(
+        task=task,
+        loader_train=loader_train,
+        loader_val=loader_val,
+        mixup_fn=mixup_fn,
+        optimizer=optimizer,
+        scheduler=scheduler,
+        loss_scaler=loss_scaler,
+        autocast=autocast,
+        saver=saver,
+        output_dir=output_dir,
+        start_epoch=start_epoch,
+        num_epochs=num_epochs,
+        eval_metric=eval_metric,
+    )
+
+
+def _updates_per_epoch(args: Namespace, loader: Any) -> int:
+    return math.ceil(len(loader) / args.grad_accum_steps)
+
+
+def _train_epochs(args: Namespace, run: _Run) -> TrainResult:
+    primary, task, saver, output_dir = utils.is_primary(args), run.task, run.saver, run.output_dir
     result = TrainResult(output_dir)
     if saver is not None:
         result.best_metric, result.best_epoch = saver.best_metric, saver.best_epoch
-    if args.resume and start_epoch >= num_epochs:
+    if args.resume and run.start_epoch >= run.num_epochs:
         if primary:
             _logger.info(
-                f'{args.resume!r} has ended after {start_epoch} epochs and nothing is left to train; a larger --epochs '
-                'goes on'
+                f'{args.resume!r} has ended after {run.start_epoch} epochs and nothing is left to train; a larger '
+                '--epochs goes on'
             )
         return result
 
@@ -281,40 +335,42 @@ def _train(args: Namespace, device: torch.device) -> TrainResult:
             known = vars(default_args()).keys() - {'config'}
             options = {k: v for k, v in vars(args).items() if k in known}
             path.write_text(yaml.safe_dump(options, default_flow_style=False))
-        trim_summary(output_dir / 'summary.csv', start_epoch)
-        _logger.info(f'Training epochs {start_epoch} to {num_epochs - 1} on {args.device}, output in {output_dir}')
-
-    for epoch in range(start_epoch, num_epochs):
-        _start_epoch(args, loader_train, epoch)
-        train_metrics = _train_one_epoch(
-            args, epoch, task, loader_train, optimizer, scheduler, loss_scaler, autocast, mixup_fn, output_dir
+        trim_summary(output_dir / 'summary.csv', run.start_epoch)
+        _logger.info(
+            f'Training epochs {run.start_epoch} to {run.num_epochs - 1} on {args.device}, output in {output_dir}'
         )
+
+    for epoch in range(run.start_epoch, run.num_epochs):
+        _start_epoch(args, run.loader_train, epoch)
+        train_metrics = _train_one_epoch(args, run, epoch)
         if args.distributed and args.dist_bn:
             utils.distribute_bn(task.get_trainable_module(), args.world_size, args.dist_bn == 'reduce')
-        if (epoch + 1) % args.val_interval != 0 and epoch + 1 != num_epochs:
+        if (epoch + 1) % args.val_interval != 0 and epoch + 1 != run.num_epochs:
             if saver is not None:
                 saver.save_checkpoint(epoch)
-            if scheduler is not None:
-                scheduler.step(epoch + 1, metric=None)
+            if run.scheduler is not None:
+                run.scheduler.step(epoch + 1, metric=None)
             continue
 
         val_metrics = None
-        if loader_val is not None:
+        if run.loader_val is not None:
             ema = task.has_ema()
             if ema and args.distributed and args.dist_bn:
                 utils.distribute_bn(task.get_trainable_module(ema=True), args.world_size, args.dist_bn == 'reduce')
-            val_metrics = _validate(args, task, loader_val, autocast, ema=ema)
+            val_metrics = _validate(args, run, ema=ema)
             if not math.isfinite(val_metrics['loss']):  # the last step may have broken what its loss did not show
-                raise RunError(_not_finite(epoch, updates_per_epoch, val_metrics['loss'], output_dir))
-        metric = (val_metrics or train_metrics)[eval_metric]
+                raise RunError(
+                    _not_finite(epoch, _updates_per_epoch(args, run.loader_train), val_metrics['loss'], output_dir)
+                )
+        metric = (val_metrics or train_metrics)[run.eval_metric]
         if saver is not None:
-            lrs = [group['lr'] for group in optimizer.param_groups]
+            lrs = [group['lr'] for group in run.optimizer.param_groups]
             utils.update_summary(
                 epoch, train_metrics, val_metrics, filename=output_dir / 'summary.csv', lr=sum(lrs) / len(lrs)
             )
             result.best_metric, result.best_epoch = saver.save_checkpoint(epoch, metric=metric)
-        if scheduler is not None:
-            scheduler.step(epoch + 1, metric)
+        if run.scheduler is not None:
+            run.scheduler.step(epoch + 1, metric)
         result.metrics = {f'train_{k}': v for k, v in train_metrics.items()}
         result.metrics.update({f'eval_{k}': v for k, v in (val_metrics or {}).items()})
         if primary:
@@ -417,7 +473,7 @@ def _resolve_lr(args: Namespace) -> None:
     args.lr = args.lr_base * (ratio**0.5 if scale == 'sqrt' else ratio)
 
 
-def _resume(args: Namespace, task: ClassificationTask, optimizer: Any, loss_scaler: Any) -> int | None:
+def _resume(args: Namespace, task: TrainingTask, optimizer: Any, loss_scaler: Any) -> int | None:
     restore = not args.no_resume_opt
     try:
         resume_epoch = resume_task_checkpoint(
@@ -451,18 +507,8 @@ def _start_epoch(args: Namespace, loader: Any, epoch: int) -> None:
             owner.set_epoch(epoch)
 
 
-def _train_one_epoch(
-    args: Namespace,
-    epoch: int,
-    task: ClassificationTask,
-    loader: Any,
-    optimizer: torch.optim.Optimizer,
-    scheduler: Any,
-    loss_scaler: Any,
-    autocast: Any,
-    mixup_fn: Mixup | None,
-    output_dir: Path | None,
-) -> OrderedDict[str, float]:
+def _train_one_epoch(args: Namespace, run: _Run, epoch: int) -> OrderedDict[str, float]:
+    task, loader, optimizer, mixup_fn = run.task, run.loader_train, run.optimizer, run.mixup_fn
     if args.mixup_off_epoch and epoch >= args.mixup_off_epoch:
         if mixup_fn is not None:
             mixup_fn.mixup_enabled = False
@@ -477,7 +523,7 @@ def _train_one_epoch(
     accum_steps = args.grad_accum_steps
     second_order = getattr(optimizer, 'is_second_order', False)
     last_accum_steps = num_batches % accum_steps or accum_steps
-    updates_per_epoch = math.ceil(num_batches / accum_steps)
+    updates_per_epoch = _updates_per_epoch(args, loader)
     num_updates = epoch * updates_per_epoch
     loss_sum = torch.zeros((), device=task.device)  # stays on the device, reading it would wait for every step
     num_samples = 0
@@ -496,14 +542,14 @@ def _train_one_epoch(
         need_update = batch_index + 1 == num_batches or (batch_index + 1) % accum_steps == 0
 
         with nullcontext() if need_update else task.no_sync():
-            with autocast():
+            with run.autocast():
                 loss = task(input, target)['loss']
             scaled_loss = loss / steps if steps > 1 else loss
             clip_parameters = None
             if args.clip_grad is not None:
                 clip_parameters = task.get_clip_parameters(exclude_head='agc' in args.clip_mode)
-            if loss_scaler is not None:
-                loss_scaler(
+            if run.loss_scaler is not None:
+                run.loss_scaler(
                     scaled_loss,
                     optimizer,
                     clip_grad=args.clip_grad,
@@ -529,7 +575,7 @@ def _train_one_epoch(
         if update_index % args.log_interval == 0 or last_group:
             loss_avg = _mean_over_ranks(args, loss_sum / (batch_index + 1))
             if not math.isfinite(loss_avg):
-                raise RunError(_not_finite(epoch, update_index, loss_avg, output_dir))
+                raise RunError(_not_finite(epoch, update_index, loss_avg, run.output_dir))
             lr = optimizer.param_groups[0]['lr']
             speed = num_samples / (time.monotonic() - start)
             progress.set_postfix_str(f'loss {loss_avg:.3f}, {speed:.0f} images/s')
@@ -539,8 +585,8 @@ def _train_one_epoch(
                     f'LR: {lr:.3e}  {speed:.1f} images/s'
                 )
         progress.update()
-        if scheduler is not None:
-            scheduler.step_update(num_updates=num_updates, metric=None)
+        if run.scheduler is not None:
+            run.scheduler.step_update(num_updates=num_updates, metric=None)
     progress.close()
     if hasattr(optimizer, 'sync_lookahead'):
         optimizer.sync_lookahead()
@@ -560,9 +606,8 @@ def _mean_over_ranks(args: Namespace, value: torch.Tensor) -> float:
     return (utils.reduce_tensor(value, args.world_size) if args.distributed else value).item()
 
 
-def _validate(
-    args: Namespace, task: ClassificationTask, loader: Any, autocast: Any, ema: bool
-) -> OrderedDict[str, float]:
+def _validate(args: Namespace, run: _Run, ema: bool) -> OrderedDict[str, float]:
+    task, loader = run.task, run.loader_val
     model = task.get_eval_model(ema=ema)
     model.eval()
     evaluator = task.create_evaluator(max_samples=evaluation_sample_limit(loader))
@@ -572,7 +617,7 @@ def _validate(
                 input, target = input.to(task.device), target.to(task.device)
             if args.channels_last:
                 input = input.contiguous(memory_format=torch.channels_last)
-            with autocast():
+            with run.autocast():
                 output = model(input)
             evaluator.update(output, target)
     return evaluator.compute(distributed=args.distributed)

@@ -22,6 +22,8 @@ __all__ = ['Ranks', 'WorkQueue', 'init_device', 'open_process']
 def init_device(args: Namespace) -> torch.device:
     """Open the device and, under torchrun, the process group, as timm's train.py does.
 
+    A process group that is open already is used as it is.
+
     Args:
         args: `device` is read, the GPU if there is one and it is None; `device`, `distributed`, `rank`, `local_rank`
             and `world_size` are set.
@@ -32,30 +34,41 @@ def init_device(args: Namespace) -> torch.device:
     if args.device is None:
         args.device = 'cuda' if torch.cuda.is_available() else 'cpu'
     with as_usage_error(f'device {args.device!r} can not be used'):
-        device = init_distributed_device(args)
+        if dist.is_available() and dist.is_initialized():
+            args.rank, args.world_size = dist.get_rank(), dist.get_world_size()
+            args.local_rank = int(os.environ.get('LOCAL_RANK', 0))
+            args.distributed = args.world_size > 1
+            if args.distributed and args.device == 'cuda':
+                args.device = f'cuda:{args.local_rank}'
+            device = torch.device(args.device)
+        else:
+            device = init_distributed_device(args)
         torch.empty(0, device=device)
     return device
 
 
 @contextmanager
-def open_process(device: str | None) -> Iterator[Namespace]:
-    """Open the device, and close the process group of torchrun at the end.
+def open_process(device: str | None, process: Namespace | None = None) -> Iterator[Namespace]:
+    """Open the device, and close the process group of torchrun at the end, if it was not open before.
 
     Args:
         device: Device, the GPU if there is one and None is given.
+        process: Where to set what `init_device` sets, a new namespace if None.
 
     Yields:
-        What `init_device` sets.
+        It.
 
     Raises:
         UsageError: The device does not exist.
     """
-    process = Namespace(device=device)
+    process = Namespace() if process is None else process
+    process.device = device
+    was_open = dist.is_available() and dist.is_initialized()
     init_device(process)
     try:
         yield process
     finally:
-        if process.distributed:
+        if process.distributed and not was_open:
             dist.destroy_process_group()
 
 

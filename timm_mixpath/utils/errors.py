@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-__all__ = ['RunError', 'UsageError', 'as_usage_error', 'concise']
+__all__ = ['RunError', 'UsageError', 'as_usage_error', 'concise', 'needs']
 
 
 class UsageError(ValueError):
@@ -39,3 +39,20 @@ def as_usage_error(what: str) -> Iterator[None]:
     except (ArithmeticError, AssertionError, AttributeError, LookupError, OSError, RuntimeError, TypeError,
             ValueError) as e:  # fmt: skip
         raise UsageError(f'{what}: {concise(e)}') from e
+
+
+@contextmanager
+def needs(what: str, extra: str) -> Iterator[None]:
+    """Say how to install what an import inside the block lacks.
+
+    Args:
+        what: What needs which package, for example 'plots need matplotlib'.
+        extra: Extra of this package that brings it.
+
+    Raises:
+        ImportError: The block raised one; the cause is chained.
+    """
+    try:
+        yield
+    except ImportError as e:
+        raise ImportError(f"{what} ({e}): pip install 'timm-mixpath[{extra}]'") from e

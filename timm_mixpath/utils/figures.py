@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .errors import needs
 from .files import write_atomic
 
 if TYPE_CHECKING:
@@ -35,11 +36,9 @@ def new_figure(width: float, height: float) -> 'Figure':
     Raises:
         ImportError: matplotlib is not installed.
     """
-    try:
+    with needs('plots need matplotlib', 'plots'):
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
-    except ImportError as e:
-        raise ImportError(f"plots need matplotlib ({e}): pip install 'timm-mixpath[plots]'") from e
     figure = Figure(figsize=(width, height), dpi=150, layout='constrained')
     FigureCanvasAgg(figure)
     return figure
