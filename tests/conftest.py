@@ -1,5 +1,6 @@
 """Shared fixtures: small real images, and runs that the tests of several modules look at."""
 
+import os
 from argparse import Namespace
 from pathlib import Path
 from typing import Any
@@ -16,8 +17,9 @@ CLASSES = 10
 
 
 def pytest_configure() -> None:
-    # Small tensors gain nothing from threads, and threads that spin on busy cores lose a lot
-    torch.set_num_threads(1)
+    # Small tensors gain nothing from threads, and threads that spin on busy cores lose a lot: a float64 depthwise
+    # convolution is 10 times slower. OMP_NUM_THREADS=2 shows whether a result depends on their number.
+    torch.set_num_threads(int(os.environ.get('OMP_NUM_THREADS', 1)))
 
 
 @pytest.fixture(scope='session')

@@ -12,8 +12,6 @@ import torch.nn.functional as F
 
 from timm_mixpath import Arch, SearchSpace
 
-torch.set_num_threads(1)  # float64 depthwise convolutions of two threads on busy cores mostly wait: 10 times slower
-
 Tensors = dict[str, torch.Tensor]
 
 
