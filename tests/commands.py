@@ -51,7 +51,7 @@ def command(args: Any, *more: str) -> list[str]:
 
 def environment(**more: str) -> dict[str, str]:
     path = os.pathsep.join([str(TESTS), str(TESTS.parent)])
-    return dict(os.environ, PYTHONPATH=path, OMP_NUM_THREADS='1', **more)
+    return dict(os.environ, PYTHONPATH=path, OMP_NUM_THREADS=os.environ.get('OMP_NUM_THREADS', '1'), **more)
 
 
 def torchrun(*words: str, cwd: Path | None = None, **more: str) -> subprocess.CompletedProcess:

