@@ -29,7 +29,7 @@ from ..train.loop import train_or_resume
 from ..train.options import default_args
 from ..utils.errors import UsageError, as_usage_error
 from ..utils.files import make_output_dir
-from ..utils.numbers import parse_count
+from ..utils.numbers import parse_count, parse_float
 from ..utils.tables import format_table, write_json
 from .common import check_same_run, from_args, setup_logging
 
@@ -361,7 +361,7 @@ def add_adapt(parser: argparse.ArgumentParser) -> None:
     add('--generations', type=int, default=10, metavar='N', help='generations of the search (default: 10)')
     add('--num-images', type=parse_count, default=500, metavar='N', help='images to score archs with (default: 500)')
     add('--recalibration-images', type=parse_count, default=256, metavar='N', help='0 for none (default: 256)')
-    add('--lr', type=float, default=1e-3, help='learning rate of AdamW (default: 0.001)')
+    add('--lr', type=parse_float, default=1e-3, help='learning rate of AdamW (default: 0.001)')
     add('--no-distill', dest='distill', action='store_false', help='the backbone teaches neither supernet nor winner')
     add('--seed', type=int, default=0)
     add('-j', '--workers', type=int, default=2, metavar='N')
