@@ -5,6 +5,8 @@ import logging
 import os
 import time
 from argparse import Namespace
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,14 +26,13 @@ from ..search.pareto import require_pymoo
 from ..search.pool import check_limits
 from ..search.run import search_checkpoint
 from ..train.checkpoint import load_model
-from ..train.data import class_names, open_dataset
 from ..train.loop import train_or_resume
 from ..train.options import default_args
 from ..utils.errors import UsageError, as_usage_error
 from ..utils.files import make_output_dir
 from ..utils.numbers import parse_count, parse_float
 from ..utils.tables import format_table, write_json
-from .common import check_same_run, from_args, setup_logging
+from .common import check_same_run, from_args, setup_logging, user_images
 
 __all__ = ['AdaptConfig', 'add_adapt', 'run_adapt', 'run_adapt_command']
 
@@ -115,9 +116,9 @@ def run_adapt(config: AdaptConfig, output: str | os.PathLike) -> Path:
         raise UsageError(f'--backbone-weights {config.backbone_weights!r} is not a file')
     if config.data_dir is None and not config.dataset:
         raise UsageError('no images: pass --data-dir DIR with train/ and validation/, or --dataset NAME')
-    for name in ('finetune_epochs', 'supernet_epochs'):
-        if getattr(config, name) < 1:
-            raise UsageError(f'--{name.replace("_", "-")} {getattr(config, name)} must be at least 1')
+    for option in ('finetune_epochs', 'supernet_epochs'):
+        if getattr(config, option) < 1:
+            raise UsageError(f'--{option.replace("_", "-")} {getattr(config, option)} must be at least 1')
     search_config = SearchConfig(
         population=24,
         offspring=12,
@@ -127,14 +128,13 @@ def run_adapt(config: AdaptConfig, output: str | os.PathLike) -> Path:
         max_params=config.max_params,
         seed=config.seed,
     )
-    train_set = open_dataset(config.dataset, config.data_dir, config.train_split, download=config.dataset_download)
-    names = class_names(train_set)
-    if names is None:
-        raise UsageError(f'the classes of data set {config.dataset!r} are not known, use `timm-mixpath train`')
+    images, classes, num_images = user_images(config, config.data_dir)
     size = config.img_size or get_pretrained_cfg(config.backbone).input_size[1]
-    kwargs = dict(backbone=config.backbone, m=config.m)
+    name = config.backbone.partition('.')[0]
+    kwargs = dict(backbone=name, m=config.m)
+    finetuning = dict(epochs=config.finetune_epochs, lr=config.lr / 2)
     with as_usage_error(f'image size {size} is out of range'):
-        supernet = timm.create_model('mixpath_supernet', num_classes=len(names), device='meta', **kwargs)
+        supernet = timm.create_model('mixpath_supernet', num_classes=len(classes), device='meta', **kwargs)
         table = cost_table(supernet, (3, size, size))
     own_macs = table.macs(supernet.space.default_arch)
     low, high = table.bounds('macs')
@@ -146,16 +146,18 @@ def run_adapt(config: AdaptConfig, output: str | os.PathLike) -> Path:
         f'{low / 1e6:.1f} to {high / 1e6:.1f} M'
     )
 
-    job = _Job(config, output, len(names), size)
-    stages = _Stages(_shares(config, len(train_set)))
+    job = _Job(config, output, {**images, 'num_classes': len(classes), 'img_size': size})
+    stages = _Stages(_shares(config, num_images))
     with stages('Fine-tuning the backbone'):
-        backbone = job.finetune('backbone', config.backbone.partition('.')[0], {}, config.finetune_epochs)
+        # A file of weights is of no tag
+        model, weights = (name, config.backbone_weights) if config.backbone_weights else (config.backbone, '')
+        backbone = job.train('backbone', model=model, pretrained=True, pretrained_path=weights, **finetuning)
         teacher = job.save('backbone')
     with stages('Training the supernet, which starts as a copy of it'):
         job.train(
             'supernet',
             model='mixpath_supernet',
-            model_kwargs={**kwargs, 'backbone': config.backbone.partition('.')[0]},
+            model_kwargs=kwargs,
             pretrained=True,
             pretrained_path=str(teacher / 'model.safetensors'),
             epochs=config.supernet_epochs,
@@ -182,10 +184,13 @@ def run_adapt(config: AdaptConfig, output: str | os.PathLike) -> Path:
                 arch,
                 recalibration_images=config.recalibration_images,
             )
-        kwargs = dict(backbone=config.backbone.partition('.')[0], arch=arch)
-        weights = str(inherited / 'model.safetensors')
-        winner = job.finetune(
-            'winner', 'mixpath', kwargs, config.finetune_epochs, initial_checkpoint=weights, **job.distillation
+        winner = job.train(
+            'winner',
+            model='mixpath',
+            model_kwargs=dict(backbone=name, arch=arch),
+            initial_checkpoint=str(inherited / 'model.safetensors'),
+            **finetuning,
+            **job.distillation,
         )
         folder = job.save('winner', 'model')
 
@@ -204,18 +209,12 @@ def run_adapt(config: AdaptConfig, output: str | os.PathLike) -> Path:
 class _Job:
     """The trainings of a job, with what they share."""
 
-    def __init__(self, config: AdaptConfig, output: Path, num_classes: int, size: int) -> None:
+    def __init__(self, config: AdaptConfig, output: Path, images: dict[str, Any]) -> None:
         self.config = config
         self.output = output
         self.common = dict(
-            data_dir=config.data_dir,
-            dataset=config.dataset,
-            train_split=config.train_split,
-            val_split=config.val_split,
-            dataset_download=config.dataset_download,
+            **images,
             search_holdout=0.1,
-            num_classes=num_classes,
-            img_size=size,
             batch_size=config.batch_size,
             device=config.device,
             workers=config.workers,
@@ -243,15 +242,6 @@ class _Job:
         args: Namespace = default_args(**{**self.common, **options}, experiment=experiment)
         args.val_interval = args.epochs
         return float(train_or_resume(args)['eval_top1'])
-
-    def finetune(self, experiment: str, model: str, model_kwargs: dict[str, Any], epochs: int, **options: Any) -> float:
-        if 'initial_checkpoint' not in options:
-            weights = self.config.backbone_weights
-            options.update(pretrained=True, pretrained_path=weights or '')
-            model = model if weights else self.config.backbone
-        return self.train(
-            experiment, model=model, model_kwargs=model_kwargs, epochs=epochs, lr=self.config.lr / 2, **options
-        )
 
     def save(self, experiment: str, name: str | None = None) -> Path:
         """Write the model folder of a training."""
@@ -288,24 +278,22 @@ class _Stages:
         self.elapsed = 0.0  # of the stages that took their time, not of those that were done before
         self.counted = 0.0
 
-    def __call__(self, text: str) -> '_Stages':
-        self.text = text
-        return self
-
-    def __enter__(self) -> None:
+    @contextmanager
+    def __call__(self, text: str) -> Iterator[None]:
+        """The next stage, called `text`, runs in the context."""
         rest = ''
         if self.counted:
             seconds = self.elapsed / self.counted * sum(self.shares[self.index :])
             rest = f' (about {max(1, round(seconds / 60))} min to the end)'
+        share = self.shares[self.index]
         self.index += 1
-        _logger.info(f'{self.index}/{len(self.shares)} {self.text}{rest}')
-        self.start = time.monotonic()
-
-    def __exit__(self, *error: Any) -> None:
-        seconds = time.monotonic() - self.start
+        _logger.info(f'{self.index}/{len(self.shares)} {text}{rest}')
+        start = time.monotonic()
+        yield
+        seconds = time.monotonic() - start
         if seconds > 2:
             self.elapsed += seconds
-            self.counted += self.shares[self.index - 1]
+            self.counted += share
 
 
 def _shares(config: AdaptConfig, num_images: int) -> list[float]:

@@ -19,6 +19,7 @@ __all__ = [
     'is_first_process',
     'like',
     'setup_logging',
+    'user_images',
 ]
 
 
@@ -121,3 +122,26 @@ def check_same_run(config: Any, path: Path) -> None:
             )
         return
     write_json(path, content)
+
+
+def user_images(config: Any, data_dir: str | None) -> tuple[dict[str, Any], list[str], int]:
+    """Open the training images of a job, and say in the options of `train` where its images are.
+
+    Args:
+        config: Job with `dataset`, `train_split`, `val_split` and `dataset_download`.
+        data_dir: Root of the images.
+
+    Returns:
+        The options, the names of the classes, and the number of training images.
+
+    Raises:
+        UsageError: The images do not exist, or their classes are not known.
+    """
+    from ..train.data import class_names, open_dataset
+
+    train_set = open_dataset(config.dataset, data_dir, config.train_split, download=config.dataset_download)
+    names = class_names(train_set)
+    if names is None:
+        raise UsageError(f'the classes of data set {config.dataset!r} are not known, use `timm-mixpath train`')
+    options = {key: getattr(config, key) for key in ('dataset', 'train_split', 'val_split', 'dataset_download')}
+    return {'data_dir': data_dir, **options}, names, len(train_set)

@@ -19,13 +19,12 @@ from ..search.pool import check_limits
 from ..search.run import search_checkpoint
 from ..spaces.catalog import get_space
 from ..train.checkpoint import load_model
-from ..train.data import class_names, open_dataset
 from ..train.loop import train_or_resume
 from ..train.options import default_args
 from ..utils.errors import UsageError, as_usage_error
 from ..utils.files import make_output_dir, write_dir_atomic
 from ..utils.numbers import parse_count
-from .common import check_same_run, from_args, setup_logging
+from .common import check_same_run, from_args, setup_logging, user_images
 
 __all__ = ['DemoConfig', 'add_demo', 'digits_folder', 'run_demo', 'run_demo_command']
 
@@ -126,21 +125,14 @@ def run_demo(config: DemoConfig, output: str | os.PathLike) -> Path:
     data_dir = config.data_dir
     if data_dir is None and not config.dataset:
         data_dir = str(digits_folder())
-    train_set = open_dataset(config.dataset, data_dir, config.train_split, download=config.dataset_download)
-    names = class_names(train_set)
-    if names is None:
-        raise UsageError(f'the classes of data set {config.dataset!r} are not known, use `timm-mixpath train`')
+    images, classes, _ = user_images(config, data_dir)
 
     with as_usage_error(f'image size {config.img_size} is out of range'):
         check_limits(search_config, CostTable(get_space('nano'), input_size=(3, config.img_size, config.img_size)))
 
     common = dict(
-        data_dir=data_dir,
-        dataset=config.dataset,
-        train_split=config.train_split,
-        val_split=config.val_split,
-        dataset_download=config.dataset_download,
-        num_classes=len(names),
+        **images,
+        num_classes=len(classes),
         img_size=config.img_size,
         batch_size=config.batch_size,
         device=config.device,

@@ -45,6 +45,7 @@ __all__ = [
     'describe_origin',
     'inherited',
     'list_backbones',
+    'origin_sentence',
     'plain_network',
 ]
 
@@ -139,7 +140,6 @@ class BackboneSupernet(Supernet):
         for name in space.block_names:
             self.set_submodule(name, self.inherit(name, self.get_submodule(name)))
         self._init_sampling(seed, sampling, next(self.parameters()).device)
-        self.train(self.training)
 
     def inherit(self, name: str, block: nn.Module) -> nn.Module:
         """Make the choice block of a name anew, with the weights that it inherits from a block of the backbone."""
@@ -532,7 +532,11 @@ def describe_origin(name: str, path: str = '') -> str:
         base = name if ':' in name else name.partition('.')[0]
         return f'warm start from weights of {base}' + (f' in {Path(path).name}' if path else '')
     tagged = name if '.' in name or not cfg.tag else f'{name}.{cfg.tag}'
-    return f'warm start from {tagged}, whose weights are under the licence {cfg.license or "unknown"}'
+    return origin_sentence(tagged, cfg.license or 'unknown')
+
+
+def origin_sentence(name: str, license: str) -> str:
+    return f'warm start from {name}, whose weights are under the licence {license}'
 
 
 def inherited(model: BackboneNet | BackboneSupernet, source: nn.Module) -> dict[str, torch.Tensor]:

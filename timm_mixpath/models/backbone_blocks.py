@@ -25,9 +25,9 @@ from torch import nn
 from ..spaces.arch import BlockChoice
 from ..spaces.space import BlockSpec
 from ._timm import DepthwiseSeparableConv, InvertedResidual, SqueezeExcite, UniversalInvertedResidual
-from .blocks import GroupedPaths, PathSum, branch_name, group_name, path_name
+from .blocks import GroupedPaths, PathSum, branch_name, group_name, path_name, split_channels
 from .choice_blocks import ActivePathSum
-from .layers import ActiveShadowBatchNorm2d, set_num_paths
+from .layers import ActiveShadowBatchNorm2d, set_num_paths, sum_statistics
 
 __all__ = ['SEARCHED_BLOCKS', 'BackboneChoice', 'BlockSite', 'fixed_block']
 
@@ -349,9 +349,7 @@ def _narrow(block: nn.Module, site: BlockSite, width: int) -> None:
     weight = project.weight.flatten(1).norm(dim=0) * scale
     convs = _convs(block.get_submodule(site.conv))
     sizes = [conv.out_channels for conv in convs] if site.is_inside else [expand.out_channels]
-    # What does not divide goes to the first group, as in timm's MixedConv2d
-    keep_sizes = [width // len(sizes)] * len(sizes)
-    keep_sizes[0] += width - sum(keep_sizes)
+    keep_sizes = split_channels(width, len(sizes))
     kept = [part.topk(n).indices.sort().values for part, n in zip(weight.split(sizes), keep_sizes)]
     starts = [sum(sizes[:i]) for i in range(len(sizes))]
     index = torch.cat([part + start for part, start in zip(kept, starts)])
@@ -408,11 +406,9 @@ def _make_shadows(norm: nn.BatchNorm2d, num_shadows: int) -> ActiveShadowBatchNo
     """Copies of a batch norm, with its activation, for 1, 2, ... times what it normalises."""
     shadows = ActiveShadowBatchNorm2d(norm.num_features, num_shadows, device='meta')
     for index in range(num_shadows):
-        shadow, num_paths = copy.deepcopy(norm), index + 1
-        if num_paths > 1:
-            shadow.running_mean.mul_(num_paths)
-            shadow.running_var.add_(norm.eps).mul_(num_paths**2).sub_(norm.eps)
-        shadows.shadows[index] = shadow
+        shadow = shadows.shadows[index] = copy.deepcopy(norm)
+        statistics = sum_statistics(shadow.running_mean, shadow.running_var, index + 1, norm.eps)
+        shadow.running_mean, shadow.running_var = statistics
     return shadows
 
 
@@ -421,9 +417,7 @@ def _divide_inputs(conv: nn.Module, num_paths: Sequence[int]) -> None:
     if set(num_paths) == {1}:
         return
     convs = _convs(conv)
-    chs = sum(c.in_channels for c in convs)
-    group_chs = [chs // len(num_paths)] * len(num_paths)
-    group_chs[0] += chs - sum(group_chs)
+    group_chs = split_channels(sum(c.in_channels for c in convs), len(num_paths))
     counts = torch.cat([torch.full((n,), j) for n, j in zip(group_chs, num_paths)]).to(convs[0].weight)
     start = 0
     for c in convs:

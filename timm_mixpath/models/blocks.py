@@ -22,6 +22,7 @@ __all__ = [
     'group_name',
     'path_name',
     'spec_kwargs',
+    'split_channels',
 ]
 
 
@@ -35,6 +36,12 @@ def branch_name(expand_ratio: int | float) -> str:
 
 def group_name(group: int) -> str:
     return f'g{group}'
+
+
+def split_channels(channels: int, num_groups: int) -> list[int]:
+    """Return the channels of each group; what does not divide goes to the first, as in timm's MixedConv2d."""
+    group_chs = channels // num_groups
+    return [channels - group_chs * (num_groups - 1), *[group_chs] * (num_groups - 1)]
 
 
 class PathSum(nn.ModuleDict):
@@ -135,9 +142,7 @@ class MultiPathResidual(nn.Module):
         self.bn1 = norm_act_layer(mid_chs, inplace=True, **dd)
 
         # Parallel depth-wise paths
-        # what does not divide goes to the first group, as in timm's MixedConv2d
-        group_chs = mid_chs // len(groups)
-        self.group_chs = [mid_chs - group_chs * (len(groups) - 1), *[group_chs] * (len(groups) - 1)]
+        self.group_chs = split_channels(mid_chs, len(groups))
         runs = self._make_runs(groups)
         splits = [sum(self.group_chs[i] for i in run) for run in runs]
         # Where nothing is summed, one norm and activation behind all groups does what one in every path would

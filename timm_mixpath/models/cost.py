@@ -268,21 +268,25 @@ class BackboneCostTable(_BlockCosts):
         self.num_classes = num_classes
         self.input_size = input_size
         whole = supernet.make_empty(num_classes)
-        params = {name: p.numel() for name, p in whole.named_parameters()}
-        for arch in _single_path_archs(self.space):
+        archs, macs = _single_path_archs(self.space), dict[str, int]()
+        for arch in archs:
             whole.active_arch = arch
-            macs = count_macs(whole, input_size)
-            blocks = whole.get_choice_blocks()
-            for metric, count in (('macs', macs), ('params', params)):
-                self._base[metric] = _sum_below(count, '') - sum(_sum_below(count, f'{name}.') for name in blocks)
-                for index, ((name, block), choice) in enumerate(zip(blocks.items(), arch.blocks)):
+            macs.update(count_macs(whole, input_size))
+        counts = {'macs': macs, 'params': {name: p.numel() for name, p in whole.named_parameters()}}
+        blocks = whole.get_choice_blocks()
+        for metric, count in counts.items():
+            self._base[metric] = _sum_below(count, '')
+            for index, (name, block) in enumerate(blocks.items()):
+                of_block = {key: n for key, n in count.items() if key.startswith(f'{name}.')}
+                self._base[metric] -= sum(of_block.values())
+                for choice in dict.fromkeys(arch.blocks[index] for arch in archs):
                     expansion, groups = block.parts(choice)
-                    total = _sum_below(count, f'{name}.{expansion}.')
-                    total -= _sum_below(count, f'{name}.{expansion}.{block.site.paths}.')
+                    total = _sum_below(of_block, f'{name}.{expansion}.')
+                    total -= _sum_below(of_block, f'{name}.{expansion}.{block.site.paths}.')
                     self._expansions[index].setdefault(choice.expand_ratio, {})[metric] = total
                     for group, (part, kernels) in enumerate(zip(groups, choice.groups)):
                         key = group, choice.expand_ratio, kernels[0]
-                        self._paths[index].setdefault(key, {})[metric] = _sum_below(count, f'{name}.{part}.')
+                        self._paths[index].setdefault(key, {})[metric] = _sum_below(of_block, f'{name}.{part}.')
 
 
 class CellCostTable(_Costs):

@@ -16,6 +16,7 @@ __all__ = [
     'fuse_conv_bn',
     'set_num_paths',
     'sum_paths',
+    'sum_statistics',
 ]
 
 
@@ -132,6 +133,19 @@ class ActiveConv2d(nn.ModuleList):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[B, C_in, H, W] -> [B, C_out, H, W]."""
         return self[self.num_paths - 1](x)
+
+
+def sum_statistics(
+    mean: torch.Tensor, var: torch.Tensor, num_paths: int, eps: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return mean and variance, [C] each, of a sum of equal paths from those of one.
+
+    The mean grows with their number and the variance with its square; with `eps` a batch norm of these statistics gives
+    for the sum what one of `mean` and `var` gives for a path.
+    """
+    if num_paths == 1:
+        return mean, var  # bit for bit
+    return mean * num_paths, (var + eps) * num_paths**2 - eps
 
 
 def set_num_paths(module: nn.Module, num_paths: int) -> None:

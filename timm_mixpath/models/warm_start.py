@@ -7,10 +7,10 @@ import torch.nn.functional as F
 from torch import nn
 
 from ..utils.errors import UsageError
-from .backbone import BackboneNet, BackboneSupernet, inherited, plain_network
+from .backbone import BackboneNet, BackboneSupernet, inherited, origin_sentence, plain_network
 from .blocks import GroupedPaths, MultiPathResidual, PathSum
 from .choice_blocks import ChoiceBlock, GroupNorms
-from .layers import ShadowBatchNorm2d
+from .layers import ShadowBatchNorm2d, sum_statistics
 from .mixpath import MixPath
 
 __all__ = ['warm_start']
@@ -76,8 +76,8 @@ def _origin(source: nn.Module, name: str) -> str:
     """What a model card says about the weights."""
     cfg: dict[str, Any] = getattr(source, 'pretrained_cfg', None) or {}
     tag = f'.{cfg["tag"]}' if cfg.get('tag') else ''
-    note = f'warm start from {cfg.get("architecture") or name}{tag}'
-    return f'{note}, whose weights are under the licence {cfg["license"]}' if cfg.get('license') else note
+    tagged = f'{cfg.get("architecture") or name}{tag}'
+    return origin_sentence(tagged, cfg['license']) if cfg.get('license') else f'warm start from {tagged}'
 
 
 def _inherited_mixnet(model: MixPath, source: nn.Module) -> dict[str, torch.Tensor]:
@@ -96,14 +96,12 @@ def _inherited_mixnet(model: MixPath, source: nn.Module) -> dict[str, torch.Tens
 def _inherited_block(block: MultiPathResidual, source: nn.Module) -> dict[str, torch.Tensor]:
     theirs = source.state_dict()
 
-    def norm(ours: str, theirs_name: str, channels: slice = slice(None), num_paths: int | torch.Tensor = 1) -> None:
-        """Statistics of a sum of equal paths: the mean grows with their number, the variance with its square."""
+    def norm(ours: str, theirs_name: str, channels: slice = slice(None), num_paths: int = 1) -> None:
         for key in ('weight', 'bias', 'running_mean', 'running_var', 'num_batches_tracked'):
             value = theirs[f'{theirs_name}.{key}']
             weights[f'{ours}.{key}'] = value[channels] if value.ndim else value
-        weights[f'{ours}.running_mean'] = weights[f'{ours}.running_mean'] * num_paths
-        variance = weights[f'{ours}.running_var']
-        weights[f'{ours}.running_var'] = (variance + eps) * num_paths**2 - eps if num_paths != 1 else variance
+        mean, var = weights[f'{ours}.running_mean'], weights[f'{ours}.running_var']
+        weights[f'{ours}.running_mean'], weights[f'{ours}.running_var'] = sum_statistics(mean, var, num_paths, eps)
 
     weights: dict[str, torch.Tensor] = {}
     eps = source.bn3.eps

@@ -30,8 +30,8 @@ def first_generation(pool: ArchPool, config: SearchConfig) -> list[Arch]:
     return archs
 
 
-class RandomSearch:
-    """Samples as supernet training does, without repetition.
+class _Algorithm:
+    """Who proposes archs, generation by generation.
 
     Args:
         pool: Archs to take.
@@ -42,6 +42,10 @@ class RandomSearch:
         self._pool = pool
         self._config = config
         self._generation = 0
+
+
+class RandomSearch(_Algorithm):
+    """Samples as supernet training does, without repetition. Arguments as in `NSGA2Search`."""
 
     def ask(self) -> list[Arch]:
         """Return the archs of the next generation, none at the end of the search.
@@ -58,7 +62,7 @@ class RandomSearch:
         """Take the evaluated archs of the generation; chance learns nothing from them."""
 
 
-class NSGA2Search:
+class NSGA2Search(_Algorithm):
     """NSGA-II over categorical genes, with weights in the crowding distance.
 
     As in MoGA (arXiv 1908.01314) and FairNAS the weights say how much room each objective gets on the front. pymoo's
@@ -70,9 +74,7 @@ class NSGA2Search:
     """
 
     def __init__(self, pool: ArchPool, config: SearchConfig) -> None:
-        self._pool = pool
-        self._config = config
-        self._generation = 0
+        super().__init__(pool, config)
         self._algorithm: Any = None  # made for the first generation, whose archs are told without being asked for
         self._individuals: Any = None
 

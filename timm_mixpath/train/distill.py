@@ -5,7 +5,6 @@ from argparse import Namespace
 from typing import Any
 
 import timm
-from timm.models import get_pretrained_cfg
 from timm.task import (
     DistillationTeacher,
     FeatureDistillationTask,
@@ -94,10 +93,7 @@ def create_distillation_task(model: nn.Module, criterion: nn.Module, args: Names
 def _create_teacher(model: nn.Module, args: Namespace, device: Any) -> DistillationTeacher:
     name = args.kd_model_name
     with as_usage_error(f'teacher --kd-model-name {name!r} can not be created'):
-        cfg = None if ':' in name else get_pretrained_cfg(name)
         teacher = timm.create_model(name, pretrained=True, in_chans=model.in_chans).to(device)
-        if cfg is not None and not cfg.has_weights:
-            raise ValueError(f'timm has no pretrained weights of {name}')
     if args.kd_distill_type != 'feature' and teacher.num_classes != model.num_classes:
         raise UsageError(
             f'teacher {name!r} tells {teacher.num_classes} classes apart and the student {model.num_classes}, so there '
