@@ -87,6 +87,8 @@ def test_job_is_cut_off_and_goes_on(
         (dict(backbone='resnet18'), "'resnet18' can not be a backbone"),
         (dict(backbone_weights='nope.safetensors'), "--backbone-weights 'nope.safetensors' is not a file"),
         (dict(data_dir=None), 'pass --data-dir DIR'),
+        (dict(max_latency=5.0), 'needs a latency table'),
+        (dict(latency_table='none.json'), "latency table 'none.json' can not be read"),
         (dict(m=9), 'm=9 is out of range'),
         (dict(supernet_epochs=0), '--supernet-epochs 0 must be at least 1'),
         (dict(train_split='nope'), 'nope'),
@@ -102,3 +104,20 @@ def test_command_line(capsys: pytest.CaptureFixture, tmp_path: Path, digits: Pat
     words = ['adapt', '--backbone', 'resnet18', '--data-dir', str(digits), '--output', str(tmp_path)]
     assert cli.main(words) == 2
     assert capsys.readouterr().err.strip().splitlines()[-1].startswith("timm-mixpath: error: 'resnet18' can not be")
+
+
+def test_latency_is_the_budget(tiny: AdaptConfig, tmp_path: Path) -> None:
+    words = 'latency --num-classes 10 --input-size 3 32 32 --num-archs 12 --test-archs 5 --rounds 1 --threads 1'
+    model = ['--model', 'mixpath_supernet', '--model-kwargs', f'backbone={BACKBONE}', 'm=2']
+    table = tmp_path / 'here.json'
+    assert cli.main([*words.split(), *model, '--device', 'cpu', '--output', str(table)]) == 0
+    times = sorted(row['latency_ms'] for row in json.loads(table.read_text())['measured'])
+    config = replace(tiny, max_macs=None, latency_table=str(table), max_latency=times[len(times) // 2])
+    run_adapt(config, tmp_path / 'job')
+    front = json.loads((tmp_path / 'job' / 'search' / 'front.json').read_text())
+    assert front['config']['objectives'] == {'error': 1.0, 'latency': 1.0}
+    assert all(c['latency'] <= config.max_latency for c in front['front'])
+    rows = json.loads((tmp_path / 'job' / 'summary.json').read_text())['rows']
+    assert all(row['latency_ms'] > 0 for row in rows)
+    with pytest.raises(UsageError, match=r'max_latency=0\.0001 ms excludes every arch'):
+        run_adapt(replace(config, max_latency=0.0001), tmp_path / 'other')

@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 from timm_mixpath import Arch, BlockSpec, MixPathSupernet, SearchSpace, get_space
 from timm_mixpath.models.cost import CostTable, cost_table
 from timm_mixpath.search.config import SearchConfig
-from timm_mixpath.search.front import format_front, write_front_csv, write_front_json
+from timm_mixpath.search.front import format_front, plot_pareto, write_front_csv, write_front_json
 from timm_mixpath.search.pareto import crowding_distance, pareto_front
 from timm_mixpath.search.run import search
 from timm_mixpath.utils.distributed import Ranks
@@ -103,8 +103,13 @@ def run(setup, path: Path, evaluate=formula, *, fingerprint=FINGERPRINT, progres
         (dict(seed=-1), 'seed=-1 is not an integer of at least 0'),
         (dict(seed=True), 'seed=True is not an integer of at least 0'),
         (dict(max_macs=1.5), 'max_macs=1.5 is not an integer of at least 0'),
+        (dict(max_latency=math.inf), 'max_latency=inf is not a number of at least 0'),
+        (dict(max_latency=1.0, min_latency=2.0), 'min_latency=2.0 is above max_latency=1.0'),
         (dict(max_params=5, min_params=6), 'min_params=6 is above max_params=5'),
-        (dict(objectives={'error': 1, 'latency': 1}), "unknown objective 'latency', known are error, macs, params"),
+        (
+            dict(objectives={'error': 1, 'speed': 1}),
+            "unknown objective 'speed', known are error, macs, params, latency",
+        ),
         (dict(objectives={'error': 0}), "weight 0.0 of objective 'error' must be positive"),
         (dict(objectives={'error': math.nan}), 'weight nan'),
         (dict(objectives={'macs': 1}), "must name 'error'"),
@@ -707,3 +712,84 @@ def test_second_search_on_an_archive_is_refused(tiny, tmp_path):
         with pytest.raises(ValueError, match='another search is writing'):
             run(tiny, path, generations=20)
     assert path.read_bytes() == content
+
+
+# ---- Latency
+
+
+@pytest.fixture
+def timed():
+    """The tiny space on a device where large kernels are slow, unlike what they count."""
+    cost = CostTable(TINY)
+    cost.add_metric('latency', 0.25, {part: 0.1 * part[-1] for part in cost.part_costs('macs')})
+    return TINY, cost
+
+
+def test_latency_is_limit_and_objective(timed, tmp_path):
+    cost = timed[1]
+    low, high = cost.bounds('latency')
+    limit = low + (high - low) / 3
+    objectives = dict(error=1, latency=1)
+    result = run(timed, tmp_path / 'a.jsonl', objectives=objectives, max_latency=limit, generations=20)
+    assert len(result.evaluations) > 50
+    assert all(c.latency == cost.cost('latency', c.arch) <= limit for c in result.evaluations)
+    assert result.bounds['latency'] == (low, high) and 0 < result.hypervolume() < 1
+    # The front of error and latency, one by one
+    best = {
+        c.arch
+        for c in result.evaluations
+        if not any(
+            o.error <= c.error and o.latency <= c.latency and (o.error, o.latency) != (c.error, c.latency)
+            for o in result.evaluations
+        )
+    }
+    assert {c.arch for c in result.front} == best
+    times = [c.latency for c in result.front]
+    assert times == sorted(times)
+
+    write_front_csv(result, tmp_path / 'front.csv')
+    rows = list(csv.DictReader((tmp_path / 'front.csv').read_text().splitlines()))
+    assert [float(row['latency']) for row in rows] == times
+    write_front_json(result, tmp_path / 'front.json')
+    content = json.loads((tmp_path / 'front.json').read_text())
+    assert [c['latency'] for c in content['front']] == times and content['config']['max_latency'] == limit
+    assert 'predicted ms' in format_front(result)
+    plot_pareto(result, tmp_path / 'pareto.png')
+    assert (tmp_path / 'pareto.png').stat().st_size > 10_000
+
+
+def test_search_for_latency_goes_on(timed, tmp_path):
+    objectives = dict(error=1, latency=1)
+    whole = run(timed, tmp_path / 'whole.jsonl', objectives=objectives)
+    with pytest.raises(KeyboardInterrupt):
+        run(timed, tmp_path / 'cut.jsonl', Counter(stop_at=9), objectives=objectives)
+    rest = Counter()
+    resumed = run(timed, tmp_path / 'cut.jsonl', rest, objectives=objectives)
+    assert resumed == whole and len(rest.archs) == len(whole.evaluations) - 9
+    assert (tmp_path / 'cut.jsonl').read_bytes() == (tmp_path / 'whole.jsonl').read_bytes()
+
+
+def test_search_without_a_latency_is_what_it_was(tiny, tmp_path):
+    result = run(tiny, tmp_path / 'a.jsonl')
+    assert all(c.latency is None for c in result.evaluations)
+    assert 'latency' not in (tmp_path / 'a.jsonl').read_text()
+    write_front_csv(result, tmp_path / 'front.csv')
+    assert 'latency' not in (tmp_path / 'front.csv').read_text()
+
+
+@pytest.mark.parametrize('wish', [dict(objectives=dict(error=1, latency=1)), dict(max_latency=5.0)])
+def test_latency_needs_a_table(wish, tiny, tmp_path):
+    with pytest.raises(UsageError, match='needs a latency table of this space'):
+        run(tiny, tmp_path / 'a.jsonl', **wish)
+    assert not (tmp_path / 'a.jsonl').exists()
+
+
+def test_impossible_latency_names_the_range(timed, tmp_path):
+    low, high = timed[1].bounds('latency')
+    message = f'max_latency=0.1 ms excludes every arch, .* {low:.2f} ms and the largest {high:.2f} ms'.replace(
+        '.', r'\.'
+    )
+    with pytest.raises(UsageError, match=message.replace(r'\.*', '.*')):
+        run(timed, tmp_path / 'a.jsonl', max_latency=0.1)
+    with pytest.raises(UsageError, match='min_latency=100 ms excludes every arch'):
+        run(timed, tmp_path / 'a.jsonl', min_latency=100)

@@ -6,7 +6,7 @@ from commands import fails
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from timm_mixpath.utils.numbers import parse_count, parse_float, parse_share
+from timm_mixpath.utils.numbers import parse_count, parse_float, parse_milliseconds, parse_share
 
 fixed = settings(derandomize=True, database=None, deadline=None, max_examples=200)
 
@@ -90,3 +90,20 @@ def test_in_a_recipe(capsys: pytest.CaptureFixture, tmp_path, value: str, text: 
     assert status == 2 and text in line and 'lr' in line
     (tmp_path / 's.yaml').write_text('model: mixpath_nano\nsearch_holdout: 10%\nlr: 1e-3\n')
     assert 'pass --data-dir' in fails(capsys, ['train', '-c', str(tmp_path / 's.yaml')])[1]
+
+
+@pytest.mark.parametrize('text', ['8', '8ms', ' 8 ms ', '8.0MS', '0.008s', '8000us', '8000 \u00b5s', '8e0ms'])
+def test_eight_milliseconds(text: str) -> None:
+    assert parse_milliseconds(text) == pytest.approx(8.0)
+
+
+@pytest.mark.parametrize('text', ['', 'ms', '8m', '8 min', 'nan', 'inf', '-8ms', '0', '8ms8', '1,5ms'])
+def test_what_is_no_time(text: str) -> None:
+    with pytest.raises(ArgumentTypeError, match='is not a time such as 8ms'):
+        parse_milliseconds(text)
+
+
+@fixed
+@given(st.floats(1e-3, 1e6), st.sampled_from([('', 1), ('ms', 1), ('us', 1000), ('s', 1e-3)]))
+def test_times_round_trip(ms: float, unit: tuple[str, float]) -> None:
+    assert parse_milliseconds(f'{ms * unit[1]!r}{unit[0]}') == pytest.approx(ms)

@@ -19,6 +19,7 @@ from ..hub.export import export, save_model
 from ..models.backbone import check_backbone, describe_origin
 from ..models.cost import cost_table, count_macs
 from ..models.latency import measure_latency
+from ..models.latency_table import LatencyTable
 from ..search.config import SearchConfig
 from ..search.front import print_result
 from ..search.images import SearchData
@@ -32,7 +33,7 @@ from ..utils.errors import UsageError, as_usage_error
 from ..utils.files import make_output_dir
 from ..utils.numbers import parse_count, parse_float
 from ..utils.tables import format_table, write_json
-from .common import check_same_run, from_args, setup_logging, user_images
+from .common import add_latency_limit, check_same_run, from_args, setup_logging, user_images
 
 __all__ = ['AdaptConfig', 'add_adapt', 'run_adapt', 'run_adapt_command']
 
@@ -54,6 +55,8 @@ class AdaptConfig:
         img_size: Size that the images are brought to, in pixels; the backbone's if None.
         max_macs: Limit of the search, for images of `img_size`.
         max_params: Limit of the search.
+        max_latency: Limit of the search, in milliseconds per batch of the latency table.
+        latency_table: File of a `LatencyTable` of the space around the backbone.
         m: Largest number of paths that are summed.
         finetune_epochs: Epochs of the backbone, and of the winner.
         supernet_epochs: Epochs of the supernet.
@@ -78,6 +81,8 @@ class AdaptConfig:
     img_size: int | None = None
     max_macs: int | None = None
     max_params: int | None = None
+    max_latency: float | None = None
+    latency_table: str | None = None
     m: int = 2
     finetune_epochs: int = 3
     supernet_epochs: int = 5
@@ -123,9 +128,10 @@ def run_adapt(config: AdaptConfig, output: str | os.PathLike) -> Path:
         population=24,
         offspring=12,
         generations=config.generations,
-        objectives=dict(error=1.0, macs=1.0),
+        objectives={'error': 1.0, 'latency' if config.latency_table else 'macs': 1.0},
         max_macs=config.max_macs,
         max_params=config.max_params,
+        max_latency=config.max_latency,
         seed=config.seed,
     )
     images, classes, num_images = user_images(config, config.data_dir)
@@ -138,6 +144,10 @@ def run_adapt(config: AdaptConfig, output: str | os.PathLike) -> Path:
         table = cost_table(supernet, (3, size, size))
     own_macs = table.macs(supernet.space.default_arch)
     low, high = table.bounds('macs')
+    latency = None
+    if config.latency_table:
+        latency = LatencyTable.load(config.latency_table)
+        latency.add_to(table)
     check_limits(search_config, table)
     output = make_output_dir(output)
     check_same_run(config, output / 'adapt.json')
@@ -146,7 +156,7 @@ def run_adapt(config: AdaptConfig, output: str | os.PathLike) -> Path:
         f'{low / 1e6:.1f} to {high / 1e6:.1f} M'
     )
 
-    job = _Job(config, output, {**images, 'num_classes': len(classes), 'img_size': size})
+    job = _Job(config, output, {**images, 'num_classes': len(classes), 'img_size': size}, latency)
     stages = _Stages(_shares(config, num_images))
     with stages('Fine-tuning the backbone'):
         # A file of weights is of no tag
@@ -173,6 +183,7 @@ def run_adapt(config: AdaptConfig, output: str | os.PathLike) -> Path:
             recalibration_images=config.recalibration_images,
             workers=config.workers,
             device=config.device,
+            latency_table=config.latency_table,
         )
     arch = str(result.chosen.arch)
     with stages('Fine-tuning the winner'):
@@ -201,7 +212,7 @@ def run_adapt(config: AdaptConfig, output: str | os.PathLike) -> Path:
     write_json(output / 'summary.json', dict(arch=arch, input_size=[3, size, size], rows=rows))
     print()
     print_result(result, output / 'search')
-    print(f'\n{_format(rows, size, config)}')
+    print(f'\n{_format(rows, size, config, latency)}')
     print(f"\ntimm.create_model('local-dir:{folder}', pretrained=True)  # after `import timm, timm_mixpath`")
     return folder
 
@@ -209,8 +220,9 @@ def run_adapt(config: AdaptConfig, output: str | os.PathLike) -> Path:
 class _Job:
     """The trainings of a job, with what they share."""
 
-    def __init__(self, config: AdaptConfig, output: Path, images: dict[str, Any]) -> None:
+    def __init__(self, config: AdaptConfig, output: Path, images: dict[str, Any], latency: LatencyTable | None) -> None:
         self.config = config
+        self.latency = latency
         self.output = output
         self.common = dict(
             **images,
@@ -256,12 +268,15 @@ class _Job:
     def row(self, name: str, experiment: str, top1: float) -> dict[str, Any]:
         loaded = load_model(self.output / experiment / 'last.pth.tar')
         size = loaded.data_config['input_size']
+        how: dict[str, Any] = dict(channels_last=True)
+        if (table := self.latency) is not None:
+            how = dict(runtime=table.runtime, num_threads=table.threads, batch_size=table.batch_size)
         return dict(
             name=name,
             top1=round(top1, 2),
             macs=sum(count_macs(loaded.model, size).values()),
             params=sum(p.numel() for p in loaded.model.parameters()),
-            latency_ms=round(measure_latency(loaded.model, input_size=size, channels_last=True), 2),
+            latency_ms=round(measure_latency(loaded.model, input_size=size, **how), 2),
         )
 
 
@@ -309,7 +324,7 @@ def _shares(config: AdaptConfig, num_images: int) -> list[float]:
     ]
 
 
-def _format(rows: list[dict[str, Any]], size: int, config: AdaptConfig) -> str:
+def _format(rows: list[dict[str, Any]], size: int, config: AdaptConfig, latency: LatencyTable | None) -> str:
     header = ('', 'top-1 (%)', 'MACs (M)', 'params (M)', 'ms')
     cells = [
         (
@@ -321,10 +336,11 @@ def _format(rows: list[dict[str, Any]], size: int, config: AdaptConfig) -> str:
         )
         for r in rows
     ]
+    where = f'{torch.get_num_threads()} thread(s)' if latency is None else f'as the latency table: {latency.describe()}'
     return (
         f'{format_table([header, *cells], "<>")}\n'
-        f'top-1 on the validation split; MACs and ms for one image of {size}x{size} pixels on this machine, '
-        f'{torch.get_num_threads()} thread(s). Each was fine-tuned for {config.finetune_epochs} epochs on the same '
+        f'top-1 on the validation split; MACs for one image of {size}x{size} pixels; ms measured on this machine, '
+        f'{where}. Each was fine-tuned for {config.finetune_epochs} epochs on the same '
         f'images, the winner behind {config.supernet_epochs} epochs of its supernet.'
     )
 
@@ -342,6 +358,7 @@ def add_adapt(parser: argparse.ArgumentParser) -> None:
     add('--img-size', type=int, metavar='N', help="pixels (default: the backbone's)")
     add('--max-macs', type=parse_count, metavar='N', help='limit of the search, for example 200M')
     add('--max-params', type=parse_count, metavar='N')
+    add_latency_limit(parser)
     add('--m', type=int, default=2, metavar='N', help='largest number of paths that are summed (default: 2)')
     add('--finetune-epochs', type=int, default=3, metavar='N', help='of the backbone and of the winner (default: 3)')
     add('--supernet-epochs', type=int, default=5, metavar='N', help='(default: 5)')

@@ -7,13 +7,15 @@ from pathlib import Path
 from typing import Any
 
 from ..utils.errors import UsageError
-from ..utils.numbers import parse_count, parse_share
+from ..utils.numbers import parse_count, parse_milliseconds, parse_share
 from ..utils.tables import write_json
 
 __all__ = [
     'add_checkpoint_options',
     'add_device_option',
     'add_image_options',
+    'add_latency_limit',
+    'add_model_options',
     'check_same_run',
     'from_args',
     'is_first_process',
@@ -42,14 +44,20 @@ def from_args(cls: type, args: argparse.Namespace) -> Any:
 
 def add_checkpoint_options(parser: argparse.ArgumentParser, what: str) -> None:
     """Add `--checkpoint`, of `what`, and the options that `like` reads."""
+    add = parser.add_argument
+    add('--checkpoint', required=True, metavar='PATH', help=f'{what}, a model folder, or hf-hub:ORG/NAME')
+    add_model_options(
+        parser, "what weights alone are of (timm's clean_checkpoint.py and avg_checkpoints.py write such files)"
+    )
+
+
+def add_model_options(parser: argparse.ArgumentParser, title: str) -> None:
+    """Add the options that `like` reads, as a group of a title."""
     from ..train.options import KeyValue
 
     add = parser.add_argument
-    add('--checkpoint', required=True, metavar='PATH', help=f'{what}, a model folder, or hf-hub:ORG/NAME')
     add('--device-modules', nargs='+', metavar='MODULE', help='Python modules to import first, for a space of your own')
-    add = parser.add_argument_group(
-        "what weights alone are of (timm's clean_checkpoint.py and avg_checkpoints.py write such files)"
-    ).add_argument
+    add = parser.add_argument_group(title).add_argument
     add('--model', metavar='NAME')
     add('--model-kwargs', nargs='*', default={}, action=KeyValue, metavar='KEY=VALUE')
     add('--config', dest='model_config', metavar='FILE', help='recipe or args.yaml of the training, in their place')
@@ -82,6 +90,14 @@ def add_image_options(parser: argparse.ArgumentParser, num_images: int | None = 
     add('--search-split', metavar='NAME', help='use this split whole instead')
     add('--num-images', type=parse_count, default=num_images, metavar='N',
         help=f'number of images (default: {num_images or "all"})')  # fmt: skip
+
+
+def add_latency_limit(parser: Any) -> None:
+    add = parser.add_argument
+    add(
+        '--latency-table', metavar='FILE', help='predicts the latency of every arch; `timm-mixpath latency` measures it'
+    )
+    add('--max-latency', type=parse_milliseconds, metavar='MS', help='for example 8ms, per batch of the latency table')
 
 
 def add_device_option(parser: argparse.ArgumentParser, batch_size: int = 100) -> None:

@@ -15,6 +15,7 @@ from ..utils.errors import RunError, UsageError
 from .adapt import add_adapt, run_adapt_command
 from .demo import add_demo, run_demo_command
 from .hub import add_export, add_push, run_export, run_push
+from .latency import add_latency, run_latency
 from .rank import add_rank, add_stats, run_rank, run_stats
 from .search import add_profile, add_search, run_profile, run_search
 from .train import add_table, run_table, run_train
@@ -94,6 +95,7 @@ def _build_parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.Argumen
     add_stats(command('stats', run_stats, 'do k summed paths of a supernet look like k times one path'))
     add_export(command('export', run_export, 'write a model folder for timm.create_model'))
     add_push(command('push', run_push, 'publish a model or a supernet on the Hugging Face Hub'))
+    add_latency(command('latency', run_latency, 'measure a table that predicts how fast networks are on a device'))
     add_profile(command('profile', run_profile, 'size and cost of a search space'))
     _add_recipes(command('recipes', _recipes, 'list the recipes, or copy one'))
     _add_run(command('run', None, 'run any timm script with the mixpath models registered'))

@@ -3,11 +3,12 @@
 import argparse
 
 from ..utils.errors import UsageError, as_usage_error
-from ..utils.numbers import parse_count
+from ..utils.numbers import parse_count, parse_milliseconds
 from .common import (
     add_checkpoint_options,
     add_device_option,
     add_image_options,
+    add_latency_limit,
     from_args,
     is_first_process,
     like,
@@ -34,7 +35,8 @@ def add_search(parser: argparse.ArgumentParser) -> None:
     add('--output', required=True, metavar='DIR', help='folder for archive, front and plot')
     add_image_options(parser)
 
-    add = parser.add_argument_group('search').add_argument
+    group = parser.add_argument_group('search')
+    add = group.add_argument
     add('--algorithm', default=default.algorithm, choices=ALGORITHMS)
     add('--objectives', nargs='+', type=_objective, default=default.objectives, metavar='NAME[=WEIGHT]',
         help=f'what to minimise, of {", ".join(OBJECTIVES)}; a weight counts in the crowding distance')  # fmt: skip
@@ -42,6 +44,8 @@ def add_search(parser: argparse.ArgumentParser) -> None:
     add('--min-macs', type=parse_count, metavar='N')
     add('--max-params', type=parse_count, metavar='N')
     add('--min-params', type=parse_count, metavar='N')
+    add_latency_limit(group)
+    add('--min-latency', type=parse_milliseconds, metavar='MS')
     add('--population', type=int, default=default.population, metavar='N')
     add('--offspring', type=int, default=default.offspring, metavar='N', help='evaluations per generation')
     add('--generations', type=int, default=default.generations, metavar='N')
@@ -51,7 +55,7 @@ def add_search(parser: argparse.ArgumentParser) -> None:
     add('--cost-input-size', nargs=3, type=int, metavar='N',
         help='channels, height, width to count MACs for (default: as in the training)')  # fmt: skip
     add('--cost-num-classes', type=int, metavar='N', help='classes to count costs for (default: as in the training)')
-    add('--latency', action='store_true', help='measure the latency of the archs on the front')
+    add('--latency', action='store_true', help='measure the latency of the archs on the front without a table')
     add_device_option(parser)
 
 
@@ -74,6 +78,7 @@ def run_search(args: argparse.Namespace) -> None:
         device=args.device,
         workers=args.workers,
         latency=args.latency,
+        latency_table=args.latency_table,
         like=like(args),
     )
     if is_first_process():
@@ -89,6 +94,7 @@ def add_profile(parser: argparse.ArgumentParser) -> None:
     add('--num-classes', type=int, metavar='N')
     add('--input-size', nargs=3, type=int, metavar='N', help='channels, height, width')
     add('--num-samples', type=parse_count, default=10_001, metavar='N', help='sampled archs behind the median')
+    add_latency_limit(parser)
     add('--device-modules', nargs='+', metavar='MODULE', help='Python modules to import first')
 
 
@@ -96,7 +102,10 @@ def run_profile(args: argparse.Namespace) -> None:
     import timm
 
     from ..models.cost import cost_table, profile_space
+    from ..models.latency_table import LatencyTable
     from ..models.supernet import Supernet
+    from ..search.config import SearchConfig
+    from ..search.pool import check_limits
     from ..train.checkpoint import check_model_name
 
     check_model_name(args.model)
@@ -109,6 +118,9 @@ def run_profile(args: argparse.Namespace) -> None:
         raise UsageError(f'{args.model!r} is no supernet; try {", ".join(timm.list_models("mixpath*_supernet"))}')
     with as_usage_error('the space can not be profiled'):
         table = cost_table(model, tuple(args.input_size) if args.input_size else None)
+        if args.latency_table:
+            LatencyTable.load(args.latency_table).add_to(table)
+        check_limits(SearchConfig(max_latency=args.max_latency), table)
         profile = profile_space(table, num_samples=args.num_samples)
     size = 'x'.join(str(v) for v in table.input_size)
     num_archs = f'{profile.size:,}' if profile.size < 10**12 else f'{profile.size:.3g}'
@@ -117,4 +129,7 @@ def run_profile(args: argparse.Namespace) -> None:
     for name, unit, digits in (('macs', 'MACs (M)', 2), ('params', 'params (M)', 3)):
         row = getattr(profile, name)
         print(f'{unit:12}' + ''.join(f'{v / 1e6:12.{digits}f}' for v in (row.min, row.median, row.max)))
+    if profile.latency is not None:
+        row = profile.latency
+        print(f'{"latency (ms)":12}' + ''.join(f'{v:12.2f}' for v in (row.min, row.median, row.max)))
     print(f'median of {profile.num_samples:,} archs sampled as in training; min and max are exact')

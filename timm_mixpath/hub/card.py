@@ -349,8 +349,15 @@ def _search(searched: SearchRecord) -> str:
         for key in ('min_macs', 'max_macs', 'min_params', 'max_params')
         if config.get(key) is not None
     ]
+    limits += [
+        f'{key.replace("_", " ")} {config[key]:g} ms'
+        for key in ('min_latency', 'max_latency')
+        if config.get(key) is not None
+    ]
     if limits:
         facts.append('limits: ' + ', '.join(limits))
+    if 'latency_of' in data:
+        facts.append(f'latency predicted from a table: {data["latency_of"]}')
     cost_size, cost_classes = data.get('cost_input_size'), data.get('cost_num_classes')
     if cost_size and cost_size != data.get('input_size'):
         facts.append(f'costs counted for {cost_size[1]}x{cost_size[2]} pixels and {cost_classes} classes')
@@ -367,9 +374,15 @@ def _search(searched: SearchRecord) -> str:
             f'this arch was found{chosen} there with an error of {searched.candidate["error"]:.2f} % '
             "with the supernet's weights"
         )
+        if searched.candidate.get('latency') is not None:
+            measured = searched.candidate['metrics'].get('latency_ms')
+            facts.append(
+                f'its latency: {searched.candidate["latency"]:.2f} ms predicted'
+                + (f', {measured:.2f} ms measured' if measured else '')
+            )
     text = '\n'.join(f'- {fact}' for fact in facts)
     if searched.plot is not None:
-        text += f'\n\n![Error and MACs of what the search evaluated, and its Pareto front]({PLOT})'
+        text += f'\n\n![Error and cost of what the search evaluated, and its Pareto front]({PLOT})'
     return text
 
 

@@ -5,12 +5,13 @@ expansion, and one part per active path. The parts are read off a few single-pat
 by torch itself, so there is no formula here that could drift from the layers.
 """
 
+import re
 import statistics
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import cached_property, lru_cache, partial
 from itertools import product
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 import torch.nn as nn
@@ -19,7 +20,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from ..spaces.arch import SKIP, Arch, BlockChoice
 from ..spaces.nasbench import CellArch
 from ..spaces.sampling import sample
-from ..spaces.space import BlockSpace, SearchSpace
+from ..spaces.space import BlockSpace, SearchSpace, Space
 from ..utils.errors import as_usage_error
 from .backbone import BackboneSupernet
 from .cellnet import CellSupernet
@@ -74,10 +75,67 @@ def cost_table(
         return CostTable(supernet.space, input_size=input_size, **kwargs)
 
 
-class _Costs:
-    """What both kinds of cost tables share: a cost by the name of its metric, by a method, and its bounds."""
+Part = tuple[str | int | float, ...]
 
-    metrics: ClassVar[tuple[str, ...]] = ('macs', 'params')
+
+class _Costs:
+    """What all kinds of cost tables share: a cost is what all archs share and the sum over the parts of an arch.
+
+    Attributes:
+        space: The space.
+        num_classes: Number of classes.
+        input_size: Input as (channels, height, width), in pixels.
+        metrics: Names of what is counted.
+    """
+
+    space: Space
+    num_classes: int
+    input_size: tuple[int, int, int]
+
+    def __init__(self) -> None:
+        self.metrics: tuple[str, ...] = ('macs', 'params')
+        self._base: dict[str, float] = {}
+        self._costs: dict[str, dict[Part, float]] = {metric: {} for metric in self.metrics}
+
+    def parts(self, arch: str) -> list[Part]:
+        """Return what the network of an arch has beside what all have; its costs are the sums over these.
+
+        Raises:
+            ValueError: The space does not hold the arch.
+        """
+        raise NotImplementedError
+
+    @staticmethod
+    def part_kind(part: Part) -> str:
+        """Return the name of what a part does, the same wherever it stands in the network."""
+        raise NotImplementedError
+
+    def base(self, metric: str) -> float:
+        """Return what all archs have in common."""
+        return self._base[metric]
+
+    def part_costs(self, metric: str) -> dict[Part, float]:
+        """Return what each part costs."""
+        return self._costs[metric]
+
+    def add_metric(self, name: str, base: float, costs: Mapping[Part, float]) -> None:
+        """Add what else an arch costs, as a part that all archs share and one for each of the others."""
+        self._base[name], self._costs[name] = base, dict(costs)
+        self.metrics = (*dict.fromkeys((*self.metrics, name)),)
+
+    def cost(self, metric: str, arch: str) -> float:
+        """Return the cost of an arch by the metric's name.
+
+        Args:
+            metric: One of `metrics`.
+            arch: Arch or its text.
+
+        Raises:
+            ValueError: Unknown metric, or the space does not hold the arch.
+        """
+        self._check_metric(metric)
+        costs = self._costs[metric]
+        return self._base[metric] + sum(costs[part] for part in self.parts(arch))
 
     def macs(self, arch: str) -> int:
         """Multiply-adds of one image, of convolutions and linear layers.
@@ -95,7 +153,25 @@ class _Costs:
         """
         return self.cost('params', arch)
 
-    def bounds(self, metric: str) -> tuple[int, int]:
+    def smallest(self, metric: str) -> str:
+        """Return an arch of the smallest cost, the first such in the order of choices or integer vectors.
+
+        Raises:
+            ValueError: Unknown metric.
+        """
+        self._check_metric(metric)
+        return self._extreme(metric, min)
+
+    def largest(self, metric: str) -> str:
+        """Return an arch of the largest cost within the space's m, the first such, see `smallest`.
+
+        Raises:
+            ValueError: Unknown metric.
+        """
+        self._check_metric(metric)
+        return self._extreme(metric, max)
+
+    def bounds(self, metric: str) -> tuple[float, float]:
         """Return the smallest and the largest cost in the space, exact.
 
         Raises:
@@ -103,75 +179,44 @@ class _Costs:
         """
         return self.cost(metric, self.smallest(metric)), self.cost(metric, self.largest(metric))
 
+    def _extreme(self, metric: str, pick: Callable[..., Any]) -> str:
+        raise NotImplementedError
+
     def _check_metric(self, metric: str) -> None:
         if metric not in self.metrics:
             raise ValueError(f'unknown metric {metric!r}, known are {", ".join(self.metrics)}')
 
 
 class _BlockCosts(_Costs):
-    """Costs of networks of blocks: what all archs share, per block a part of the expansion, and one part per path."""
+    """Costs of networks of blocks: per block a part of the expansion, and one part per path."""
 
     def __init__(self, space: BlockSpace) -> None:
+        super().__init__()
         self.space = space
-        # What all archs share, {metric: cost}; per block the expansions' own parts and the paths' parts
-        self._base: dict[str, int] = {}
-        self._expansions: list[dict[int | float, dict[str, int]]] = [{} for _ in space.blocks]
-        self._paths: list[dict[tuple[int, int | float, int], dict[str, int]]] = [{} for _ in space.blocks]
 
-    def _block_cost(self, metric: str, index: int, choice: BlockChoice) -> int:
-        if choice.is_skip:
-            return 0
-        e = choice.expand_ratio
-        cost = self._expansions[index][e][metric]
-        for group, kernel_sizes in enumerate(choice.groups):
-            cost += self._group_cost(metric, index, group, e, kernel_sizes)
-        return cost
+    def parts(self, arch: Arch | str) -> list[Part]:
+        return [part for index, choice in enumerate(self.space.arch(arch).blocks) for part in _parts_of(index, choice)]
 
-    def _group_cost(
-        self, metric: str, index: int, group: int, expand_ratio: int | float, kernel_sizes: Iterable[int]
-    ) -> int:
-        paths = self._paths[index]
-        return sum(paths[group, expand_ratio, k][metric] for k in kernel_sizes)
-
-    def cost(self, metric: str, arch: Arch | str) -> int:
-        """Return the cost of an arch by the metric's name.
-
-        Args:
-            metric: One of `metrics`.
-            arch: Arch or its text.
-
-        Raises:
-            ValueError: Unknown metric, or the space does not hold the arch.
-        """
-        self._check_metric(metric)
-        choices = enumerate(self.space.arch(arch).blocks)
-        return self._base[metric] + sum(self._block_cost(metric, index, choice) for index, choice in choices)
-
-    def smallest(self, metric: str) -> Arch:
-        """Return an arch of the smallest cost, the first such in the order of `space.choices`.
-
-        Raises:
-            ValueError: Unknown metric.
-        """
-        return self._extreme(metric, min)
-
-    def largest(self, metric: str) -> Arch:
-        """Return an arch of the largest cost within the space's m, the first such in the order of `space.choices`.
-
-        Raises:
-            ValueError: Unknown metric.
-        """
-        return self._extreme(metric, max)
+    @staticmethod
+    def part_kind(part: Part) -> str:
+        return 'expansion' if len(part) == 2 else f'kernel {part[-1]}'
 
     def _extreme(self, metric: str, pick: Callable[..., Any]) -> Arch:
-        self._check_metric(metric)
+        costs = self._costs[metric]
+
         # Costs add up over blocks and channel groups, so the extreme of the sum is the sum of the extremes
+        def group_cost(index: int, group: int, e: int | float, kernel_sizes: Iterable[int]) -> float:
+            return sum(costs[index, e, group, k] for k in kernel_sizes)
+
+        def block_cost(index: int, choice: BlockChoice) -> float:
+            return sum(costs[part] for part in _parts_of(index, choice))
+
         blocks: list[BlockChoice] = []
         for index, spec in enumerate(self.space.blocks):
             choices = [
                 BlockChoice(
                     tuple(
-                        pick(self.space.subsets(index), key=partial(self._group_cost, metric, index, group, e))
+                        pick(self.space.subsets(index), key=partial(group_cost, index, group, e))
                         for group in range(spec.num_groups)
                     ),
                     e,
@@ -179,8 +224,17 @@ class _BlockCosts(_Costs):
                 for e in spec.expand_ratios
             ]
             choices += [SKIP] * spec.can_skip
-            blocks.append(pick(choices, key=partial(self._block_cost, metric, index)))
+            blocks.append(pick(choices, key=partial(block_cost, index)))
         return Arch.from_blocks(blocks)
+
+
+@lru_cache(maxsize=100_000)
+def _parts_of(index: int, choice: BlockChoice) -> tuple[Part, ...]:
+    """The parts of a block: its expansion, and every path of every channel group."""
+    if choice.is_skip:
+        return ()
+    e = choice.expand_ratio
+    return ((index, e), *((index, e, group, k) for group, ks in enumerate(choice.groups) for k in ks))
 
 
 class CostTable(_BlockCosts):
@@ -238,13 +292,13 @@ class CostTable(_BlockCosts):
             for index, ((name, block), choice) in enumerate(zip(model.get_choice_blocks().items(), arch.blocks)):
                 total, paths = _sum_below(count, f'{name}.'), _sum_below(count, f'{name}.paths.')
                 e = choice.expand_ratio
-                self._expansions[index].setdefault(e, {})[metric] = total - paths
+                self._costs[metric].setdefault((index, e), total - paths)
                 for run_name, run in block.run_names.items():
                     # Groups that share convolutions share the cost by their channels
                     cost, chs = _sum_below(count, f'{name}.{run_name}.'), [block.group_chs[group] for group in run]
                     for group in run:
                         group_cost = cost * block.group_chs[group] // sum(chs)
-                        self._paths[index].setdefault((group, e, choice.groups[group][0]), {})[metric] = group_cost
+                        self._costs[metric].setdefault((index, e, group, choice.groups[group][0]), group_cost)
                 base -= total
             self._base[metric] = base
 
@@ -283,10 +337,10 @@ class BackboneCostTable(_BlockCosts):
                     expansion, groups = block.parts(choice)
                     total = _sum_below(of_block, f'{name}.{expansion}.')
                     total -= _sum_below(of_block, f'{name}.{expansion}.{block.site.paths}.')
-                    self._expansions[index].setdefault(choice.expand_ratio, {})[metric] = total
+                    self._costs[metric].setdefault((index, choice.expand_ratio), total)
                     for group, (part, kernels) in enumerate(zip(groups, choice.groups)):
-                        key = group, choice.expand_ratio, kernels[0]
-                        self._paths[index].setdefault(key, {})[metric] = _sum_below(of_block, f'{name}.{part}.')
+                        key = index, choice.expand_ratio, group, kernels[0]
+                        self._costs[metric].setdefault(key, _sum_below(of_block, f'{name}.{part}.'))
 
 
 class CellCostTable(_Costs):
@@ -307,6 +361,7 @@ class CellCostTable(_Costs):
     """
 
     def __init__(self, supernet: CellSupernet, *, num_classes: int, input_size: tuple[int, int, int]) -> None:
+        super().__init__()
         self.space = supernet.space
         self.num_classes = num_classes
         self.input_size = input_size
@@ -320,38 +375,26 @@ class CellCostTable(_Costs):
         parts = {part for arch in space.covering_archs() for part in whole.cell_parts(arch)}
         cells = whole.get_cells()
         # Per part of a cell what it costs in all cells together, and what all archs share
-        self._parts = {
-            metric: {part: sum(_sum_below(count, f'{cell}.{part}.') for cell in cells) for part in parts}
-            for metric, count in counts.items()
-        }
-        self._base = {m: _sum_below(count, '') - sum(self._parts[m].values()) for m, count in counts.items()}
+        for metric, count in counts.items():
+            costs = {(part,): sum(_sum_below(count, f'{cell}.{part}.') for cell in cells) for part in sorted(parts)}
+            self.add_metric(metric, _sum_below(count, '') - sum(costs.values()), costs)
         self._cell_parts = whole.cell_parts
 
-    def cost(self, metric: str, arch: CellArch | str) -> int:
-        """Return the cost of an arch by the metric's name, see `CostTable.cost`."""
-        self._check_metric(metric)
-        return self._base[metric] + sum(self._parts[metric][part] for part in self._cell_parts(self.space.arch(arch)))
+    def parts(self, arch: CellArch | str) -> list[Part]:
+        return [(part,) for part in self._cell_parts(self.space.arch(arch))]
 
-    def smallest(self, metric: str) -> CellArch:
-        """Return an arch of the smallest cost, the first such in the order of integer vectors."""
-        self._check_metric(metric)
-        return self._extremes[metric][0]
+    @staticmethod
+    def part_kind(part: Part) -> str:
+        # Operations carry the number of their place in the cell
+        return re.sub(r'[._]\d+(?=\.|$)', '', str(part[0]))
 
-    def largest(self, metric: str) -> CellArch:
-        """Return an arch of the largest cost within the space's m, the first such in the order of integer vectors."""
-        self._check_metric(metric)
-        return self._extremes[metric][1]
+    def _extreme(self, metric: str, pick: Callable[..., Any]) -> CellArch:
+        return pick(self._archs, key=partial(self.cost, metric))
 
     @cached_property
-    def _extremes(self) -> dict[str, tuple[CellArch, CellArch]]:
+    def _archs(self) -> list[CellArch]:
         # Small enough to look at every one: 15,625 and 102
-        archs = [self.space.decode(vector) for vector in product(*map(range, self.space.gene_sizes))]
-        parts = {arch: self._cell_parts(arch) for arch in archs}
-
-        def cost(metric: str, arch: CellArch) -> int:
-            return sum(map(self._parts[metric].__getitem__, parts[arch]))
-
-        return {m: (min(archs, key=partial(cost, m)), max(archs, key=partial(cost, m))) for m in self.metrics}
+        return [self.space.decode(vector) for vector in product(*map(range, self.space.gene_sizes))]
 
 
 def check_input_size(input_size: Iterable[int]) -> tuple[int, int, int]:
@@ -411,9 +454,9 @@ def _sum_below(counts: dict[str, int], prefix: str) -> int:
 class MetricRange:
     """Smallest, median and largest value of a metric over a space."""
 
-    min: int
-    median: int
-    max: int
+    min: float
+    median: float
+    max: float
 
 
 @dataclass(frozen=True)
@@ -425,12 +468,14 @@ class SpaceProfile:
         num_samples: Number of sampled archs behind the medians.
         macs: Multiply-adds of one image.
         params: Number of parameters.
+        latency: Predicted latency in milliseconds, None without a latency table.
     """
 
     size: int
     num_samples: int
     macs: MetricRange
     params: MetricRange
+    latency: MetricRange | None = None
 
 
 def profile_space(table: CostTable, *, num_samples: int = 10_001, seed: int = 0) -> SpaceProfile:

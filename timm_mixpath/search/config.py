@@ -12,9 +12,10 @@ __all__ = ['LIMITED', 'SearchConfig']
 
 ALGORITHMS = ('nsga2', 'random')
 
-OBJECTIVES = ('error', 'macs', 'params')
+OBJECTIVES = ('error', 'macs', 'params', 'latency')
 
-LIMITED = ('macs', 'params')
+# What can be limited: two counts, and a time in milliseconds
+LIMITED = ('macs', 'params', 'latency')
 
 
 @dataclass(frozen=True)
@@ -29,13 +30,16 @@ class SearchConfig:
         population: Archs of generation 0, drawn at random; the size of NSGA-II's population ever after.
         offspring: Archs evaluated in each generation after that.
         generations: Generations after generation 0.
-        objectives: What to minimise, {name: weight} or (name, weight) pairs of 'error' (which must be there), 'macs'
-            and 'params'. A weight says how much closeness in this objective counts when NSGA-II thins out a crowded
-            front; it does not change which arch dominates which. Only the proportions of the weights matter.
+        objectives: What to minimise, {name: weight} or (name, weight) pairs of 'error' (which must be there), 'macs',
+            'params' and 'latency', which needs a latency table. A weight says how much closeness in this objective
+            counts when NSGA-II thins out a crowded front; it does not change which arch dominates which. Only the
+            proportions of the weights matter.
         max_macs: Largest MACs an arch may have.
         min_macs: Smallest MACs an arch may have.
         max_params: Largest number of parameters an arch may have.
         min_params: Smallest number of parameters an arch may have.
+        max_latency: Largest latency an arch may have, in milliseconds per batch of the latency table.
+        min_latency: Smallest latency an arch may have, in milliseconds.
         seed: Seed of everything that is drawn.
 
     Raises:
@@ -51,6 +55,8 @@ class SearchConfig:
     min_macs: int | None = None
     max_params: int | None = None
     min_params: int | None = None
+    max_latency: float | None = None
+    min_latency: float | None = None
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -63,8 +69,11 @@ class SearchConfig:
         for metric in LIMITED:
             for name in (f'max_{metric}', f'min_{metric}'):
                 value = getattr(self, name)
-                if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 0):
-                    raise UsageError(f'{name}={value!r} is not an integer of at least 0')
+                types, what = ((int, float), 'a number') if metric == 'latency' else (int, 'an integer')
+                if value is None:
+                    continue
+                if isinstance(value, bool) or not isinstance(value, types) or not 0 <= value < math.inf:
+                    raise UsageError(f'{name}={value!r} is not {what} of at least 0')
             low, high = self.limits(metric)
             if low > high:
                 raise UsageError(f'min_{metric}={low} is above max_{metric}={high}, no arch can satisfy both')
@@ -96,10 +105,20 @@ class SearchConfig:
         return tuple(name for name, _ in self.objectives)
 
     def limits(self, metric: str) -> tuple[float, float]:
-        """Smallest and largest value that an arch may have in 'macs' or 'params', infinite where there is no limit."""
+        """Smallest and largest value that an arch may have in a metric of `LIMITED`, infinite without a limit."""
         low, high = getattr(self, f'min_{metric}'), getattr(self, f'max_{metric}')
         return (-math.inf if low is None else low), (math.inf if high is None else high)
 
     def to_dict(self) -> dict[str, Any]:
         """Return a JSON-ready dict; `SearchConfig(**config.to_dict()) == config`."""
-        return dict(asdict(self), objectives=dict(self.objectives))
+        content = dict(asdict(self), objectives=dict(self.objectives))
+        # Archives of searches without a latency know nothing of it
+        for name in ('max_latency', 'min_latency'):
+            if content[name] is None:
+                del content[name]
+        return content
+
+    @property
+    def needs_latency(self) -> bool:
+        """Whether the latency of archs has to be known."""
+        return 'latency' in self.objective_names or self.max_latency is not None or self.min_latency is not None

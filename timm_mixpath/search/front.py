@@ -5,7 +5,7 @@ from pathlib import Path
 
 from ..utils.figures import ACCENT, BLUE, GREY, new_figure, save_figure, tidy_axes
 from ..utils.tables import format_table, write_csv, write_json
-from .result import SearchResult, has_latency, hypervolume, make_record
+from .result import Candidate, SearchResult, has_latency, hypervolume, make_record
 
 __all__ = ['format_front', 'plot_pareto', 'print_result', 'write_front_csv', 'write_front_json']
 
@@ -14,9 +14,11 @@ def write_front_csv(result: SearchResult, path: str | os.PathLike) -> None:
     """Write the front as CSV, whole or not at all.
 
     Columns are `chosen` (1 or 0), `top1` and `error` in percent, `loss`, `macs`, `params`, `index` and `generation` of
-    the evaluation, and `arch`; `latency_ms` behind `chosen` if it was measured.
+    the evaluation, and `arch`; behind `chosen` `latency_ms` if it was measured. With a latency table `latency`, the
+    predicted one in milliseconds, is behind `params`.
     """
-    names = ('top1', 'error', 'loss', 'macs', 'params', 'index', 'generation', 'arch')
+    predicted = ('latency',) if is_predicted(result) else ()
+    names = ('top1', 'error', 'loss', 'macs', 'params', *predicted, 'index', 'generation', 'arch')
     latency = ('latency_ms',) if has_latency(result) else ()
     rows = [
         (int(c is result.chosen), *(c.extra.get(name) for name in latency), *(getattr(c, name) for name in names))
@@ -53,8 +55,9 @@ def write_front_json(result: SearchResult, path: str | os.PathLike) -> None:
 
 def format_front(result: SearchResult) -> str:
     """Return the front as a table for the terminal, the chosen candidate marked with `*`."""
-    latency = has_latency(result)
-    header = ('', 'top-1 (%)', 'error (%)', 'loss', 'MACs (M)', 'params (M)', *(['ms'] * latency), 'arch')
+    latency, predicted = has_latency(result), is_predicted(result)
+    times = [*(['predicted ms'] * predicted), *(['ms'] * latency)]
+    header = ('', 'top-1 (%)', 'error (%)', 'loss', 'MACs (M)', 'params (M)', *times, 'arch')
     rows = [
         (
             '*' if c is result.chosen else '',
@@ -63,6 +66,7 @@ def format_front(result: SearchResult) -> str:
             f'{c.loss:.4f}',
             f'{c.macs / 1e6:.2f}',
             f'{c.params / 1e6:.3f}',
+            *([f'{c.latency:.2f}'] if predicted else []),
             *([f'{c.extra["latency_ms"]:.2f}'] if latency else []),
             str(c.arch),
         )
@@ -76,18 +80,34 @@ def print_result(result: SearchResult, output: str | os.PathLike) -> None:
     print(format_front(result))
     chosen = result.chosen
     print(
-        f'\nchosen (*): error {chosen.error:.2f} % on the search split, {chosen.macs / 1e6:.2f} M MACs, '
+        f'\nchosen (*): error {chosen.error:.2f} % on the search split, {_costs(chosen)}, '
         f'{chosen.params / 1e6:.3f} M params\n{chosen.arch}\n'
         f'{len(result.evaluations)} evaluations and the front are in {Path(output)}'
+    )
+
+
+def is_predicted(result: SearchResult) -> bool:
+    """Whether the latency of archs is known from a table."""
+    return all(c.latency is not None for c in result.front)
+
+
+def _costs(candidate: Candidate) -> str:
+    macs = f'{candidate.macs / 1e6:.2f} M MACs'
+    if candidate.latency is None:
+        return macs
+    measured = candidate.extra.get('latency_ms')
+    return f'{candidate.latency:.2f} ms predicted' + (
+        f' ({measured:.2f} measured), {macs}' if measured else f', {macs}'
     )
 
 
 def plot_pareto(result: 'SearchResult', path: str | os.PathLike, *, title: str | None = None) -> None:
     """Draw what a search evaluated and its front as PNG, whole or not at all.
 
-    MACs (in millions) lie on the x axis and the top-1 error on the search split (in percent) on the y axis. Evaluated
+    MACs (in millions), or the predicted latency (in milliseconds) if it is an objective, lie on the x axis and the
+    top-1 error on the search split (in percent) on the y axis. Evaluated
     candidates are small and grey, those of the front are large and, if parameters are an objective, coloured by them.
-    The line joins the candidates of the front that nothing beats in error and MACs alone; with parameters as third
+    The line joins the candidates of the front that nothing beats in error and this cost alone; with parameters as third
     objective the front has others too, which lie above the line because they have fewer parameters.
 
     Args:
@@ -98,12 +118,18 @@ def plot_pareto(result: 'SearchResult', path: str | os.PathLike, *, title: str |
     Raises:
         ImportError: matplotlib is not installed.
     """
+    by_latency = 'latency' in result.config.objective_names
+    axis = 'predicted latency (ms)' if by_latency else 'MACs (M)'
+
+    def cost(candidate: Candidate) -> float:
+        return candidate.latency if by_latency else candidate.macs / 1e6
+
     figure = new_figure(8.0, 5.0)
     front, chosen = result.front, result.chosen
     ax = figure.add_subplot()
 
     ax.scatter(
-        [c.macs / 1e6 for c in result.evaluations],
+        [cost(c) for c in result.evaluations],
         [c.error for c in result.evaluations],
         s=12,
         color=GREY,
@@ -111,17 +137,17 @@ def plot_pareto(result: 'SearchResult', path: str | os.PathLike, *, title: str |
         label='evaluated',
         zorder=1,
     )
-    # The front is sorted by MACs, so each candidate has to be better than all before it
+    # The front is sorted by this cost, so each candidate has to be better than all before it
     line = [c for i, c in enumerate(front) if all(c.error < earlier.error for earlier in front[:i])]
     ax.plot(
-        [c.macs / 1e6 for c in line],
+        [cost(c) for c in line],
         [c.error for c in line],
         color='0.35',
         linewidth=1.0,
-        label='best error up to these MACs',
+        label='best error up to this latency' if by_latency else 'best error up to these MACs',
         zorder=2,
     )
-    x, y = [c.macs / 1e6 for c in front], [c.error for c in front]
+    x, y = [cost(c) for c in front], [c.error for c in front]
     label = f'front ({", ".join("MACs" if n == "macs" else n for n in result.config.objective_names)})'
     style = dict(s=34, edgecolors='0.2', linewidths=0.5, label=label, zorder=3)
     if 'params' in result.config.objective_names:
@@ -130,7 +156,7 @@ def plot_pareto(result: 'SearchResult', path: str | os.PathLike, *, title: str |
     else:
         ax.scatter(x, y, color=BLUE, **style)
 
-    at = (chosen.macs / 1e6, chosen.error)
+    at = (cost(chosen), chosen.error)
     ax.scatter(*at, s=190, marker='o', facecolors='none', edgecolors=ACCENT, linewidths=1.8, label='chosen', zorder=4)
     # The chosen one has the lowest error, so there are no points below it
     low, high = ax.get_ylim()
@@ -138,7 +164,7 @@ def plot_pareto(result: 'SearchResult', path: str | os.PathLike, *, title: str |
     left, right = ax.get_xlim()
     to_the_right = at[0] < (left + right) / 2
     ax.annotate(
-        f'{chosen.top1:.2f} % top-1, {chosen.macs / 1e6:.1f} M MACs, {chosen.params / 1e6:.2f} M parameters',
+        f'{chosen.top1:.2f} % top-1, {_costs(chosen)}, {chosen.params / 1e6:.2f} M parameters',
         at,
         xytext=(-8 if to_the_right else 8, -14),
         textcoords='offset points',
@@ -148,7 +174,7 @@ def plot_pareto(result: 'SearchResult', path: str | os.PathLike, *, title: str |
         fontsize=9,
     )
 
-    ax.set_xlabel('MACs (M)')
+    ax.set_xlabel(axis)
     ax.set_ylabel('top-1 error on the search split (%)')
     if title is None:
         counts = f'archs evaluated: {len(result.evaluations)}, on the Pareto front: {len(front)}'

@@ -33,16 +33,25 @@ def check_limits(config: SearchConfig, cost: 'CostTable') -> None:
     """Check that the space has archs inside each limit.
 
     Raises:
-        UsageError: It has none.
+        UsageError: It has none, or there is no latency table where the latency has to be known.
     """
+    if config.needs_latency and 'latency' not in cost.metrics:
+        raise UsageError(
+            'a search for latency needs a latency table of this space (--latency-table FILE), which `timm-mixpath '
+            'latency` measures'
+        )
     for metric in LIMITED:
+        if metric not in cost.metrics:
+            continue
         low, high = config.limits(metric)
         smallest, largest = cost.bounds(metric)
-        reach = f'the smallest of the space has {smallest} and the largest {largest}'
+        unit = ' ms' if metric == 'latency' else ''
+        shown = [round(value, 2) if unit else value for value in (smallest, largest)]
+        reach = f'the smallest of the space has {shown[0]}{unit} and the largest {shown[1]}{unit}'
         if high < smallest:
-            raise UsageError(f'max_{metric}={high} excludes every arch, {reach}')
+            raise UsageError(f'max_{metric}={high}{unit} excludes every arch, {reach}')
         if low > largest:
-            raise UsageError(f'min_{metric}={low} excludes every arch, {reach}')
+            raise UsageError(f'min_{metric}={low}{unit} excludes every arch, {reach}')
 
 
 class ArchPool:
@@ -58,7 +67,7 @@ class ArchPool:
         self.seed = config.seed
         self.sizes = space.gene_sizes
         self.limits = [
-            (metric, *config.limits(metric), max(1, np.ptp(cost.bounds(metric))))
+            (metric, *config.limits(metric), np.ptp(cost.bounds(metric)) or 1)
             for metric in LIMITED
             if config.limits(metric) != (-math.inf, math.inf)
         ]
@@ -108,7 +117,7 @@ class ArchPool:
                 if self.is_new(arch := self.space.decode(vector)):
                     yield arch
         else:
-            for metric in LIMITED:
+            for metric in self.cost.metrics:
                 if self.is_new(arch := self.cost.smallest(metric)):
                     yield arch
             position = 0

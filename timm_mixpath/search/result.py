@@ -39,6 +39,7 @@ class Candidate:
         loss: Loss on the search split, NaN if it was not finite.
         macs: Multiply-adds of one image.
         params: Number of parameters.
+        latency: Predicted latency of a batch in milliseconds, None without a latency table.
         index: Place in the order of evaluation, from 0.
         generation: Generation that proposed it, from 0.
         extra: What else `evaluate` returned.
@@ -51,6 +52,7 @@ class Candidate:
     params: int
     index: int = 0
     generation: int = 0
+    latency: float | None = None
     extra: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -68,7 +70,7 @@ class SearchResult:
         config: The configuration of the search.
         fingerprint: What the scores depend on, as given to `search`.
         evaluations: All candidates in the order of evaluation.
-        front: Those that no other candidate dominates in the objectives, by MACs.
+        front: Those that no other candidate dominates in the objectives, by latency if it is one, else by MACs.
         bounds: Smallest and largest value of each objective in the space, with 0 and 100 for the error.
     """
 
@@ -81,14 +83,17 @@ class SearchResult:
 
     @property
     def chosen(self) -> Candidate:
-        """The candidate of lowest error; of those with equal error the one with fewest MACs, then parameters."""
-        return min(self.front, key=lambda c: (c.error, c.macs, c.params, c.index))
+        """The candidate of lowest error; of those with equal error the one of the lowest costs.
+
+        Costs are compared one by one: the latency if it is known, MACs, then parameters.
+        """
+        return min(self.front, key=lambda c: (c.error, c.latency or 0, c.macs, c.params, c.index))
 
     def hypervolume(self, ref: Sequence[float] | None = None) -> float:
         """Return the hypervolume of the front, larger is better.
 
         Objectives are normalised first, so that 0 is the best and 1 the worst that the space can have: the error is
-        divided by 100 percent, MACs and parameters are mapped from the space's own exact bounds. Volumes of searches
+        divided by 100 percent, the others are mapped from the space's own exact bounds. Volumes of searches
         in the same space with the same objectives can be compared.
 
         Args:
@@ -121,7 +126,8 @@ def objective_values(candidates: Sequence[Candidate], names: Sequence[str]) -> n
 
 def make_front(evaluations: Sequence[Candidate], names: Sequence[str]) -> list[Candidate]:
     front = [evaluations[i] for i in pareto_front(objective_values(evaluations, names))]
-    return sorted(front, key=lambda c: (c.macs, c.params, c.error, c.index))
+    first = 'latency' if 'latency' in names else 'macs'
+    return sorted(front, key=lambda c: (getattr(c, first), c.macs, c.params, c.error, c.index))
 
 
 def with_metrics(candidate: Candidate, metrics: Mapping[str, Any]) -> Candidate:
@@ -136,25 +142,28 @@ def with_metrics(candidate: Candidate, metrics: Mapping[str, Any]) -> Candidate:
         params=candidate.params,
         index=candidate.index,
         generation=candidate.generation,
+        latency=candidate.latency,
         extra=values,
     )
 
 
 def make_record(candidate: Candidate) -> dict[str, Any]:
     loss = candidate.loss if math.isfinite(candidate.loss) else None
+    latency = {} if candidate.latency is None else dict(latency=candidate.latency)
     return dict(
         index=candidate.index,
         generation=candidate.generation,
         arch=str(candidate.arch),
         macs=candidate.macs,
         params=candidate.params,
+        **latency,
         metrics={'top1': candidate.top1, 'loss': loss, **candidate.extra},
     )
 
 
 def restore(candidate: Candidate, record: Mapping[str, Any], path: Path) -> Candidate:
     """Complete a candidate with its record in the archive."""
-    for name in ('index', 'generation', 'arch', 'macs', 'params'):
+    for name in ('index', 'generation', 'arch', 'macs', 'params', 'latency'):
         if record.get(name) != (expected := getattr(candidate, name)):
             where = f'evaluation {candidate.index}'
             raise RunError(is_diverged(path, f'{where} has {name} {record.get(name)!r}, this search {str(expected)!r}'))
@@ -178,4 +187,5 @@ def hypervolume(result: SearchResult) -> float | None:
 
 
 def has_latency(result: SearchResult) -> bool:
+    """Whether the latency of the front was measured."""
     return all('latency_ms' in c.extra for c in result.front)

@@ -19,6 +19,8 @@ import torch
 
 from ..models.cost import cost_table
 from ..models.latency import measure_latency
+from ..models.latency_table import LatencyTable, measure_archs
+from ..models.runtimes import describe_device
 from ..models.supernet import Supernet
 from ..spaces.arch import Arch
 from ..spaces.space import SearchSpace
@@ -31,7 +33,7 @@ from ..utils.progress import Progress
 from ..version import __version__
 from .accuracy import SupernetEvaluator
 from .archive import Archive, evaluate_all
-from .config import LIMITED, SearchConfig
+from .config import SearchConfig
 from .front import plot_pareto, write_front_csv, write_front_json
 from .images import SearchData, load_images
 from .nsga2 import NSGA2Search, RandomSearch
@@ -65,7 +67,7 @@ def search(
 
     Args:
         space: Space to search.
-        cost: Costs of the archs of this space.
+        cost: Costs of the archs of this space; with `LatencyTable.add_to` their latency is one of them.
         evaluate: Returns the metrics of an arch on the search split, at least `top1` in percent and `loss`. Metrics
             are numbers, text or None.
         config: What to search for.
@@ -111,7 +113,16 @@ def search(
         while archs := ranks.from_first(algorithm.ask):
             generation = evaluations[-1].generation + 1 if evaluations else 0
             todo = [
-                Candidate(arch, math.nan, math.nan, cost.macs(arch), cost.params(arch), index, generation)
+                Candidate(
+                    arch,
+                    math.nan,
+                    math.nan,
+                    cost.macs(arch),
+                    cost.params(arch),
+                    index,
+                    generation,
+                    cost.cost('latency', arch) if 'latency' in cost.metrics else None,
+                )
                 for index, arch in enumerate(archs, len(evaluations))
             ]
             candidates = evaluate_all(
@@ -138,7 +149,7 @@ def search(
         fingerprint=archive.header['fingerprint'],
         evaluations=evaluations,
         front=make_front(evaluations, config.objective_names),
-        bounds={'error': (0.0, 100.0), **{metric: cost.bounds(metric) for metric in LIMITED}},
+        bounds={'error': (0.0, 100.0), **{metric: cost.bounds(metric) for metric in cost.metrics}},
     )
 
 
@@ -164,6 +175,7 @@ def search_checkpoint(
     device: str | None = None,
     workers: int = 2,
     latency: bool = False,
+    latency_table: str | os.PathLike | None = None,
     progress: bool = True,
     like: Namespace | None = None,
 ) -> SearchResult:
@@ -185,6 +197,9 @@ def search_checkpoint(
         device: Device, the GPU if there is one and None is given.
         workers: Processes that decode the images, once.
         latency: Measure the latency of the archs on the front too, on this machine.
+        latency_table: JSON file of a `LatencyTable` of this space and the input that costs are counted for: predicts
+            the latency of every arch, for `max_latency` and as an objective. If this is the device that it was
+            measured on, the archs of the front are measured in the same way at the end.
         progress: Show a progress bar on a terminal, lines elsewhere.
         like: What `checkpoint` is of, if it holds weights alone, see `load_model`.
 
@@ -192,7 +207,8 @@ def search_checkpoint(
         The result.
 
     Raises:
-        UsageError: See `search`, `load_model` and `open_dataset`; or the checkpoint is not of a supernet.
+        UsageError: See `search`, `load_model`, `open_dataset` and `LatencyTable`; or the checkpoint is not of a
+            supernet.
         RunError: The data, checkpoint or archive can't be read, or the output not be written.
     """
     if config.algorithm == 'nsga2':
@@ -205,12 +221,17 @@ def search_checkpoint(
         if cost_num_classes is not None and cost_num_classes < 0:
             raise UsageError(f'number of classes {cost_num_classes} to count costs for must not be negative')
         cost = cost_table(supernet, cost_input_size or loaded.data_config['input_size'], cost_num_classes)
+        table = None
+        if latency_table is not None:
+            table = LatencyTable.load(latency_table)
+            table.add_to(cost)
         check_limits(config, cost)
         images = load_images(loaded, data, recalibration_images, batch_size, process.device, workers)
         fingerprint = dict(
             **images.fingerprint,
             cost_input_size=list(cost.input_size),
             cost_num_classes=cost.num_classes,
+            **({} if table is None else dict(latency_table=table.fingerprint(), latency_of=table.describe())),
         )
         if rank == 0:
             _logger.info(
@@ -232,7 +253,9 @@ def search_checkpoint(
         if show is not None:
             show.close()
         if rank == 0:
-            if latency:
+            if table is not None:
+                _measure_as_predicted(result, supernet, table)
+            elif latency:
                 _measure_front(result, supernet)
             write_front_csv(result, output / 'front.csv')
             write_front_json(result, output / 'front.json')
@@ -256,3 +279,17 @@ def _measure_front(result: SearchResult, supernet: Supernet) -> None:
         model = supernet.extract(candidate.arch)
         candidate.extra['latency_ms'] = round(measure_latency(model, channels_last=True), 4)
         _logger.info(f'{candidate.extra["latency_ms"]:.2f} ms per image  {candidate.arch}')
+
+
+def _measure_as_predicted(result: SearchResult, supernet: Supernet, table: LatencyTable) -> None:
+    """Measure the front as the archs of a table were, if this is its device."""
+    here = describe_device(table.device) if table.device == 'cpu' or torch.cuda.is_available() else 'no GPU'
+    if table.device_name != here:
+        _logger.info(
+            f'The latency of the front is predicted for {table.device_name}, this is {here}: to measure it, run '
+            f'`timm-mixpath latency --archs front.json` there'
+        )
+        return
+    measured = measure_archs(supernet, [c.arch for c in result.front], table)
+    for candidate, ms in zip(result.front, measured):
+        candidate.extra['latency_ms'] = round(ms, 4)

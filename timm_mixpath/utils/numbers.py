@@ -5,7 +5,7 @@ import re
 from argparse import ArgumentTypeError
 from decimal import Decimal
 
-__all__ = ['parse_count', 'parse_float', 'parse_share']
+__all__ = ['parse_count', 'parse_float', 'parse_milliseconds', 'parse_share']
 
 _PLAIN = r'\d+(?:\.\d*)?|\.\d+'
 _GROUPED = r'\d{1,3}(?:_\d{3})+(?:\.\d*)?|\d{1,3}(?:,\d{3})+(?:\.\d*)?|\d+(?:_\d+)+'
@@ -63,4 +63,25 @@ def parse_float(text: str) -> float:
         value = math.nan
     if not math.isfinite(value):
         raise ArgumentTypeError(f'{text!r} is not a finite number such as 0.1 or 1e-3')
+    return value
+
+
+def parse_milliseconds(text: str) -> float:
+    """Parse a time, in milliseconds if it has no unit: 8, 8ms, 0.008s, 800us.
+
+    Raises:
+        ArgumentTypeError: It is none, or not positive.
+    """
+    number = text.strip().lower()
+    factor = 1.0
+    for unit, milliseconds in (('ms', 1.0), ('us', 1e-3), ('\u00b5s', 1e-3), ('s', 1e3)):
+        if number.endswith(unit):
+            number, factor = number.removesuffix(unit), milliseconds
+            break
+    try:
+        value = parse_float(number) * factor
+    except ArgumentTypeError:
+        value = 0.0
+    if value <= 0:
+        raise ArgumentTypeError(f'{text!r} is not a time such as 8ms, 8 (milliseconds) or 0.5s')
     return value

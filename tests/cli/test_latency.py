@@ -1,0 +1,115 @@
+"""A latency table from the command line, and what a search makes of it."""
+
+import json
+from pathlib import Path
+
+import pytest
+from commands import fails
+
+from timm_mixpath import cli
+from timm_mixpath.models.latency_table import LatencyTable
+
+QUICK = ['--num-archs', '20', '--test-archs', '5', '--rounds', '1', '--threads', '1', '--device', 'cpu']
+
+
+@pytest.fixture(scope='module')
+def table(supernet_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp('latency') / 'here.json'
+    assert cli.main(['latency', '--checkpoint', str(supernet_run / 'last.pth.tar'), '--output', str(path), *QUICK]) == 0
+    return path
+
+
+def test_from_a_table_to_a_measured_front(
+    supernet_run: Path, table: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    known = LatencyTable.load(table)
+    limit = sorted(row['latency_ms'] for row in known.measured)[12]
+    last = str(supernet_run / 'last.pth.tar')
+    search = ['search', '--checkpoint', last, '--output', str(tmp_path / 's'), '--latency-table', str(table)]
+    search += ['--objectives', 'error', 'latency', '--max-latency', f'{limit}ms', '-j', '0', '--device', 'cpu']
+    search += ['--population', '6', '--offspring', '3', '--generations', '2']
+    capsys.readouterr()
+    assert cli.main(search) == 0
+    out = capsys.readouterr().out
+    assert 'predicted ms' in out and 'measured)' in out
+    front = json.loads((tmp_path / 's' / 'front.json').read_text())
+    assert all(c['latency'] <= limit and c['metrics']['latency_ms'] > 0 for c in front['front'])
+    assert front['fingerprint']['latency_table'] == known.fingerprint()
+    before = (tmp_path / 's' / 'archive.jsonl').read_bytes()
+    assert cli.main(search) == 0  # it is done, and stays so
+    assert (tmp_path / 's' / 'archive.jsonl').read_bytes() == before
+
+    capsys.readouterr()
+    measure = ['latency', '--checkpoint', last, '--device', 'cpu', '--latency-table', str(table), '--archs']
+    assert cli.main([*measure, str(tmp_path / 's' / 'front.json')]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert sum(c['arch'] in '\n'.join(lines) for c in front['front']) == len(front['front'])
+
+    # Another table is another search
+    other = json.loads(table.read_text())
+    other['base'] *= 1.5
+    (tmp_path / 'other.json').write_text(json.dumps(other))
+    search[search.index('--latency-table') + 1] = str(tmp_path / 'other.json')
+    search[search.index('--max-latency') + 1] = f'{2 * limit}ms'
+    status, message = fails(capsys, search)
+    assert status == 2 and 'was' in message and 'in the archive' in message
+
+
+def test_table_of_another_device_measures_nothing(
+    supernet_run: Path, table: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    content = dict(json.loads(table.read_text()), device_name='a phone')
+    (tmp_path / 'phone.json').write_text(json.dumps(content))
+    search = ['search', '--checkpoint', str(supernet_run / 'last.pth.tar'), '--output', str(tmp_path / 's')]
+    search += ['--latency-table', str(tmp_path / 'phone.json'), '--population', '4', '--generations', '0', '-j', '0']
+    with caplog.at_level('INFO'):
+        assert cli.main([*search, '--device', 'cpu']) == 0
+    assert 'predicted for a phone, this is' in caplog.text
+    front = json.loads((tmp_path / 's' / 'front.json').read_text())['front']
+    assert all('latency_ms' not in c['metrics'] and c['latency'] > 0 for c in front)
+
+
+def test_profile(table: Path, capsys: pytest.CaptureFixture) -> None:
+    model = '--model mixpath_nano_supernet --input-size 3 16 16 --num-samples 50'
+    profile = ['profile', *model.split(), '--latency-table']
+    capsys.readouterr()
+    assert cli.main([*profile, str(table)]) == 0
+    low, median, high = map(float, capsys.readouterr().out.splitlines()[4].removeprefix('latency (ms)').split())
+    assert 0 < low < median < high
+    status, message = fails(capsys, [*profile, str(table), '--max-latency', '1us'])
+    assert (
+        status == 2 and f'max_latency=0.001 ms excludes every arch, the smallest of the space has {low:.2f}' in message
+    )
+    status, message = fails(capsys, [*profile, str(table), '--model-kwargs', 'width_mult=0.5'])
+    assert status == 2 and "another variant of space 'nano'" in message
+
+
+@pytest.mark.parametrize(
+    ('words', 'message'),
+    [
+        ('latency', 'pass either --output FILE for a table, or --archs'),
+        ('latency --output t.json', 'no supernet: pass --checkpoint PATH, or --model NAME'),
+        ('latency --output t.json --model mixpath_nano', "'mixpath_nano' is no supernet"),
+        ('latency --output t.json --model mixpath_nan_supernet', 'mixpath_nan_supernet'),
+        ('latency --output t.json --model mixpath_nano_supernet --threads 0', 'threads=0 must be at least 1'),
+        ('latency --output t.json --model mixpath_nano_supernet --device tpu', "--device 'tpu' can not be used"),
+        ('latency --archs k3_e6 --model mixpath_nano_supernet', '--archs and --latency-table go together'),
+        ('latency --archs k3 --latency-table none.json --model mixpath_nano_supernet', "'none.json' can not be read"),
+        ('profile --model mixpath_nano_supernet --max-latency 3ms', 'needs a latency table'),
+        ('profile --model mixpath_nano_supernet --latency-table none.json', "'none.json' can not be read"),
+    ],
+)
+def test_wrong_commands(
+    words: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    status, found = fails(capsys, words.split())
+    assert status == 2 and message in found
+    assert not list(tmp_path.iterdir())
+
+
+def test_archs_that_are_none(supernet_run: Path, table: Path, capsys: pytest.CaptureFixture, tmp_path: Path) -> None:
+    measure = ['latency', '--checkpoint', str(supernet_run / 'last.pth.tar'), '--latency-table', str(table), '--archs']
+    assert 'an arch can not be measured' in fails(capsys, [*measure, 'k3_e6'])[1]
+    (tmp_path / 'front.json').write_text('{}')
+    assert 'is no front.json of a search' in fails(capsys, [*measure, str(tmp_path / 'front.json')])[1]

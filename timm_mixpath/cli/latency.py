@@ -1,0 +1,172 @@
+"""The command latency."""
+
+import argparse
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ..utils.errors import UsageError, as_usage_error
+from ..utils.numbers import parse_count
+from .common import add_model_options, like, setup_logging
+
+if TYPE_CHECKING:
+    from ..models.latency_table import LatencyTable
+    from ..models.supernet import Supernet
+
+__all__ = ['add_latency', 'run_latency']
+
+
+def add_latency(parser: argparse.ArgumentParser) -> None:
+    from ..analysis.latency import LatencyConfig
+    from ..models.runtimes import RUNTIMES
+
+    default = LatencyConfig()
+    add = parser.add_argument
+    add('--checkpoint', metavar='PATH', help='last.pth.tar of a supernet, a model folder, or hf-hub:ORG/NAME; '
+        '--model NAME in its place needs no weights')  # fmt: skip
+    add_model_options(parser, 'the supernet, without a checkpoint')
+    add('--output', metavar='FILE', help='JSON file for the table; the same command goes on with what was cut off')
+    add('--num-classes', type=int, metavar='N', help='(default: as in the training)')
+    add('--input-size', nargs=3, type=int, metavar='N', help='channels, height, width (default: as in the training)')
+
+    add = parser.add_argument_group('what is measured').add_argument
+    add('--runtime', default=default.runtime, choices=RUNTIMES,
+        help='torch: eager, batch norms folded; compile: that under torch.compile (default: torch)')  # fmt: skip
+    add('--threads', type=int, metavar='N', help="CPU threads (default: torch's)")
+    add('-b', '--batch-size', type=int, default=default.batch_size, metavar='N', help='images per batch (default: 1)')
+    add('--device', metavar='NAME', help='default: cuda if there is a GPU, else cpu')
+    add('--num-archs', type=parse_count, default=default.num_archs, metavar='N',
+        help='networks to fit the table to (default: %(default)s)')  # fmt: skip
+    add('--test-archs', type=parse_count, default=default.test_archs, metavar='N',
+        help='unseen networks to test it with (default: %(default)s)')  # fmt: skip
+    add('--rounds', type=int, default=default.rounds, metavar='N', help='visits of each (default: %(default)s)')
+    add('--seed', type=int, default=default.seed)
+
+    add = parser.add_argument_group('measure archs, beside what a table predicts').add_argument
+    add('--archs', nargs='+', metavar='ARCH', help='archs, or the front.json of a search')
+    add('--latency-table', metavar='FILE', help='a table of this supernet')
+
+
+def run_latency(args: argparse.Namespace) -> None:
+    from ..analysis.latency import MIN_TAU, LatencyConfig, measure_table
+    from ..utils.tables import format_table
+
+    setup_logging()
+    if bool(args.archs) != bool(args.latency_table):
+        raise UsageError('--archs and --latency-table go together: archs to measure, and the table that predicts them')
+    if bool(args.archs) == bool(args.output):
+        raise UsageError('pass either --output FILE for a table, or --archs and --latency-table to measure archs')
+    table = None
+    if args.archs:
+        from ..models.latency_table import LatencyTable
+
+        table = LatencyTable.load(args.latency_table)
+        args.num_classes, args.input_size = table.num_classes, table.input_size
+    config = LatencyConfig(
+        runtime=args.runtime,
+        threads=args.threads,
+        batch_size=args.batch_size,
+        num_archs=args.num_archs,
+        test_archs=args.test_archs,
+        rounds=args.rounds,
+        seed=args.seed,
+    )
+    supernet, input_size = _supernet(args)
+    if table is not None:
+        _measure(supernet, _archs(args.archs, supernet), table)
+        return
+
+    table = measure_table(supernet, args.output, config, input_size=input_size)
+    test = table.test
+    rows = [
+        ('', 'tau', 'mean error', 'largest error'),
+        ('this table', f'{test["tau"]:.3f}', f'{test["mean_error"]:.1%}', f'{test["max_error"]:.1%}'),
+        ('counting MACs', f'{test["tau_of_macs"]:.3f}', '', ''),
+    ]
+    print(f'{table.space}, {_size(table.input_size)}: {table.describe()}')
+    print(f'{test["num_archs"]} networks that the table has not seen, measured end to end:\n')
+    print(format_table(rows, '<>'))
+    times = [row['latency_ms'] for row in table.measured]
+    print(
+        f'\nmeasured networks take {min(times):.2f} to {max(times):.2f} ms; the speed of the machine varied by a '
+        f'factor of {table.protocol["drift"]:.2f} in between, which was taken out\nthe table is in {args.output}'
+    )
+    if not test['tau'] >= MIN_TAU:
+        print(
+            f'\nThis table is too poor to search by (tau below {MIN_TAU}): measure on an idle machine, or with more '
+            '--num-archs and --rounds'
+        )
+
+
+def _supernet(args: argparse.Namespace) -> 'tuple[Supernet, tuple[int, int, int] | None]':
+    import timm
+    import torch
+
+    from ..models.supernet import Supernet
+    from ..train.checkpoint import check_model_name, load_supernet
+
+    device = args.device or ('cuda' if torch.cuda.is_available() else 'cpu')
+    input_size = tuple(args.input_size) if args.input_size else None
+    if args.checkpoint:
+        loaded = load_supernet(args.checkpoint, 'latency table', 0, like(args))
+        supernet, trained_size = loaded.model, tuple(loaded.data_config['input_size'])
+        if args.num_classes is not None and args.num_classes != supernet.num_classes:
+            with as_usage_error(f'--num-classes {args.num_classes} is out of range'):
+                supernet.reset_classifier(args.num_classes)
+        input_size = input_size or trained_size
+    elif args.model:
+        check_model_name(args.model)
+        with as_usage_error(f'model {args.model!r} can not be created'):
+            supernet = timm.create_model(
+                args.model,
+                num_classes=args.num_classes,
+                in_chans=input_size[0] if input_size else None,
+                **args.model_kwargs,
+            )
+        if not isinstance(supernet, Supernet):
+            raise UsageError(f'{args.model!r} is no supernet; try {", ".join(timm.list_models("mixpath*_supernet"))}')
+    else:
+        raise UsageError('no supernet: pass --checkpoint PATH, or --model NAME')
+    with as_usage_error(f'--device {device!r} can not be used'):
+        return supernet.eval().to(device), input_size
+
+
+def _archs(texts: list[str], supernet: 'Supernet') -> list[str]:
+    archs: list[str] = []
+    for text in texts:
+        if text.endswith('.json'):
+            with as_usage_error(f'{text!r} is no front.json of a search'):
+                archs += [row['arch'] for row in json.loads(Path(text).read_text())['front']]
+        else:
+            archs.append(text)
+    with as_usage_error('an arch can not be measured'):
+        return [supernet.space.arch(arch) for arch in archs]
+
+
+def _measure(supernet: 'Supernet', archs: list[str], table: 'LatencyTable') -> None:
+    from ..analysis.latency import compare_prediction
+    from ..analysis.rank_statistics import require_scipy
+    from ..models.cost import cost_table
+    from ..models.latency_table import measure_archs
+    from ..models.runtimes import describe_device
+    from ..utils.tables import format_table
+
+    require_scipy()
+    cost = cost_table(supernet, table.input_size)
+    table.add_to(cost)
+    here = describe_device(next(supernet.parameters()).device)
+    measured = measure_archs(supernet, archs, table)
+    predicted = [cost.cost('latency', arch) for arch in archs]
+    rows = [
+        ('predicted ms', 'measured ms', 'error', 'arch'),
+        *((f'{p:.2f}', f'{m:.2f}', f'{p / m - 1:+.1%}', str(arch)) for p, m, arch in zip(predicted, measured, archs)),
+    ]
+    print(f'{table.space}, {_size(table.input_size)}: table of {table.describe()}; measured on {here}\n')
+    print(format_table(rows, '>>><'))
+    if len(archs) > 1:
+        test = compare_prediction(predicted, measured)
+        print(f'\ntau {test["tau"]:.3f}, mean error {test["mean_error"]:.1%}, largest {test["max_error"]:.1%}')
+
+
+def _size(input_size: tuple[int, int, int]) -> str:
+    return 'x'.join(map(str, input_size))
