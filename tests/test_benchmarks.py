@@ -51,3 +51,11 @@ def test_models(tmp_path):
     out = run_script('models', f'{options} --repetitions 1 --warmup 0', tmp_path)
     assert 'check passed: variants of 2 models agree' in out
     assert 'n = 1 calls' in out
+
+
+@pytest.mark.slow
+def test_latency(tmp_path):
+    options = '--models mixpath_a mobilenetv3_large_100 --batch-sizes 1 2 --num-threads 1 --img-size 32 --rounds 1'
+    out = run_script('latency', options, tmp_path)
+    assert 'torch b1 t1' in out and 'onnxruntime b2 t1' in out
+    assert 'ms per batch' in out

@@ -7,7 +7,6 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
-from pathlib import Path
 from typing import Any
 
 import timm
@@ -15,6 +14,7 @@ import torch
 from torch import nn
 
 import timm_mixpath
+from timm_mixpath.models.runtimes import describe_device
 
 __all__ = ['add_common_args', 'check', 'median_range', 'perturb_norms', 'print_table', 'setup', 'timed', 'turns']
 
@@ -40,7 +40,7 @@ def setup(args: argparse.Namespace, title: str) -> torch.device:
     torch.manual_seed(args.seed)
     print(title)
     rows = [
-        ('CPU', f'{_cpu_model()}, {os.cpu_count()} logical cores, {torch.get_num_threads()} torch threads'),
+        ('CPU', f'{describe_device("cpu")}, {os.cpu_count()} logical cores, {torch.get_num_threads()} torch threads'),
         ('GPU', f'{_gpu()}{"" if device.type == "cuda" else ", not used"}'),
         ('load', f'{_load()} (1-minute average before the start; above 0 others share the cores)'),
         (
@@ -54,15 +54,6 @@ def setup(args: argparse.Namespace, title: str) -> torch.device:
         print(f'  {name:<9} {value}')
     print(flush=True)
     return device
-
-
-def _cpu_model() -> str:
-    cpuinfo = Path('/proc/cpuinfo')
-    if cpuinfo.exists():
-        for line in cpuinfo.read_text().splitlines():
-            if line.startswith('model name'):
-                return line.partition(':')[2].strip()
-    return platform.processor() or platform.machine()
 
 
 def _gpu() -> str:

@@ -273,6 +273,26 @@ def test_card_is_valid_and_its_links_lead_somewhere(
     assert f'error of {entry["error"]:.2f} %' in card.text and f'{front["num_evaluations"]} evaluations' in card.text
 
 
+def test_card_tells_of_a_search_for_latency(supernet_run: Path, searched: Path, tmp_path: Path) -> None:
+    folder = tmp_path / 'search'
+    shutil.copytree(searched, folder)
+    front = json.loads((folder / 'front.json').read_text())
+    front['config'].update(objectives=dict(error=1.0, latency=1.0), max_latency=2.5)
+    front['fingerprint'].update(latency_table='abc', latency_of='onnxruntime on a phone, 1 thread, batches of 1')
+    front['front'][0].update(latency=1.25, metrics={**front['front'][0]['metrics'], 'latency_ms': 1.3})
+    (folder / 'front.json').write_text(json.dumps(front))
+    export(supernet_run / 'last.pth.tar', tmp_path / 'm', front['front'][0]['arch'])
+    write_repo(tmp_path / 'm', NAME, tmp_path / 'repo', search=folder, details=CardDetails('mit', 'a/b'))
+    text = (tmp_path / 'repo' / 'README.md').read_text()
+    for fact in (
+        'minimised: error, latency',
+        'limits: max latency 2.5 ms',
+        'latency predicted from a table: onnxruntime on a phone, 1 thread, batches of 1',
+        'its latency: 1.25 ms predicted, 1.30 ms measured',
+    ):
+        assert fact in text
+
+
 def test_recipe_is_named_where_the_options_are_its_own(run: Path) -> None:
     import argparse
 

@@ -303,3 +303,16 @@ def test_process_group_of_the_caller_is_used_and_left_open(digits: Path, tmp_pat
     finally:
         dist.destroy_process_group()
     assert within == alone
+
+
+def test_frozen_batch_norms_keep_their_statistics(digits: Path, tmp_path: Path) -> None:
+    """Of a warm start these are what the statistics of every sum of paths are."""
+    first = train(small_args(digits, tmp_path, epochs=1)).output_dir / 'last.pth.tar'
+    options = dict(epochs=1, lr=0.01, initial_checkpoint=str(first), experiment='frozen')
+    second = train(small_args(digits, tmp_path, frozen_bn=True, **options)).output_dir / 'last.pth.tar'
+    before, after = (load_model(path).model.state_dict() for path in (first, second))
+    statistics = [key for key in before if key.endswith(('running_mean', 'running_var'))]
+    assert len(statistics) > 20
+    assert all(torch.equal(before[key], after[key]) for key in statistics)
+    weights = [key.replace('running_mean', 'weight') for key in statistics if key.endswith('running_mean')]
+    assert any(not torch.equal(before[key], after[key]) for key in weights)

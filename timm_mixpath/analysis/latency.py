@@ -1,6 +1,7 @@
 """Measure a latency table: archs of a space on the device that matters, and how well others are predicted by them."""
 
 import logging
+import math
 import os
 import random
 import statistics
@@ -27,12 +28,9 @@ from .rank_statistics import require_scipy
 if TYPE_CHECKING:
     from ..models.cost import CostTable
 
-__all__ = ['MIN_TAU', 'LatencyConfig', 'compare_prediction', 'measure_table', 'spread_archs']
+__all__ = ['LatencyConfig', 'compare_prediction', 'measure_table', 'spread_archs']
 
 _logger = logging.getLogger(__name__)
-
-# Below this Kendall's tau on unseen archs a table is too poor to search by
-MIN_TAU = 0.8
 
 
 @dataclass(frozen=True)
@@ -84,7 +82,8 @@ def measure_table(
 
     Whole networks are measured, twenty at a time, each in many short visits in random order. The smallest, the default
     and the largest network are measured with every twenty; by what these took longer the others are corrected, so
-    that a machine that changes its speed does not favour what was measured in a good minute.
+    that a machine that changes its speed does not favour what was measured in a good minute. The networks of the test
+    are measured twice, at different times: predictions can hardly agree better than these do with each other.
 
     Every twenty go to `<output>.jsonl` at once: a measurement that was cut off goes on there.
 
@@ -113,7 +112,7 @@ def measure_table(
     cost = cost_table(supernet, input_size)
     versions = dict(timm_mixpath=__version__, **runtime_versions(config.runtime))
     fits, tests = _draw(cost, config)
-    archs = [*fits, *tests]
+    archs = [*fits, *tests, *tests]
     random.Random(config.seed).shuffle(archs)
     fingerprint = dict(
         digest=space_digest(cost),
@@ -211,9 +210,10 @@ def compare_prediction(predicted: Sequence[float], measured: Sequence[float]) ->
     from scipy.stats import kendalltau
 
     errors = np.abs(np.asarray(predicted) / np.asarray(measured) - 1)
+    tau = float(kendalltau(predicted, measured).statistic)
     return dict(
         num_archs=len(errors),
-        tau=round(float(kendalltau(predicted, measured).statistic), 4),
+        tau=round(tau, 4) if math.isfinite(tau) else 0.0,  # equal predictions order nothing
         mean_error=round(float(errors.mean()), 5),
         max_error=round(float(errors.max()), 5),
     )
@@ -271,25 +271,28 @@ def _drift(records: Sequence[dict[str, Any]]) -> float:
     return round(max(ratios) / min(ratios), 4)
 
 
-def _without_drift(records: Sequence[dict[str, Any]]) -> dict[str, float]:
-    """Latency of every arch, in milliseconds, without what its twenty were measured slower or faster than usual."""
+def _without_drift(records: Sequence[dict[str, Any]]) -> dict[str, list[float]]:
+    """Measured latencies of archs, in milliseconds, without what the twenty were slower or faster than usual."""
     times, usual = _references(records)
-    latency: dict[str, float] = {}
+    latency: dict[str, list[float]] = {}
     for record, references in zip(records, times):
         # A small network may slow down by another factor than a large one: a line through the three
         x = np.log(references)
         line = np.polyfit(x, x - np.log(usual), 1) if np.ptp(x) > 0.1 else [0.0, float(np.mean(x - np.log(usual)))]
         for arch, ms in zip(record['archs'], record['metrics']['latency_ms']):
             at = float(np.clip(np.log(ms), x.min(), x.max()))
-            latency[arch] = ms / float(np.exp(np.polyval(line, at)))
+            latency.setdefault(arch, []).append(ms / float(np.exp(np.polyval(line, at))))
     return latency
 
 
-def _fit(cost: 'CostTable', fits: Sequence[str], tests: Sequence[str], latency_ms: dict[str, float]) -> dict[str, Any]:
+def _fit(cost: 'CostTable', fits: Sequence[str], tests: Sequence[str], times: dict[str, list[float]]) -> dict[str, Any]:
+    latency_ms = {arch: statistics.fmean(own) for arch, own in times.items()}
     base, parts = fit_latency(cost, fits, [latency_ms[str(arch)] for arch in fits])
     cost.add_metric('latency', base, parts)
     test = compare_prediction([cost.cost('latency', a) for a in tests], [latency_ms[str(a)] for a in tests])
     test['tau_of_macs'] = compare_prediction([cost.macs(a) for a in tests], [latency_ms[str(a)] for a in tests])['tau']
+    repeats = compare_prediction(*zip(*(times[str(a)] for a in tests)))
+    test['repeats'] = {key: repeats[key] for key in ('tau', 'mean_error', 'max_error')}
 
     def rows() -> Iterator[dict[str, Any]]:
         for use, archs in (('fit', fits), ('test', tests)):

@@ -29,12 +29,15 @@ if TYPE_CHECKING:
     from .cost import CostTable, Part
     from .supernet import Supernet
 
-__all__ = ['LatencyTable', 'fit_latency', 'measure_archs', 'space_digest']
+__all__ = ['MIN_TAU', 'LatencyTable', 'fit_latency', 'measure_archs', 'space_digest']
 
 
 _FORMAT = 'timm-mixpath latency table'
 
 _VERSION = 1
+
+# Below this Kendall's tau on unseen archs a table is too poor to search by
+MIN_TAU = 0.8
 
 # Networks that are in memory at once
 CHUNK = 20
@@ -64,7 +67,8 @@ class LatencyTable:
         base: What all archs share, in milliseconds per batch.
         parts: Milliseconds per batch of every part: its entries, then the time.
         test: How well the archs of use `'test'` are predicted: `num_archs`, `tau`, `mean_error` and `max_error`, the
-            errors as shares of the measured latency.
+            errors as shares of the measured latency; `repeats` has the same for a second measurement in the place of
+            the prediction.
     """
 
     space: str

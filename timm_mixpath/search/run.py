@@ -19,7 +19,7 @@ import torch
 
 from ..models.cost import cost_table
 from ..models.latency import measure_latency
-from ..models.latency_table import LatencyTable, measure_archs
+from ..models.latency_table import MIN_TAU, LatencyTable, measure_archs
 from ..models.runtimes import describe_device
 from ..models.supernet import Supernet
 from ..spaces.arch import Arch
@@ -225,6 +225,11 @@ def search_checkpoint(
         if latency_table is not None:
             table = LatencyTable.load(latency_table)
             table.add_to(cost)
+            if rank == 0 and table.test and not table.test['tau'] >= MIN_TAU:
+                _logger.warning(
+                    f'The latency table is poor: it ranks unseen networks with tau {table.test["tau"]}, at least '
+                    f'{MIN_TAU} is wanted; measure it again on an idle machine or with more networks'
+                )
         check_limits(config, cost)
         images = load_images(loaded, data, recalibration_images, batch_size, process.device, workers)
         fingerprint = dict(

@@ -517,6 +517,10 @@ def _train_one_epoch(args: Namespace, run: _Run, epoch: int) -> OrderedDict[str,
     primary = utils.is_primary(args)
     module = task.get_trainable_module()
     module.train()
+    if args.frozen_bn:
+        for norm in module.modules():
+            if isinstance(norm, nn.modules.batchnorm._BatchNorm):
+                norm.eval()
     optimizer.zero_grad()
 
     num_batches = len(loader)

@@ -175,6 +175,11 @@ def add_train_options(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group('batch norm').add_argument
     add('--bn-momentum', type=parse_float, default=None)
     add('--bn-eps', type=parse_float, default=None)
+    add(
+        '--frozen-bn',
+        action='store_true',
+        help='batch norms keep the statistics that they have; weights and biases train',
+    )
     add('--sync-bn', action='store_true', help='synchronized batch norm')
     add('--dist-bn', default='reduce', choices=('broadcast', 'reduce', ''))
 
