@@ -6,6 +6,7 @@ import json
 import math
 import sys
 import time
+from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
 
@@ -22,10 +23,12 @@ from timm_mixpath.analysis.rank_statistics import (
     _regret,
     _resamples,
     _spearman,
+    partial_tau,
     rank_correlation,
+    tau_at_equal_cost,
     tau_difference,
 )
-from timm_mixpath.analysis.ranking import RankConfig, evaluate_table
+from timm_mixpath.analysis.ranking import RankConfig, evaluate_table, summarize
 from timm_mixpath.analysis.ranking_report import format_ranking, write_ranking_csv, write_ranking_json
 from timm_mixpath.utils.errors import UsageError
 
@@ -333,3 +336,108 @@ def test_outputs_of_an_untrained_supernet(tmp_path: Path) -> None:
     write_ranking_json(result, tmp_path / 'r.json')
     content = json.loads((tmp_path / 'r.json').read_text())
     assert content['statistics']['trained']['all']['kendall_tau']['value'] is None
+
+
+# ---- Equal cost
+
+
+@settings(derandomize=True, database=None, deadline=None, max_examples=200)
+@given(
+    st.lists(st.tuples(st.integers(0, 4), st.integers(0, 4), st.floats(1, 2)), min_size=2, max_size=12),
+    st.sampled_from([0.0, 0.03, 0.2, 0.9]),
+)
+def test_tau_at_equal_cost_equals_a_loop_over_pairs(archs: list, tolerance: float) -> None:
+    agree = of_x = of_y = pairs = 0
+    for (x1, y1, c1), (x2, y2, c2) in itertools.combinations(archs, 2):
+        if max(c1, c2) <= min(c1, c2) * (1 + tolerance):
+            pairs += 1
+            dx, dy = (x1 > x2) - (x1 < x2), (y1 > y2) - (y1 < y2)
+            agree, of_x, of_y = agree + dx * dy, of_x + abs(dx), of_y + abs(dy)
+    found = tau_at_equal_cost(*zip(*archs), tolerance=tolerance, num_resamples=5)
+    assert found.num_pairs == pairs
+    assert same(found.tau.value, agree / math.sqrt(of_x * of_y) if of_x and of_y else math.nan)
+
+
+def test_tau_at_equal_cost_is_tau_where_all_cost_the_same() -> None:
+    rng = np.random.default_rng(3)
+    x = rng.integers(0, 8, 60)
+    y = x + rng.integers(0, 6, 60)
+    same_cost = tau_at_equal_cost(x, y, np.full(60, 5.0), num_resamples=200, seed=4)
+    plain = rank_correlation(x, y, num_resamples=200, seed=4)
+    assert same_cost.tau.value == pytest.approx(plain.kendall_tau.value)
+    # Each copy of an arch ties with itself in the one and is no pair in the other, which is the same
+    assert np.allclose(same_cost.samples, plain.tau_samples)
+
+
+def test_cost_alone_says_nothing_at_equal_cost() -> None:
+    """Accuracy follows the cost; the scores know the cost and nothing else."""
+    rng = np.random.default_rng(0)
+    costs = rng.uniform(1, 2, 400)
+    accuracies = 50 + 20 * costs + rng.normal(0, 1, 400)
+    scores = costs + rng.normal(0, 0.01, 400)
+    everywhere = rank_correlation(accuracies, scores, num_resamples=100)
+    at_equal_cost = tau_at_equal_cost(accuracies, scores, costs, tolerance=0.01, num_resamples=100)
+    assert everywhere.kendall_tau.value > 0.8
+    assert (
+        abs(at_equal_cost.tau.value) < 0.2 and at_equal_cost.tau.low < at_equal_cost.tau.value < at_equal_cost.tau.high
+    )
+    of_cost = rank_correlation(accuracies, costs, num_resamples=100)
+    both = rank_correlation(costs, scores, num_resamples=100)
+    given = partial_tau(everywhere, of_cost, both)
+    assert abs(given.value) < 0.25 < everywhere.kendall_tau.value and given.low < given.value < given.high
+    # and knowledge beside the cost shows
+    knows = scores + 0.05 * (accuracies - 20 * costs)
+    rest = partial_tau(
+        rank_correlation(accuracies, knows, num_resamples=100),
+        of_cost,
+        rank_correlation(costs, knows, num_resamples=100),
+    )
+    assert rest.low > given.high
+
+
+def test_partial_tau_is_the_formula() -> None:
+    rng = np.random.default_rng(1)
+    x, y, z = rng.normal(size=(3, 30))
+    xy, xz, yz = (rank_correlation(a, b, num_resamples=10) for a, b in ((x, y), (x, z), (z, y)))
+    a, b, c = (slow_tau(list(p), list(q)) for p, q in ((x, y), (x, z), (z, y)))
+    found = partial_tau(xy, xz, yz)
+    assert found.value == pytest.approx((a - b * c) / math.sqrt((1 - b * b) * (1 - c * c)))
+    with pytest.raises(ValueError, match='the same archs and resamples'):
+        partial_tau(xy, xz, rank_correlation(x, y, num_resamples=9))
+
+
+def test_costs_have_to_be_costs() -> None:
+    for costs in ([1.0, 0.0], [1.0], [1.0, math.nan]):
+        with pytest.raises(ValueError, match='costs have to be positive'):
+            tau_at_equal_cost([1, 2], [1, 2], costs)
+
+
+@pytest.mark.parametrize(
+    ('band', 'message'),
+    [(('flops', 0.03), "unknown cost 'flops' of a band, known are macs, params"), (('macs', 3.0), 'band 3.0 is not')],
+)
+def test_bad_bands(band: tuple, message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        RankConfig(band=band)
+
+
+def test_band_and_ceiling_are_reported(tmp_path: Path) -> None:
+    result = make_result()
+    assert result.ceiling is None and not result.equal_cost
+    config = replace(result.config, band=('macs', 0.03))
+    rng = np.random.default_rng(0)
+    by_seed = tuple((a + rng.normal(0, 5), a + rng.normal(0, 5)) for a in result.table.accuracies)
+    table = replace(result.table, by_seed=by_seed)
+    result = summarize(table, config, result.fingerprint, result.archs)
+    assert {*result.equal_cost} == {*result.statistics}
+    macs = [r.macs for r in result.archs]
+    expected = sum(max(a, b) <= 1.03 * min(a, b) for a, b in itertools.combinations(macs, 2))
+    assert all(band.num_pairs == expected for band in result.equal_cost.values())
+    assert result.ceiling == pytest.approx(slow_tau(*map(list, zip(*by_seed))))
+    write_ranking_json(result, tmp_path / 'r.json')
+    content = json.loads((tmp_path / 'r.json').read_text())
+    assert content['equal_cost']['trained']['num_pairs'] == expected and content['tau_between_seeds'] == result.ceiling
+    assert content['partial_taus']['trained'].keys() == {'macs', 'params'}
+    text = format_ranking(result)
+    assert f'{expected} pairs of archs within 0.03' in text and 'partial Kendall tau given' in text
+    assert 'between single seeds of the table' in text

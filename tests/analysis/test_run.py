@@ -1,5 +1,6 @@
 """`timm-mixpath rank` from a checkpoint and a table to its files."""
 
+import contextlib
 import csv
 import json
 import logging
@@ -104,6 +105,32 @@ def test_files_hold_what_evaluation_gives(supernet_run: Path, table: Path, tmp_p
     assert list(content['statistics']['trained']['all']['top_k_overlap']) == ['3', '5']
 
 
+def test_equal_cost_and_noise_of_the_table(supernet_run: Path, table: Path, tmp_path: Path, capsys) -> None:
+    rows = list(csv.DictReader(table.read_text().splitlines()))
+    with open(tmp_path / 'seeds.csv', 'w', newline='') as f:
+        writer = csv.writer(f)
+        writer.writerow(['arch', 'accuracy', 'accuracies'])
+        for i, row in enumerate(r for r in rows if r['val_acc_108'] and r['cell'] in known_archs(rows)):
+            accuracy = 100 * float(row['val_acc_108'])
+            writer.writerow([row['cell'], accuracy, f'{accuracy - i % 3:.4f} {accuracy + i % 3:.4f}'])
+    words = ['rank', '--checkpoint', str(supernet_run / 'last.pth.tar'), '--table', str(tmp_path / 'seeds.csv')]
+    words += ['--output', str(tmp_path / 'r'), '--band', 'macs', '3%', '-j', '0', '--device', 'cpu']
+    assert cli.main([*words, '--recalibration-images', '0', '--num-resamples', '20']) == 0
+    out = capsys.readouterr().out
+    assert 'pairs of archs within 0.03 of each other in macs' in out and 'between single seeds of the table' in out
+    content = json.loads((tmp_path / 'r' / 'ranking.json').read_text())
+    assert content['config']['band'] == ['macs', 0.03] and 0 < content['tau_between_seeds'] <= 1
+
+
+def known_archs(rows: list[dict[str, str]]) -> set[str]:
+    """Archs of the space among the rows."""
+    found = set()
+    for row in rows:
+        with contextlib.suppress(ValueError):
+            found.add(str(get_space('nano').arch(row['cell'])))
+    return found
+
+
 @pytest.mark.usefixtures('scores_only')
 def test_cut_off_goes_on(supernet_run: Path, table: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     last, config = supernet_run / 'last.pth.tar', RankConfig(num_archs=10, num_resamples=10)
@@ -198,6 +225,7 @@ def test_wrong_input_is_one_sentence(supernet_run: Path, table: Path, tmp_path: 
         ([*checkpoint, '--table', str(table), '--num-archs', '5'], 'num_archs=5 is not an integer of at least 10'),
         ([*checkpoint, '--table', str(table), '--accuracy-column', 'x'], 'choose one with --accuracy-column'),
         ([*checkpoint, '--table', str(table), '--recalibration-images', '-1'], 'must not be negative'),
+        ([*checkpoint, '--table', str(table), '--band', 'flops', '3%'], "unknown cost 'flops' of a band"),
     ):
         assert cli.main(['rank', *words, '-j', '0', '--device', 'cpu']) == 2
         err = capsys.readouterr().err

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import timm
 from commands import assert_equal, command, fails, torchrun
 from conftest import small_args
 from timm.models._helpers import _torch_load
@@ -17,7 +18,7 @@ from timm.models._helpers import _torch_load
 from timm_mixpath import Arch, cli, get_space, sample
 from timm_mixpath.analysis.arch_lists import arch_space, draw_archs, read_archs
 from timm_mixpath.analysis.train_table import train_table
-from timm_mixpath.models.cost import CostTable
+from timm_mixpath.models.cost import CostTable, cost_table
 from timm_mixpath.train.loop import train
 from timm_mixpath.utils.errors import RunError, UsageError
 
@@ -133,6 +134,7 @@ def test_archs_and_seeds_can_be_added(
         assert (row['arch'], row['seeds']) == (ARCHS[index], '42 7')
         assert float(row['accuracy']) == pytest.approx(sum(accuracies) / 2, abs=1e-6)
         assert float(row['accuracy_std']) == pytest.approx(statistics.stdev(accuracies), abs=1e-6)
+        assert [float(value) for value in row['accuracies'].split()] == pytest.approx(accuracies, abs=1e-3)
     assert not list(grown.glob('runs/*/*.pth.tar')) and len(list(grown.glob('runs/*/summary.csv'))) == 6
 
 
@@ -274,6 +276,17 @@ def test_drawn_archs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr('timm_mixpath.analysis.arch_lists._SAMPLING_PATIENCE', 20)
     with pytest.raises(UsageError, match=r"4 archs are too many, only 3 .* with sampling 'paths' in a space of"):
         draw_archs('mixpath_nano', 4)
+
+
+def test_archs_inside_a_band_of_macs() -> None:
+    cost = cost_table(timm.create_model('mixpath_nano_supernet', device='meta'), (3, 16, 16))
+    low, high = cost.bounds('macs')
+    band = (0.49 * (low + high), 0.51 * (low + high))
+    archs = draw_archs('mixpath_nano', 20, macs=band, input_size=(3, 16, 16))
+    assert len(set(archs)) == 20 and all(band[0] <= cost.macs(arch) <= band[1] for arch in archs)
+    assert archs[:10] == draw_archs('mixpath_nano', 10, macs=band, input_size=(3, 16, 16))
+    with pytest.raises(UsageError, match=f'no arch has 1 to 2 MACs, the smallest of the space has {low} and'):
+        draw_archs('mixpath_nano', 5, macs=(1, 2), input_size=(3, 16, 16))
 
 
 @pytest.mark.parametrize('sampling, reached', [('paths', False), ('uniform', True), ('fair', True)])

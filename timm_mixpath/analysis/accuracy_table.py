@@ -8,10 +8,13 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import combinations
+from math import isfinite
 from pathlib import Path
+from statistics import fmean
 from typing import TYPE_CHECKING, TextIO
 
-from ..utils.errors import UsageError, concise
+from ..utils.errors import UsageError, concise, needs
 
 if TYPE_CHECKING:
     from ..spaces.space import Space
@@ -72,6 +75,7 @@ class AccuracyTable:
         accuracies: Their accuracies in percent, in the same order.
         num_rows: Rows of the file, without empty ones.
         left_out: Rows that are not among `archs`.
+        by_seed: Accuracies of each arch, one per seed, where the table has a column `accuracies`; else empty.
     """
 
     path: Path
@@ -81,6 +85,7 @@ class AccuracyTable:
     accuracies: tuple[float, ...]
     num_rows: int
     left_out: tuple[LeftOut, ...] = ()
+    by_seed: tuple[tuple[float, ...], ...] = ()
 
     @cached_property
     def sha256(self) -> str:
@@ -92,6 +97,27 @@ class AccuracyTable:
 
     def __len__(self) -> int:
         return len(self.archs)
+
+    def seed_tau(self, archs: Sequence[str]) -> float | None:
+        """Return Kendall's tau-b between the accuracies of two seeds, the mean over all pairs of seeds.
+
+        Args:
+            archs: Archs of the table to compute it over.
+
+        Returns:
+            None if not all of them have the same number of seeds, two or more.
+
+        Raises:
+            ImportError: scipy is not installed.
+        """
+        known = dict(zip(self.archs, self.by_seed))
+        rows = [known.get(arch, ()) for arch in archs]
+        if len({len(row) for row in rows}) != 1 or len(rows[0]) < 2:
+            return None
+        with needs('rank correlations need scipy', 'rank'):
+            from scipy.stats import kendalltau
+        taus = [kendalltau(first, second).statistic for first, second in combinations(zip(*rows), 2)]
+        return float(fmean(taus)) if all(map(isfinite, taus)) else None
 
     def choose(self, num_archs: int | None = None, *, seed: int = 0) -> list[tuple[str, float]]:
         """Draw archs at random.
@@ -181,6 +207,8 @@ def read_table(
     if arch_at == accuracy_at:
         raise UsageError(f'{header[arch_at]!r} is named as the column of the archs and of the accuracies')
 
+    seeds_at = header.index('accuracies') if header.count('accuracies') == 1 else None
+    by_seed: dict[str, tuple[float, ...]] = {}
     left_out = _LeftOutRows()
     found: dict[str, float] = {}
     num_rows = num_archs = 0
@@ -213,6 +241,9 @@ def read_table(
             left_out.add('an accuracy outside 0..100', line, f'{cell!r}')
         elif arch not in found:
             found[arch] = accuracy
+            if seeds_at is not None and seeds_at < len(row):
+                values = [_number(value) for value in row[seeds_at].split()]
+                by_seed[arch] = tuple(values) if None not in values else ()
         elif found[arch] == accuracy:
             left_out.add('the arch and accuracy of an earlier row', line, f'{text!r}')
         else:
@@ -245,6 +276,7 @@ def read_table(
         accuracies=tuple(found.values()),
         num_rows=num_rows,
         left_out=left_out.all(),
+        by_seed=tuple(by_seed.get(arch, ()) for arch in found),
     )
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import timm
 
+from ..models.cost import cost_table
 from ..spaces.sampling import check_strategy, sample
 from ..spaces.space import Space
 from ..train.checkpoint import check_model_name, create_model
@@ -65,6 +66,8 @@ def draw_archs(
     m: int | None = None,
     sampling: str = 'paths',
     backbone: str | None = None,
+    macs: tuple[float, float] | None = None,
+    input_size: tuple[int, int, int] | None = None,
 ) -> list[str]:
     """Draw distinct archs of a space, by default as the training of its supernet does.
 
@@ -76,6 +79,8 @@ def draw_archs(
         sampling: One of `timm_mixpath.spaces.sampling.STRATEGIES`. 'paths' does not reach all archs of every space: in
             nb201 none with a node that has no inputs.
         backbone: Backbone of the model `mixpath`.
+        macs: Smallest and largest multiply-adds of an archs that is taken, all if None.
+        input_size: Input (channels, height, width) that they are counted for, the space's own if None.
 
     Raises:
         UsageError: A value is out of range, or the sampling does not find as many archs.
@@ -86,18 +91,27 @@ def draw_archs(
     supernet = f'{_base_name(model)}_supernet'
     with as_usage_error(f'archs of {model!r} can not be drawn'):
         kwargs = {key: value for key, value in (('m', m), ('backbone', backbone)) if value is not None}
-        space = timm.create_model(supernet if timm.is_model(supernet) else model, device='meta', **kwargs).space
+        network = timm.create_model(supernet if timm.is_model(supernet) else model, device='meta', **kwargs)
+        space = network.space
         check_strategy(sampling)
+    cost = cost_table(network, input_size) if macs is not None else None
+    if cost is not None:
+        low, high = cost.bounds('macs')
+        if macs[0] > high or macs[1] < low:
+            raise UsageError(
+                f'no arch has {macs[0]:.0f} to {macs[1]:.0f} MACs, the smallest of the space has {low} and the largest '
+                f'{high}'
+            )
     archs: dict[str, None] = {}
     step = last_new = 0
     while len(archs) < num_archs:
         arch = str(sample(space, seed=seed, step=step, strategy=sampling))
-        if arch not in archs:
+        if arch not in archs and (cost is None or macs[0] <= cost.macs(arch) <= macs[1]):
             archs[arch], last_new = None, step
         if step - last_new > _SAMPLING_PATIENCE:
             raise UsageError(
                 f'{num_archs} archs are too many, only {len(archs)} distinct ones were found with sampling '
-                f'{sampling!r} in a space of {space.size}'
+                f'{sampling!r} in a space of {space.size}' + (' inside the band of MACs' if macs else '')
             )
         step += 1
     return list(archs)

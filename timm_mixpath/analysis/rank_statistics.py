@@ -14,7 +14,16 @@ import numpy as np
 
 from ..utils.errors import needs
 
-__all__ = ['Estimate', 'RankStatistics', 'rank_correlation', 'require_scipy', 'tau_difference']
+__all__ = [
+    'BandTau',
+    'Estimate',
+    'RankStatistics',
+    'partial_tau',
+    'rank_correlation',
+    'require_scipy',
+    'tau_at_equal_cost',
+    'tau_difference',
+]
 
 
 # Bounds the memory of tables of ten thousand archs to a few hundred MB
@@ -75,6 +84,25 @@ class RankStatistics:
             top_k_overlap={str(k): estimate.to_dict() for k, estimate in self.top_k_overlap.items()},
             regret=self.regret.to_dict(),
         )
+
+
+@dataclass(frozen=True)
+class BandTau:
+    """How well scores rank archs of equal cost.
+
+    Attributes:
+        num_pairs: Pairs of archs whose costs are equal up to the tolerance.
+        tau: Kendall's tau-b over these pairs. NaN if all of them are tied.
+        samples: That of each bootstrap resample, [num_resamples].
+    """
+
+    num_pairs: int
+    tau: Estimate
+    samples: np.ndarray = field(repr=False, compare=False)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return a JSON-ready dict, without the samples."""
+        return dict(num_pairs=self.num_pairs, tau=self.tau.to_dict())
 
 
 def require_scipy() -> None:
@@ -168,6 +196,82 @@ def tau_difference(first: RankStatistics, second: RankStatistics, *, level: floa
         raise ValueError('a difference needs the same archs and resamples on both sides')
     value = first.kendall_tau.value - second.kendall_tau.value
     return _estimate(value, first.tau_samples - second.tau_samples, level)
+
+
+def tau_at_equal_cost(
+    accuracies: Sequence[float],
+    scores: Sequence[float],
+    costs: Sequence[float],
+    *,
+    tolerance: float = 0.03,
+    num_resamples: int = 1000,
+    level: float = 0.95,
+    seed: int = 0,
+) -> BandTau:
+    """Return Kendall's tau-b over all pairs of archs of equal cost: which of two archs of the same cost is better?
+
+    That is what a search under a budget asks. Pairs of all costs count alike, so nothing depends on where a band of
+    costs begins.
+
+    Args:
+        accuracies: Stand-alone accuracies of the archs.
+        scores: Scores of the archs, more is better; scores that are not a number come last.
+        costs: Costs of the archs, positive.
+        tolerance: Two costs are equal if the larger one is at most this share above the smaller one.
+        num_resamples: Bootstrap resamples of the archs. Copies of an arch make no pair.
+        level: Share of the resamples inside the interval.
+        seed: Seed of the resamples, see `rank_correlation`.
+
+    Raises:
+        ValueError: The three are not of the same archs, a cost is not positive, or the tolerance negative.
+    """
+    _, places, places_by_score = _check_series(accuracies, scores)
+    costs = np.asarray(costs, dtype=float)
+    if costs.shape != places.shape or not (costs > 0).all() or not tolerance >= 0:
+        raise ValueError('costs have to be positive, one of each arch, and the tolerance at least 0')
+    larger, smaller = np.maximum(costs[:, None], costs), np.minimum(costs[:, None], costs)
+    pairs = (larger <= smaller * (1 + tolerance)).astype(float)  # [n, n]
+    np.fill_diagonal(pairs, 0)
+    x, y = (np.sign(p[:, None] - p[None]) * pairs for p in (places, places_by_score))
+
+    def tau(weights: np.ndarray) -> np.ndarray:
+        # Sums over pairs of how often both are drawn
+        both, of_x, of_y = (((weights @ m) * weights).sum(axis=1) for m in (x * y, x * x, y * y))
+        defined = (of_x > 0) & (of_y > 0)
+        return np.divide(both, np.sqrt(of_x * of_y), out=np.full(len(weights), np.nan), where=defined)
+
+    samples = np.concatenate([tau(weights) for weights in _resamples(len(places), num_resamples, seed)])
+    value = float(tau(np.ones((1, len(places))))[0])
+    return BandTau(int(pairs.sum()) // 2, _estimate(value, samples, level), samples)
+
+
+def partial_tau(
+    with_scores: RankStatistics, with_cost: RankStatistics, of_scores: RankStatistics, *, level: float = 0.95
+) -> Estimate:
+    """Return Kendall's partial tau of accuracies and scores given the cost (Kendall 1942).
+
+    What is left of a ranking when the part that counting costs explains is taken out. Scores that know the cost up to
+    some noise and nothing else end near 0, not at it; `tau_at_equal_cost` asks the sharper question.
+
+    Args:
+        with_scores: Statistics of accuracies and scores.
+        with_cost: Statistics of accuracies and costs, with the same seed and number of resamples.
+        of_scores: Statistics of costs (as accuracies) and scores, likewise.
+        level: Share of the resamples inside the interval.
+
+    Raises:
+        ValueError: They are not of as many archs and resamples.
+    """
+    given = (with_scores, with_cost, of_scores)
+    if len({(s.n, s.tau_samples.shape) for s in given}) > 1:
+        raise ValueError('a partial correlation needs the same archs and resamples on all sides')
+
+    def partial(xy: np.ndarray, xz: np.ndarray, yz: np.ndarray) -> np.ndarray:
+        rest = (1 - xz**2) * (1 - yz**2)
+        return np.divide(xy - xz * yz, np.sqrt(rest), out=np.full(xy.shape, np.nan), where=rest > 1e-12)
+
+    value = partial(*(np.array([s.kendall_tau.value]) for s in given))[0]
+    return _estimate(float(value), partial(*(s.tau_samples for s in given)), level)
 
 
 def _check_series(accuracies: Sequence[float], scores: Sequence[float]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

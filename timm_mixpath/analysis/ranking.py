@@ -14,12 +14,23 @@ from ..utils.distributed import Ranks
 from ..utils.errors import RunError, UsageError
 from ..version import __version__
 from .accuracy_table import MIN_ARCHS, AccuracyTable
-from .rank_statistics import Estimate, RankStatistics, rank_correlation, tau_difference
+from .rank_statistics import (
+    BandTau,
+    Estimate,
+    RankStatistics,
+    partial_tau,
+    rank_correlation,
+    tau_at_equal_cost,
+    tau_difference,
+)
 
 __all__ = ['RankConfig', 'RankResult', 'RankedArch', 'evaluate_table', 'summarize']
 
 
 SCORES = ('top1', 'loss')
+
+# Costs that an order of archs is compared with
+YARDSTICKS = ('macs', 'params')
 
 # The attributes of `RankedArch` that `evaluate` gives
 _METRICS = tuple(f'{name}{suffix}' for suffix in ('', '_recalibrated') for name in SCORES)
@@ -37,6 +48,8 @@ class RankConfig:
             are left out.
         num_resamples: Bootstrap resamples behind an interval.
         level: Share of the resamples inside an interval.
+        band: A cost, 'macs' or 'params', and the share up to which two costs count as equal, for Kendall's tau over
+            the pairs of archs of equal cost; none if None.
 
     Raises:
         UsageError: A value is out of range.
@@ -48,6 +61,7 @@ class RankConfig:
     top_k: Sequence[int] = (10, 50)
     num_resamples: int = 1000
     level: float = 0.95
+    band: tuple[str, float] | None = None
 
     def __post_init__(self) -> None:
         for name, least in (('num_archs', MIN_ARCHS), ('seed', 0), ('num_resamples', 1)):
@@ -63,6 +77,12 @@ class RankConfig:
                 raise UsageError(f'top_k={k!r} is not an integer of at least 1')
         if not 0 < self.level < 1:
             raise UsageError(f'level={self.level!r} of the intervals is not a share between 0 and 1')
+        if self.band is not None:
+            name, share = self.band
+            if name not in YARDSTICKS:
+                raise UsageError(f'unknown cost {name!r} of a band, known are {", ".join(YARDSTICKS)}')
+            if not 0 <= share < 1:
+                raise UsageError(f'band {share!r} is not a share between 0 and 1, such as 0.03 or 3%')
         object.__setattr__(self, 'top_k', tuple(sorted(set(self.top_k))))
 
 
@@ -208,6 +228,10 @@ class RankResult:
             the median.
         tau_gains: {'trained' or 'recalibrated': {yardstick: how much higher Kendall's tau of the supernet is}}, over
             all archs.
+        partial_taus: {'trained' or 'recalibrated': {yardstick: Kendall's partial tau given it}}, over all archs.
+        equal_cost: {what ranks: tau over the pairs of archs of equal cost}, empty without a band.
+        ceiling: Kendall's tau between the accuracies of two seeds of the table, the mean over pairs of seeds: what
+            noise leaves of any ranking. None if the table has one seed.
     """
 
     table: AccuracyTable
@@ -216,10 +240,13 @@ class RankResult:
     archs: list[RankedArch]
     statistics: dict[str, dict[str, RankStatistics]] = field(default_factory=dict)
     tau_gains: dict[str, dict[str, Estimate]] = field(default_factory=dict)
+    partial_taus: dict[str, dict[str, Estimate]] = field(default_factory=dict)
+    equal_cost: dict[str, BandTau] = field(default_factory=dict)
+    ceiling: float | None = None
 
     def scores(self, name: str) -> list[float]:
         """Return the scores of the archs by an entry of `statistics`, more is better."""
-        if name in ('macs', 'params'):
+        if name in YARDSTICKS:
             return [float(getattr(r, name)) for r in self.archs]
         values = [getattr(r, self.score_name(name)) for r in self.archs]
         return [-v for v in values] if self.config.score == 'loss' else values
@@ -243,19 +270,42 @@ def summarize(
     Raises:
         ImportError: scipy is not installed.
     """
-    result = RankResult(table, config, dict(fingerprint), list(archs))
+    result = RankResult(table, config, dict(fingerprint), list(archs), ceiling=table.seed_tau([r.arch for r in archs]))
     bootstrap = dict(num_resamples=config.num_resamples, level=config.level, seed=config.seed)
     accuracies = np.array([r.accuracy for r in archs])
     parts = {'all': np.full(len(archs), True), 'top_half': accuracies >= np.median(accuracies)}
     supernet = ['trained', *(['recalibrated'] if all(r.top1_recalibrated is not None for r in archs) else [])]
-    yardsticks = [name for name in ('macs', 'params') if all(getattr(r, name) is not None for r in archs)]
+    yardsticks = [name for name in YARDSTICKS if all(getattr(r, name) is not None for r in archs)]
     for name in (*supernet, *yardsticks):
         scores = np.array(result.scores(name))
         result.statistics[name] = {
             part: rank_correlation(accuracies[inside], scores[inside], top_k=config.top_k, **bootstrap)
             for part, inside in parts.items()
         }
+    if config.band is not None:
+        cost, tolerance = config.band
+        if cost not in yardsticks:
+            raise UsageError(f'the {cost} of the archs are not known, so there is no band of them')
+        costs = result.scores(cost)
+        for name in (*supernet, *yardsticks):
+            result.equal_cost[name] = tau_at_equal_cost(
+                accuracies, result.scores(name), costs, tolerance=tolerance, **bootstrap
+            )
+    by_cost = {
+        (name, yardstick): rank_correlation(result.scores(yardstick), result.scores(name), top_k=(), **bootstrap)
+        for name in supernet
+        for yardstick in yardsticks
+    }
     for name in supernet:
+        result.partial_taus[name] = {
+            yardstick: partial_tau(
+                result.statistics[name]['all'],
+                result.statistics[yardstick]['all'],
+                by_cost[name, yardstick],
+                level=config.level,
+            )
+            for yardstick in yardsticks
+        }
         result.tau_gains[name] = {
             yardstick: tau_difference(
                 result.statistics[name]['all'], result.statistics[yardstick]['all'], level=config.level

@@ -57,6 +57,11 @@ def write_ranking_json(result: RankResult, path: str | os.PathLike) -> None:
             name: {baseline: gain.to_dict() for baseline, gain in gains.items()}
             for name, gains in result.tau_gains.items()
         },
+        partial_taus={
+            name: {given: tau.to_dict() for given, tau in taus.items()} for name, taus in result.partial_taus.items()
+        },
+        equal_cost={name: tau.to_dict() for name, tau in result.equal_cost.items()},
+        tau_between_seeds=result.ceiling,
     )
     write_json(path, content)
 
@@ -79,6 +84,17 @@ def format_ranking(result: RankResult) -> str:
         for name, by_baseline in gains.items():
             rows.append((LABELS[name], *(gain.text(3) for gain in by_baseline.values())))
         blocks.append(format_table(rows, '<'))
+        rows = [('partial Kendall tau given', *({'macs': 'MACs', 'params': 'params'}[g] for g in by_baseline))]
+        for name, taus in result.partial_taus.items():
+            rows.append((LABELS[name], *(tau.text(3) for tau in taus.values())))
+        blocks.append(format_table(rows, '<'))
+    if result.equal_cost:
+        cost, tolerance = result.config.band
+        first = next(iter(result.equal_cost.values()))
+        title = f'{first.num_pairs} pairs of archs within {tolerance:.3g} of each other in {cost}'
+        rows = [(title, 'Kendall tau')]
+        rows += [(LABELS[name], band.tau.text(3)) for name, band in result.equal_cost.items()]
+        blocks.append(format_table(rows, '<'))
     notes = [
         f'{LABELS[name]} gives all {len(result.archs)} archs the same {result.config.score}, so correlations are '
         'undefined; is the supernet trained?'
@@ -86,6 +102,10 @@ def format_ranking(result: RankResult) -> str:
         if name in result.statistics and math.isnan(result.statistics[name]['all'].kendall_tau.value)
     ]
     config = result.config
+    if result.ceiling is not None:
+        notes.append(
+            f'Kendall tau between single seeds of the table: {result.ceiling:.3f}, all that their noise leaves'
+        )
     notes.append(
         f'[low, high]: {100 * config.level:g} % bootstrap interval over the archs, {config.num_resamples} resamples; '
         f'score of the supernet: {config.score}'

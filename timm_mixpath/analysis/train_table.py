@@ -44,7 +44,7 @@ _logger = logging.getLogger(__name__)
 
 
 _FORMAT = 'timm-mixpath table'
-_COLUMNS = ('arch', 'accuracy', 'accuracy_std', 'seeds', 'epochs', 'params', 'macs', 'train_loss')
+_COLUMNS = ('arch', 'accuracy', 'accuracy_std', 'seeds', 'epochs', 'params', 'macs', 'train_loss', 'accuracies')
 
 
 # Options of a single training, with what a table has instead
@@ -70,7 +70,7 @@ def train_table(
 
     The columns of the table are `arch`; `accuracy`, the mean over the seeds of the validation metric in percent, and
     `accuracy_std`, empty for one seed; `seeds`, those it was trained with; `epochs`, `params`, `macs`, and
-    `train_loss`, that of the last epoch.
+    `train_loss`, that of the last epoch; and `accuracies`, one per seed.
 
     A call that was cut off goes on where it stopped when it is repeated; the list and the seeds may grow. Under
     torchrun every process trains archs of its own.
@@ -333,6 +333,7 @@ def _rows(results: list[dict[str, Any]]) -> list[tuple[Any, ...]]:
                 ' '.join(str(result['seed']) for result in group),
                 *(group[0][name] for name in ('epochs', 'params', 'macs')),
                 round(statistics.fmean(result['train_loss'] for result in group), 6),
+                ' '.join(f'{accuracy:.6g}' for accuracy in accuracies),
             )
         )
     return rows

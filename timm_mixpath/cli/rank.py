@@ -49,8 +49,25 @@ def add_rank(parser: argparse.ArgumentParser) -> None:
         metavar='SHARE',
         help='of the intervals (default: %(default)s)',
     )
+    add(
+        '--band',
+        nargs=2,
+        action=_Band,
+        metavar=('COST', 'SHARE'),
+        help='Kendall tau over the pairs of archs of equal cost, for example: --band macs 3%%',
+    )
     add_image_options(parser)
     add_device_option(parser)
+
+
+class _Band(argparse.Action):
+    """A cost, and the share up to which two of them are equal."""
+
+    def __call__(self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: list[str], *_) -> None:
+        try:
+            setattr(namespace, self.dest, (values[0], parse_share(values[1])))
+        except argparse.ArgumentTypeError as e:
+            raise argparse.ArgumentError(self, str(e)) from None
 
 
 def run_rank(args: argparse.Namespace) -> None:

@@ -1,8 +1,9 @@
 """The commands train and table."""
 
 import argparse
+from typing import Any
 
-from ..utils.numbers import parse_count
+from ..utils.numbers import parse_count, parse_share
 from .common import setup_logging
 
 __all__ = ['add_table', 'run_table', 'run_train']
@@ -39,6 +40,11 @@ def add_table(parser: argparse.ArgumentParser) -> None:
     add('--archs-sampling', choices=STRATEGIES, default='paths',
         help='how to draw --num-archs: paths as the supernet does, which leaves out nodes without inputs of nb201; '
         'uniform over all archs; or fair (default: paths)')  # fmt: skip
+    add(
+        '--archs-macs', type=parse_count, metavar='N', help='draw archs of about N MACs only, at the size of the images'
+    )
+    add('--archs-band', type=parse_share, default=0.03, metavar='SHARE',
+        help='how far from --archs-macs they may be, up and down (default: 3%%)')  # fmt: skip
     add('--seeds', type=int, nargs='+', metavar='SEED', help='train every arch with each of these (default: --seed)')
     add('--drop-checkpoints', action='store_true', help='delete the checkpoints of trainings that have ended')
     add('--verbose', action='store_true', help='log what train logs, not one line per training')
@@ -63,6 +69,7 @@ def run_table(args: argparse.Namespace) -> None:
             m=args.archs_m,
             sampling=args.archs_sampling,
             backbone=options.model_kwargs.get('backbone'),
+            **_band(args, options),
         )
     train_table(
         options,
@@ -72,3 +79,14 @@ def run_table(args: argparse.Namespace) -> None:
         drop_checkpoints=args.drop_checkpoints,
         verbose=args.verbose,
     )
+
+
+def _band(args: argparse.Namespace, options: argparse.Namespace) -> dict[str, Any]:
+    """Where the multiply-adds of drawn archs have to be, and for which input they are counted."""
+    from ..train.checkpoint import create_model, resolve_data
+
+    if args.archs_macs is None:
+        return {}
+    model = create_model(options, device='meta')
+    band = args.archs_macs * (1 - args.archs_band), args.archs_macs * (1 + args.archs_band)
+    return dict(macs=band, input_size=tuple(resolve_data(options, model)['input_size']))
