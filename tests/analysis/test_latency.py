@@ -48,6 +48,14 @@ def test_spread_archs_reach_further_than_samples(supernet) -> None:
     assert reach(archs) > 0.85 > reach([sample(cost.space, seed=3, step=i) for i in range(60)])
 
 
+@pytest.mark.parametrize(('name', 'num_fits'), [('nb101', 68), ('nb201', 150), ('s3', 150)])
+def test_unseen_archs_are_unseen(name: str, num_fits: int) -> None:
+    cost = cost_table(timm.create_model(f'mixpath_{name}_supernet', device='meta'))
+    fits, tests = latency._draw(cost, LatencyConfig())
+    assert len(fits) == num_fits and 5 <= len(tests) <= 50 and not {*fits} & {*tests}
+    assert len({*tests}) == len(tests)
+
+
 def test_real_measurement(supernet, tmp_path: Path) -> None:
     table = measure_table(supernet, tmp_path / 't.json', QUICK, input_size=(3, 16, 16), progress=False)
     assert table == LatencyTable.load(tmp_path / 't.json')
@@ -137,6 +145,16 @@ def test_comparison() -> None:
 def test_bad_configurations(kwargs: dict, message: str) -> None:
     with pytest.raises(UsageError, match=message):
         LatencyConfig(**kwargs)
+
+
+def test_nothing_is_overwritten(supernet, tmp_path: Path) -> None:
+    (tmp_path / 'mine.json').write_text('{"mine": 1}')
+    with pytest.raises(UsageError, match='is not overwritten'):
+        measure_table(supernet, tmp_path / 'mine.json', QUICK)
+    with pytest.raises(UsageError, match='is a folder'):
+        measure_table(supernet, tmp_path, QUICK)
+    assert [p.name for p in tmp_path.iterdir()] == ['mine.json']
+    assert (tmp_path / 'mine.json').read_text() == '{"mine": 1}'
 
 
 def test_unknown_runtime(supernet, tmp_path: Path) -> None:

@@ -106,7 +106,14 @@ def measure_table(
         check_runtime(config.runtime)
     except ValueError as e:
         raise UsageError(str(e)) from None
-    output = Path(output)
+    output, archive_path = Path(output), Path(f'{output}.jsonl')
+    if output.is_dir():
+        raise UsageError(f'output {str(output)!r} is a folder, name a file such as {str(output / "latency.json")!r}')
+    if output.exists() and not archive_path.exists():
+        raise UsageError(
+            f'{str(output)!r} exists without the {archive_path.name} of its measurement and is not overwritten; choose '
+            'another output'
+        )
     device = next(supernet.parameters()).device
     threads = config.threads or torch.get_num_threads()
     cost = cost_table(supernet, input_size)
@@ -123,9 +130,7 @@ def measure_table(
         threads=threads,
         **{f'{name}_version': version for name, version in versions.items()},
     )
-    archive = Archive(
-        Path(f'{output}.jsonl'), 'latency', config=asdict(config), fingerprint=fingerprint, versions=versions
-    )
+    archive = Archive(archive_path, 'latency', config=asdict(config), fingerprint=fingerprint, versions=versions)
     try:
         records = archive.open()
         chunks = [archs[i : i + CHUNK] for i in range(0, len(archs), CHUNK)]
@@ -220,8 +225,8 @@ def compare_prediction(predicted: Sequence[float], measured: Sequence[float]) ->
 
 
 def _draw(cost: 'CostTable', config: LatencyConfig) -> tuple[list[str], list[str]]:
-    """Archs to fit to, and others as a search draws them."""
-    fits = spread_archs(cost, config.num_archs, config.seed)
+    """Archs to fit to, and others as a search draws them, of which a small space has to leave some."""
+    fits = spread_archs(cost, min(config.num_archs, cost.space.size * 2 // 3), config.seed)
     tests: dict[str, None] = {}
     for step in range(20 * config.test_archs):
         arch = sample(cost.space, seed=config.seed + 1, step=step)

@@ -1,6 +1,6 @@
 """The `timm-mixpath` command.
 
-Exit status: 0 done, 1 a run failed, 2 the command was wrong, 130 interrupted.
+Exit status: 0 done, 1 a run failed, 2 the command was wrong, 130 interrupted, 128 + signal stopped by a scheduler.
 """
 
 import argparse
@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ..utils.errors import RunError, UsageError
+from ..utils.errors import RunError, Stopped, UsageError
 from .adapt import add_adapt, run_adapt_command
 from .demo import add_demo, run_demo_command
 from .hub import add_export, add_push, run_export, run_push
@@ -50,10 +50,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print('timm-mixpath: interrupted; the same command goes on where it can', file=sys.stderr)
         return 130
+    except Stopped as e:
+        return _fail(e, 128 + e.number)
     return _run(args) if args.command == 'run' else 0
 
 
-def _fail(error: Exception, status: int) -> int:
+def _fail(error: BaseException, status: int) -> int:
     print(f'timm-mixpath: error: {error}', file=sys.stderr)
     return status
 

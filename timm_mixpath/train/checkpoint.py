@@ -21,6 +21,7 @@ from ..models.backbone import DEFAULT_BACKBONE, BackboneNet, BackboneSupernet, d
 from ..models.supernet import Supernet
 from ..utils.errors import RunError, UsageError, as_usage_error, concise
 from ..utils.hub_client import fetch_model
+from .recovery import RECOVERY
 
 _logger = logging.getLogger(__name__)
 
@@ -48,6 +49,30 @@ class AtomicCheckpointSaver(CheckpointSaver):
         super()._save(save_path, epoch, metric)
         with open(save_path, 'rb') as f:
             os.fsync(f.fileno())
+
+    def recover(self, epoch: int, progress: dict[str, Any]) -> None:
+        """Write a checkpoint within an epoch, whole or not at all.
+
+        To whom does not know `progress`, the options' entry, it is one after the epoch before.
+
+        Args:
+            epoch: The epoch.
+            progress: How far it is, plain values.
+        """
+        path = os.path.join(self.recovery_dir, RECOVERY)
+        options = self.args
+        self.args = Namespace(**vars(options), progress=progress)
+        try:
+            self._save(f'{path}.tmp', epoch - 1)
+        finally:
+            self.args = options
+        os.replace(f'{path}.tmp', path)
+
+    def save_checkpoint(self, epoch: int, metric: float | None = None) -> tuple[float | None, int | None]:
+        """See timm's; what was written within the epoch is not needed any more."""
+        result = super().save_checkpoint(epoch, metric)
+        Path(self.recovery_dir, RECOVERY).unlink(missing_ok=True)
+        return result
 
     def _replace(self, src: str, dst: str) -> None:
         os.replace(src, dst)

@@ -50,6 +50,7 @@ from .data import iterate
 from .distill import create_distillation_task
 from .loaders import create_loaders, open_data
 from .options import LOCAL_OPTIONS, check_values, default_args, make_storable, mixup_active
+from .recovery import RECOVERY, StopSignal, batches_behind, latest_checkpoint, outlive_signals, resolve_auto
 from .task import create_task
 
 __all__ = ['TrainResult', 'train', 'train_or_resume']
@@ -92,6 +93,8 @@ class _Run:
         start_epoch: First epoch.
         num_epochs: Number of epochs.
         eval_metric: What the best checkpoint is best in.
+        stop: Whether the process was asked to end.
+        progress: How far the first epoch is already, empty if it begins.
     """
 
     task: TrainingTask
@@ -107,6 +110,8 @@ class _Run:
     start_epoch: int
     num_epochs: int
     eval_metric: str
+    stop: StopSignal
+    progress: dict[str, Any] = field(default_factory=dict)
 
 
 def train(args: Namespace) -> TrainResult:
@@ -122,13 +127,24 @@ def train(args: Namespace) -> TrainResult:
     args = Namespace(**vars(args))
     make_storable(args)
     check_values(args)
+    args.resume = resolve_auto(args.resume, args.output, args.experiment)
+    progress: dict[str, Any] = {}
     if args.resume:
-        check_resumed(args, read_checkpoint(args.resume)['args'])
-    with open_process(args.device, args):
+        before = read_checkpoint(args.resume)['args']
+        check_resumed(args, before)
+        progress = getattr(before, 'progress', {})
+    stop = StopSignal()
+    with stop.listening(), open_process(args.device, args):
         if torch.cuda.is_available():
             torch.backends.cuda.matmul.allow_tf32 = True
             torch.backends.cudnn.benchmark = True
-        return _train_epochs(args, _set_up(args))
+        run = _set_up(args, stop, progress)
+        try:
+            return _train_epochs(args, run)
+        except RuntimeError:
+            if stop.number is not None and not utils.is_primary(args):  # the first process has left
+                raise stop.stopped('with the others') from None
+            raise
 
 
 def train_or_resume(args: Namespace) -> dict[str, str]:
@@ -144,10 +160,10 @@ def train_or_resume(args: Namespace) -> dict[str, str]:
         UsageError: See `train`.
         RunError: See `train`.
     """
-    last = Path(args.output) / args.experiment / 'last.pth.tar'
-    args = Namespace(**{**vars(args), 'resume': str(last) if last.exists() else ''})
+    folder = Path(args.output) / args.experiment
+    args = Namespace(**{**vars(args), 'resume': str(latest_checkpoint(folder) or '')})
     train(args)
-    return read_csv(last.with_name('summary.csv'))[-1]
+    return read_csv(folder / 'summary.csv')[-1]
 
 
 def _pretrained_kwargs(args: Namespace) -> dict[str, Any]:
@@ -189,7 +205,7 @@ def _init_head(model: nn.Module, args: Namespace) -> None:
             head.bias.fill_(args.head_init_bias)
 
 
-def _set_up(args: Namespace) -> _Run:
+def _set_up(args: Namespace, stop: StopSignal, progress: dict[str, Any]) -> _Run:
     device, primary = torch.device(args.device), utils.is_primary(args)
     output_dir = _output_dir(args) if primary else None
 
@@ -235,6 +251,8 @@ def _set_up(args: Namespace) -> _Run:
 
     with as_usage_error('an augmentation or loader option is out of range'):
         loader_train, loader_val, mixup_fn = create_loaders(args, data_config, train_set, val_set, device)
+    for loader in (loader_train, loader_val):
+        outlive_signals(loader)
     if len(loader_train) == 0:
         raise UsageError(
             f'{len(train_set)} training images do not fill one batch of {args.batch_size} on {args.world_size} '
@@ -274,11 +292,12 @@ def _set_up(args: Namespace) -> _Run:
             optimizer, **scheduler_kwargs(args, decreasing_metric=decreasing), updates_per_epoch=updates_per_epoch
         )
     start_epoch = next((e for e in (args.start_epoch, resume_epoch) if e is not None), 0)
-    if scheduler is not None and start_epoch > 0:
-        if args.sched_on_updates:
-            scheduler.step_update(start_epoch * updates_per_epoch)
-        else:
-            scheduler.step(start_epoch)
+    if scheduler is not None and start_epoch > 0 and not args.sched_on_updates:
+        scheduler.step(start_epoch)
+    if scheduler is not None and args.sched_on_updates:
+        updates = start_epoch * updates_per_epoch + progress.get('updates', 0)
+        if updates:
+            scheduler.step_update(updates)
 
     saver = None
     if primary:
@@ -309,6 +328,8 @@ def _set_up(args: Namespace) -> _Run:
         start_epoch=start_epoch,
         num_epochs=num_epochs,
         eval_metric=eval_metric,
+        stop=stop,
+        progress=progress,
     )
 
 
@@ -357,7 +378,7 @@ def _train_epochs(args: Namespace, run: _Run) -> TrainResult:
             ema = task.has_ema()
             if ema and args.distributed and args.dist_bn:
                 utils.distribute_bn(task.get_trainable_module(ema=True), args.world_size, args.dist_bn == 'reduce')
-            val_metrics = _validate(args, run, ema=ema)
+            val_metrics = _validate(args, run, epoch, train_metrics['loss'], ema=ema)
             if not math.isfinite(val_metrics['loss']):  # the last step may have broken what its loss did not show
                 raise RunError(
                     _not_finite(epoch, _updates_per_epoch(args, run.loader_train), val_metrics['loss'], output_dir)
@@ -456,8 +477,8 @@ def _plain(value: Any) -> Any:
 def _output_dir(args: Namespace) -> Path:
     name = args.experiment or '-'.join([datetime.now().strftime('%Y%m%d-%H%M%S'), safe_model_name(args.model)])
     output_dir = Path(args.output or './output/train') / name
-    last = output_dir / 'last.pth.tar'
-    if last.exists() and not (args.resume and Path(args.resume).resolve().parent == output_dir.resolve()):
+    last = latest_checkpoint(output_dir)
+    if last is not None and not (args.resume and Path(args.resume).resolve().parent == output_dir.resolve()):
         raise UsageError(
             f'{str(output_dir)!r} holds a run already and is not overwritten; go on with it by --resume {last}, or '
             'choose another --experiment or --output'
@@ -528,12 +549,18 @@ def _train_one_epoch(args: Namespace, run: _Run, epoch: int) -> OrderedDict[str,
     second_order = getattr(optimizer, 'is_second_order', False)
     last_accum_steps = num_batches % accum_steps or accum_steps
     updates_per_epoch = _updates_per_epoch(args, loader)
-    num_updates = epoch * updates_per_epoch
-    loss_sum = torch.zeros((), device=task.device)  # stays on the device, reading it would wait for every step
+    # Behind what a stopped run has seen of the epoch
+    seen = run.progress if epoch == run.start_epoch else {}
+    first_batch = seen.get('batches', 0)
+    num_updates = epoch * updates_per_epoch + seen.get('updates', 0)
+    # Stays on the device, reading it would wait for every step
+    loss_sum = torch.full((), seen.get('loss_sum', 0.0), device=task.device)
+    loss_avg = seen.get('loss_sum', 0.0) / max(first_batch, 1)
     num_samples = 0
     start = time.monotonic()
     progress = progress_bar(updates_per_epoch, f'Epoch {epoch}', leave=False, disable=not primary)
-    for batch_index, (input, target) in enumerate(iterate(loader)):
+    progress.update(seen.get('updates', 0))
+    for batch_index, (input, target) in enumerate(batches_behind(loader, first_batch), first_batch):
         if args.no_prefetcher:
             input, target = input.to(task.device), target.to(task.device)
             if mixup_fn is not None:
@@ -591,10 +618,28 @@ def _train_one_epoch(args: Namespace, run: _Run, epoch: int) -> OrderedDict[str,
         progress.update()
         if run.scheduler is not None:
             run.scheduler.step_update(num_updates=num_updates, metric=None)
+        is_due = args.recovery_interval and (update_index + 1) % args.recovery_interval == 0 and not last_group
+        if is_due or run.stop.number is not None:
+            _recover(args, run, epoch, batch_index + 1, update_index + 1, loss_sum)
     progress.close()
     if hasattr(optimizer, 'sync_lookahead'):
         optimizer.sync_lookahead()
     return OrderedDict(loss=loss_avg)
+
+
+def _recover(args: Namespace, run: _Run, epoch: int, batches: int, updates: int, loss_sum: torch.Tensor) -> None:
+    """Write a checkpoint within an epoch, and end if that was asked for.
+
+    Weights are the same in all processes, so the first one writes alone. The others go on until it has left: it may
+    wait for them in a step.
+    """
+    if run.saver is None:
+        return
+    loss = loss_sum.item()
+    if math.isfinite(loss):  # otherwise the checkpoint that there is is the better one
+        run.saver.recover(epoch, dict(batches=batches, updates=updates, loss_sum=loss))
+    if run.stop.number is not None:
+        raise run.stop.stopped(f'behind batch {batches} of epoch {epoch}, which are in {run.output_dir / RECOVERY}')
 
 
 def _not_finite(epoch: int, step: int, loss: float, output_dir: Path | None) -> str:
@@ -610,13 +655,16 @@ def _mean_over_ranks(args: Namespace, value: torch.Tensor) -> float:
     return (utils.reduce_tensor(value, args.world_size) if args.distributed else value).item()
 
 
-def _validate(args: Namespace, run: _Run, ema: bool) -> OrderedDict[str, float]:
+def _validate(args: Namespace, run: _Run, epoch: int, train_loss: float, *, ema: bool) -> OrderedDict[str, float]:
     task, loader = run.task, run.loader_val
     model = task.get_eval_model(ema=ema)
     model.eval()
     evaluator = task.create_evaluator(max_samples=evaluation_sample_limit(loader))
     with torch.inference_mode():
         for input, target in iterate(loader):
+            if run.stop.number is not None:
+                batches, updates = len(run.loader_train), _updates_per_epoch(args, run.loader_train)
+                _recover(args, run, epoch, batches, updates, torch.tensor(train_loss * batches, dtype=torch.float64))
             if args.no_prefetcher:
                 input, target = input.to(task.device), target.to(task.device)
             if args.channels_last:

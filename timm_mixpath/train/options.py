@@ -30,7 +30,8 @@ __all__ = [
 # Options that say where and how a run was executed, not what comes out of it
 LOCAL_OPTIONS = frozenset({
     'checkpoint_hist', 'config', 'data_dir', 'dataset_download', 'device', 'device_modules', 'experiment',
-    'local_rank', 'log_interval', 'no_prefetcher', 'no_resume_opt', 'output', 'pin_mem', 'resume', 'workers',
+    'local_rank', 'log_interval', 'no_prefetcher', 'no_resume_opt', 'output', 'pin_mem', 'recovery_interval', 'resume',
+    'workers',
 })  # fmt: skip
 
 
@@ -80,7 +81,10 @@ def add_train_options(parser: argparse.ArgumentParser) -> None:
         help='start from the weights of this model of timm (local-dir:DIR, hf-hub:ORG/NAME), on which the supernet or '
              'network stands: mixnet_m for S2 and S3')  # fmt: skip
     add('--initial-checkpoint', default='', metavar='PATH', help='load this checkpoint into the model')
-    add('--resume', default='', metavar='PATH', help='go on with a run: its last.pth.tar')
+    add('--resume', default='', metavar='PATH',
+        help='go on with a run: its last.pth.tar; auto: the latest checkpoint of --output/--experiment')  # fmt: skip
+    add('--recovery-interval', type=int, default=0, metavar='N',
+        help='write a checkpoint every N updates within an epoch (default: 0, only on SIGTERM or SIGUSR1)')  # fmt: skip
     add('--no-resume-opt', action='store_true', help='do not restore the optimizer')
     add('--num-classes', type=int, default=None, metavar='N', help="number of classes (default: the model's)")
     add('--gp', default=None, metavar='POOL', help='global pooling')
@@ -329,6 +333,8 @@ def check_values(args: Namespace) -> None:
     if args.initial_checkpoint and not Path(args.initial_checkpoint).is_file():
         raise UsageError(f'--initial-checkpoint {args.initial_checkpoint!r} is not a file')
     check_distillation(args)
+    if args.recovery_interval < 0:
+        raise UsageError(f'--recovery-interval {args.recovery_interval} must not be negative')
     if args.resume and args.sched == 'plateau':
         raise UsageError('--sched plateau can not be resumed: what it has seen is not in the checkpoint')
 

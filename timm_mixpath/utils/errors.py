@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-__all__ = ['RunError', 'UsageError', 'as_usage_error', 'concise', 'needs']
+__all__ = ['RunError', 'Stopped', 'UsageError', 'as_usage_error', 'concise', 'needs']
 
 
 class UsageError(ValueError):
@@ -12,6 +12,20 @@ class UsageError(ValueError):
 
 class RunError(RuntimeError):
     """A run that was set up well failed: exit status 1 on the command line."""
+
+
+class Stopped(BaseException):
+    """The process was asked to end and has written what it had: exit status 128 + signal on the command line.
+
+    As KeyboardInterrupt it is no Exception, so that nothing takes it for a failure that can be gone on from.
+
+    Attributes:
+        number: Number of the signal.
+    """
+
+    def __init__(self, message: str, number: int) -> None:
+        super().__init__(message)
+        self.number = number
 
 
 def concise(error: BaseException) -> str:
