@@ -93,12 +93,12 @@ def is_predicted(result: SearchResult) -> bool:
 
 def _costs(candidate: Candidate) -> str:
     macs = f'{candidate.macs / 1e6:.2f} M MACs'
-    if candidate.latency is None:
-        return macs
+    return macs if candidate.latency is None else f'{_latency(candidate)}, {macs}'
+
+
+def _latency(candidate: Candidate) -> str:
     measured = candidate.extra.get('latency_ms')
-    return f'{candidate.latency:.2f} ms predicted' + (
-        f' ({measured:.2f} measured), {macs}' if measured else f', {macs}'
-    )
+    return f'{candidate.latency:.2f} ms predicted' + (f' ({measured:.2f} measured)' if measured else '')
 
 
 def plot_pareto(result: 'SearchResult', path: str | os.PathLike, *, title: str | None = None) -> None:
@@ -157,6 +157,10 @@ def plot_pareto(result: 'SearchResult', path: str | os.PathLike, *, title: str |
         ax.scatter(x, y, color=BLUE, **style)
 
     at = (cost(chosen), chosen.error)
+    # No longer than half of the figure
+    text = f'{chosen.macs / 1e6:.1f} M MACs, {chosen.params / 1e6:.2f} M parameters'
+    if by_latency:
+        text = _latency(chosen)
     ax.scatter(*at, s=190, marker='o', facecolors='none', edgecolors=ACCENT, linewidths=1.8, label='chosen', zorder=4)
     # The chosen one has the lowest error, so there are no points below it
     low, high = ax.get_ylim()
@@ -164,7 +168,7 @@ def plot_pareto(result: 'SearchResult', path: str | os.PathLike, *, title: str |
     left, right = ax.get_xlim()
     to_the_right = at[0] < (left + right) / 2
     ax.annotate(
-        f'{chosen.top1:.2f} % top-1, {_costs(chosen)}, {chosen.params / 1e6:.2f} M parameters',
+        f'{chosen.top1:.2f} % top-1, {text}',
         at,
         xytext=(-8 if to_the_right else 8, -14),
         textcoords='offset points',
