@@ -96,6 +96,7 @@ class _Costs:
         self.metrics: tuple[str, ...] = ('macs', 'params')
         self._base: dict[str, float] = {}
         self._costs: dict[str, dict[Part, float]] = {metric: {} for metric in self.metrics}
+        self._extremes: dict[str, tuple[str, str]] = {}  # smallest and largest, as they are asked for
 
     def parts(self, arch: str) -> list[Part]:
         """Return what the network of an arch has beside what all have; its costs are the sums over these.
@@ -110,10 +111,6 @@ class _Costs:
         """Return the name of what a part does, the same wherever it stands in the network."""
         raise NotImplementedError
 
-    def base(self, metric: str) -> float:
-        """Return what all archs have in common."""
-        return self._base[metric]
-
     def part_costs(self, metric: str) -> dict[Part, float]:
         """Return what each part costs."""
         return self._costs[metric]
@@ -121,6 +118,7 @@ class _Costs:
     def add_metric(self, name: str, base: float, costs: Mapping[Part, float]) -> None:
         """Add what else an arch costs, as a part that all archs share and one for each of the others."""
         self._base[name], self._costs[name] = base, dict(costs)
+        self._extremes.pop(name, None)
         self.metrics = (*dict.fromkeys((*self.metrics, name)),)
 
     def cost(self, metric: str, arch: str) -> float:
@@ -159,8 +157,7 @@ class _Costs:
         Raises:
             ValueError: Unknown metric.
         """
-        self._check_metric(metric)
-        return self._extreme(metric, min)
+        return self._both_extremes(metric)[0]
 
     def largest(self, metric: str) -> str:
         """Return an arch of the largest cost within the space's m, the first such, see `smallest`.
@@ -168,8 +165,7 @@ class _Costs:
         Raises:
             ValueError: Unknown metric.
         """
-        self._check_metric(metric)
-        return self._extreme(metric, max)
+        return self._both_extremes(metric)[1]
 
     def bounds(self, metric: str) -> tuple[float, float]:
         """Return the smallest and the largest cost in the space, exact.
@@ -178,6 +174,12 @@ class _Costs:
             ValueError: Unknown metric.
         """
         return self.cost(metric, self.smallest(metric)), self.cost(metric, self.largest(metric))
+
+    def _both_extremes(self, metric: str) -> tuple[str, str]:
+        self._check_metric(metric)
+        if metric not in self._extremes:
+            self._extremes[metric] = self._extreme(metric, min), self._extreme(metric, max)
+        return self._extremes[metric]
 
     def _extreme(self, metric: str, pick: Callable[..., Any]) -> str:
         raise NotImplementedError
@@ -389,12 +391,14 @@ class CellCostTable(_Costs):
         return re.sub(r'[._]\d+(?=\.|$)', '', str(part[0]))
 
     def _extreme(self, metric: str, pick: Callable[..., Any]) -> CellArch:
-        return pick(self._archs, key=partial(self.cost, metric))
+        costs, archs = self._costs[metric], self._parts_of_all
+        return pick(archs, key=lambda arch: sum(costs[part] for part in archs[arch]))
 
     @cached_property
-    def _archs(self) -> list[CellArch]:
+    def _parts_of_all(self) -> dict[CellArch, list[Part]]:
         # Small enough to look at every one: 15,625 and 102
-        return [self.space.decode(vector) for vector in product(*map(range, self.space.gene_sizes))]
+        archs = (self.space.decode(vector) for vector in product(*map(range, self.space.gene_sizes)))
+        return {arch: self.parts(arch) for arch in archs}
 
 
 def check_input_size(input_size: Iterable[int]) -> tuple[int, int, int]:
