@@ -9,20 +9,12 @@ from pathlib import Path
 
 import pytest
 import timm
+from small_space import TINY
 
-from timm_mixpath import BlockSpec, SearchSpace, sample
+from timm_mixpath import sample
 from timm_mixpath.models.cost import CostTable, cost_table
 from timm_mixpath.models.latency_table import LatencyTable, fit_latency, space_digest
 from timm_mixpath.utils.errors import UsageError
-
-TINY = SearchSpace(
-    name='tiny_for_latency',
-    blocks=(BlockSpec(8, kernel_sizes=(3, 5, 7)), BlockSpec(8, 2, (3, 6), (3, 5)), BlockSpec(16, 1, (2, 4), (3, 5))),
-    stem_chs=8,
-    num_features=16,
-    max_paths=2,
-    input_size=(3, 8, 8),
-)
 
 
 def all_archs(space):

@@ -18,8 +18,9 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from small_space import TINY
 
-from timm_mixpath import Arch, BlockSpec, MixPathSupernet, SearchSpace, get_space
+from timm_mixpath import Arch, MixPathSupernet, get_space
 from timm_mixpath.models.cost import CostTable, cost_table
 from timm_mixpath.search.config import SearchConfig
 from timm_mixpath.search.front import format_front, plot_pareto, write_front_csv, write_front_json
@@ -30,16 +31,6 @@ from timm_mixpath.utils.errors import RunError, UsageError
 
 FINGERPRINT = {'checkpoint': 'abc', 'batch_size': 8, 'input_size': (3, 32, 32)}
 SMALL = dict(population=6, offspring=4, generations=3)
-
-# 512 archs: small enough to go through all of them
-TINY = SearchSpace(
-    name='tiny_for_search',
-    blocks=(BlockSpec(8, kernel_sizes=(3, 5, 7)), BlockSpec(8, 2, (3, 6), (3, 5)), BlockSpec(16, 1, (2, 4), (3, 5))),
-    stem_chs=8,
-    num_features=16,
-    max_paths=2,
-    input_size=(3, 8, 8),
-)
 
 
 @pytest.fixture(scope='module')

@@ -48,6 +48,15 @@ class Recorder:
         monkeypatch.setattr(loop, 'batches_behind', recorded)
 
 
+def go_on(args: Namespace, monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
+    """Go on with a run, and return the images of the batches that it still sees."""
+    args.resume = 'auto'
+    with monkeypatch.context() as patch:
+        recorder = Recorder(patch)
+        train(args)
+    return recorder.batches
+
+
 def checkpoint(path: Path) -> dict[str, Any]:
     return _torch_load(str(path / 'last.pth.tar'), weights_only=True)
 
@@ -79,12 +88,9 @@ def test_no_image_is_seen_twice(digits: Path, tmp_path: Path, monkeypatch: pytes
     assert (folder / RECOVERY).exists() and checkpoint(folder)['epoch'] == 0
     assert latest_checkpoint(folder) == folder / RECOVERY
 
-    args.resume = 'auto'
-    with monkeypatch.context() as patch:
-        rest = Recorder(patch)
-        train(args)
-    assert first.batches + rest.batches == unbroken.batches
-    assert len(rest.batches) == per_epoch - 2
+    rest = go_on(args, monkeypatch)
+    assert first.batches + rest == unbroken.batches
+    assert len(rest) == per_epoch - 2
     for key in (*KEYS, *(['state_dict_ema'] if 'model_ema' in options else [])):
         assert_equal(checkpoint(whole)[key], checkpoint(folder)[key], key)
     assert (whole / 'summary.csv').read_text() == (folder / 'summary.csv').read_text()
@@ -103,11 +109,7 @@ def test_stopped_while_it_validates(digits: Path, tmp_path: Path, monkeypatch: p
         patch.setattr(loop, 'iterate', stopped)
         with pytest.raises(Stopped, match='behind batch 5 of epoch 0'):
             train(args)
-    args.resume = 'auto'
-    with monkeypatch.context() as patch:
-        rest = Recorder(patch)
-        train(args)
-    assert not rest.batches
+    assert not go_on(args, monkeypatch)
     for key in KEYS:
         assert_equal(checkpoint(whole)[key], checkpoint(tmp_path / 'cut' / 'run')[key], key)
     assert (whole / 'summary.csv').read_text() == (tmp_path / 'cut' / 'run' / 'summary.csv').read_text()
@@ -140,8 +142,8 @@ def test_interval_and_kill(digits: Path, tmp_path: Path, monkeypatch: pytest.Mon
     written: list[int] = []
     recover = loop._recover
 
-    def recorded(args: Any, run: Any, epoch: int, batches: int, *rest: Any) -> None:
-        recover(args, run, epoch, batches, *rest)
+    def recorded(run: Any, epoch: int, batches: int, *rest: Any) -> None:
+        recover(run, epoch, batches, *rest)
         written.append(batches)
         if batches == 4:
             raise KeyboardInterrupt  # as good as a kill here: nothing is written any more
@@ -153,11 +155,7 @@ def test_interval_and_kill(digits: Path, tmp_path: Path, monkeypatch: pytest.Mon
     assert written == [2, 4]
     with pytest.raises(UsageError, match='holds a run already and is not overwritten; go on with it by --resume'):
         train(args)
-    args.resume = 'auto'
-    with monkeypatch.context() as patch:
-        rest = Recorder(patch)
-        train(args)
-    assert len(rest.batches) == 1
+    assert len(go_on(args, monkeypatch)) == 1
 
 
 def test_auto_begins_where_nothing_is(digits: Path, tmp_path: Path) -> None:

@@ -14,7 +14,8 @@ from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING, TextIO
 
-from ..utils.errors import UsageError, concise, needs
+from ..utils.errors import UsageError, concise
+from .rank_statistics import require_scipy
 
 if TYPE_CHECKING:
     from ..spaces.space import Space
@@ -114,8 +115,9 @@ class AccuracyTable:
         rows = [known.get(arch, ()) for arch in archs]
         if len({len(row) for row in rows}) != 1 or len(rows[0]) < 2:
             return None
-        with needs('rank correlations need scipy', 'rank'):
-            from scipy.stats import kendalltau
+        require_scipy()
+        from scipy.stats import kendalltau
+
         taus = [kendalltau(first, second).statistic for first, second in combinations(zip(*rows), 2)]
         return float(fmean(taus)) if all(map(isfinite, taus)) else None
 

@@ -5,8 +5,9 @@ import math
 import os
 import random
 import statistics
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,8 +16,8 @@ import torch
 
 from ..models.cost import cost_table
 from ..models.latency import make_images, measure_side_by_side
-from ..models.latency_table import CHUNK, LatencyTable, fit_latency, space_digest
-from ..models.runtimes import check_runtime, describe_device, make_runner, runtime_versions
+from ..models.latency_table import CHUNK, LatencyTable, arch_runner, fit_latency, space_digest
+from ..models.runtimes import check_runtime, describe_device, runtime_versions
 from ..models.supernet import Supernet
 from ..search.archive import Archive
 from ..spaces.sampling import sample
@@ -31,6 +32,9 @@ if TYPE_CHECKING:
 __all__ = ['LatencyConfig', 'compare_prediction', 'measure_table', 'spread_archs']
 
 _logger = logging.getLogger(__name__)
+
+# Fewer networks tell nothing of a space, or of a table
+_MIN_FITS, _MIN_TESTS = 10, 5
 
 
 @dataclass(frozen=True)
@@ -61,7 +65,8 @@ class LatencyConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name, least in (('batch_size', 1), ('num_archs', 10), ('test_archs', 5), ('rounds', 1), ('seed', 0)):
+        least_of = dict(batch_size=1, num_archs=_MIN_FITS, test_archs=_MIN_TESTS, rounds=1, seed=0)
+        for name, least in least_of.items():
             if getattr(self, name) < least:
                 raise UsageError(f'{name}={getattr(self, name)} must be at least {least}')
         if self.threads is not None and self.threads < 1:
@@ -121,15 +126,15 @@ def measure_table(
     fits, tests = _draw(cost, config)
     archs = [*fits, *tests, *tests]
     random.Random(config.seed).shuffle(archs)
-    fingerprint = dict(
+    what = dict(
         digest=space_digest(cost),
-        input_size=list(cost.input_size),
+        input_size=cost.input_size,
         num_classes=cost.num_classes,
         device=device.type,
         device_name=describe_device(device),
         threads=threads,
-        **{f'{name}_version': version for name, version in versions.items()},
     )
+    fingerprint = {**what, **{f'{name}_version': version for name, version in versions.items()}}
     archive = Archive(archive_path, 'latency', config=asdict(config), fingerprint=fingerprint, versions=versions)
     try:
         records = archive.open()
@@ -140,7 +145,8 @@ def measure_table(
         if len(records) < len(chunks):
             measure = _Meter(supernet, cost, config, threads)
             with progress_bar(len(archs), 'Latency', disable=not progress) as bar:
-                bar.update(sum(map(len, chunks[: len(records)])))
+                done = sum(map(len, chunks[: len(records)]))
+                bar.update(done)
                 for chunk in chunks[len(records) :]:
                     latency, references = measure(chunk)
                     record = dict(
@@ -148,26 +154,19 @@ def measure_table(
                     )
                     archive.append(record)
                     records.append(record)
+                    done += len(chunk)
                     bar.update(len(chunk))
                     if progress and bar.disable:
-                        done = sum(map(len, chunks[: len(records)]))
                         _logger.info(f'Latency: {done}/{len(archs)} networks measured')
     finally:
         archive.close()
 
-    latency_ms = _without_drift(records)
-    table = _fit(cost, fits, tests, latency_ms)
     table = LatencyTable(
+        **what,
         space=cost.space.name,
         max_paths=cost.space.max_paths,
-        input_size=cost.input_size,
-        num_classes=cost.num_classes,
-        digest=fingerprint['digest'],
         batch_size=config.batch_size,
         runtime=config.runtime,
-        device=device.type,
-        device_name=fingerprint['device_name'],
-        threads=threads,
         versions=versions,
         protocol=dict(
             rounds=config.rounds,
@@ -175,7 +174,7 @@ def measure_table(
             seed=config.seed,
             drift=_drift(records),
         ),
-        **table,
+        **_fit(cost, fits, tests, _without_drift(records)),
     )
     table.save(output)
     return table
@@ -232,7 +231,7 @@ def _draw(cost: 'CostTable', config: LatencyConfig) -> tuple[list[str], list[str
         arch = sample(cost.space, seed=config.seed + 1, step=step)
         if len(tests) < config.test_archs and arch not in fits:
             tests[arch] = None
-    if len(fits) < 10 or len(tests) < 5:
+    if len(fits) < _MIN_FITS or len(tests) < _MIN_TESTS:
         raise UsageError(f'space {cost.space.name!r} has too few archs for a table; measure them all instead')
     return fits, list(tests)
 
@@ -241,16 +240,18 @@ class _Meter:
     """Measures archs, and three references beside them."""
 
     def __init__(self, supernet: Supernet, cost: 'CostTable', config: LatencyConfig, threads: int) -> None:
-        self.supernet = supernet
         self.config = config
         self.threads = threads
-        self.x = make_images(supernet, config.batch_size, cost.input_size)
+        self.runner = partial(
+            arch_runner,
+            supernet,
+            make_images(supernet, config.batch_size, cost.input_size),
+            runtime=config.runtime,
+            num_threads=threads,
+            num_classes=cost.num_classes,
+        )
         archs = [cost.smallest('macs'), cost.space.default_arch, cost.largest('macs')]
         self.references = list(map(self.runner, archs))
-
-    def runner(self, arch: str) -> Callable[[], Any]:
-        model = self.supernet.extract(arch)
-        return make_runner(model, self.x, runtime=self.config.runtime, num_threads=self.threads)
 
     def __call__(self, archs: Sequence[str]) -> tuple[list[float], list[float]]:
         times = measure_side_by_side(

@@ -233,10 +233,11 @@ def tau_at_equal_cost(
     pairs = (larger <= smaller * (1 + tolerance)).astype(float)  # [n, n]
     np.fill_diagonal(pairs, 0)
     x, y = (np.sign(p[:, None] - p[None]) * pairs for p in (places, places_by_score))
+    products = x * y, x * x, y * y
 
     def tau(weights: np.ndarray) -> np.ndarray:
         # Sums over pairs of how often both are drawn
-        both, of_x, of_y = (((weights @ m) * weights).sum(axis=1) for m in (x * y, x * x, y * y))
+        both, of_x, of_y = (((weights @ m) * weights).sum(axis=1) for m in products)
         defined = (of_x > 0) & (of_y > 0)
         return np.divide(both, np.sqrt(of_x * of_y), out=np.full(len(weights), np.nan), where=defined)
 

@@ -291,17 +291,12 @@ def summarize(
             result.equal_cost[name] = tau_at_equal_cost(
                 accuracies, result.scores(name), costs, tolerance=tolerance, **bootstrap
             )
-    by_cost = {
-        (name, yardstick): rank_correlation(result.scores(yardstick), result.scores(name), top_k=(), **bootstrap)
-        for name in supernet
-        for yardstick in yardsticks
-    }
     for name in supernet:
         result.partial_taus[name] = {
             yardstick: partial_tau(
                 result.statistics[name]['all'],
                 result.statistics[yardstick]['all'],
-                by_cost[name, yardstick],
+                rank_correlation(result.scores(yardstick), result.scores(name), top_k=(), **bootstrap),
                 level=config.level,
             )
             for yardstick in yardsticks

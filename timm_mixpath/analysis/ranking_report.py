@@ -84,7 +84,8 @@ def format_ranking(result: RankResult) -> str:
         for name, by_baseline in gains.items():
             rows.append((LABELS[name], *(gain.text(3) for gain in by_baseline.values())))
         blocks.append(format_table(rows, '<'))
-        rows = [('partial Kendall tau given', *({'macs': 'MACs', 'params': 'params'}[g] for g in by_baseline))]
+        given = next(iter(result.partial_taus.values()))
+        rows = [('partial Kendall tau given', *('MACs' if name == 'macs' else name for name in given))]
         for name, taus in result.partial_taus.items():
             rows.append((LABELS[name], *(tau.text(3) for tau in taus.values())))
         blocks.append(format_table(rows, '<'))

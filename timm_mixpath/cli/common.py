@@ -3,10 +3,11 @@
 import argparse
 import dataclasses
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from ..utils.errors import UsageError
+from ..utils.errors import UsageError, as_usage_error
 from ..utils.numbers import parse_count, parse_milliseconds, parse_share
 from ..utils.tables import write_json
 
@@ -17,6 +18,8 @@ __all__ = [
     'add_latency_limit',
     'add_model_options',
     'check_same_run',
+    'create_supernet',
+    'format_size',
     'from_args',
     'is_first_process',
     'like',
@@ -77,6 +80,37 @@ def like(args: argparse.Namespace) -> argparse.Namespace | None:
         options.model, options.model_kwargs = args.model, {}
     options.model_kwargs = {**options.model_kwargs, **args.model_kwargs}
     return options
+
+
+def create_supernet(args: argparse.Namespace, **kwargs: Any) -> Any:
+    """Create the supernet of `--model`, `--model-kwargs`, `--num-classes` and `--input-size`.
+
+    Args:
+        args: Options.
+        **kwargs: Arguments of `timm.create_model` beside those.
+
+    Raises:
+        UsageError: It can not be created, or is no supernet.
+    """
+    import timm
+
+    from ..models.supernet import Supernet
+    from ..train.checkpoint import check_model_name
+
+    check_model_name(args.model)
+    in_chans = args.input_size[0] if args.input_size else None
+    with as_usage_error(f'model {args.model!r} can not be created'):
+        model = timm.create_model(
+            args.model, num_classes=args.num_classes, in_chans=in_chans, **kwargs, **args.model_kwargs
+        )
+    if not isinstance(model, Supernet):
+        raise UsageError(f'{args.model!r} is no supernet; try {", ".join(timm.list_models("mixpath*_supernet"))}')
+    return model
+
+
+def format_size(input_size: Iterable[int]) -> str:
+    """Return an input as text, such as 3x224x224."""
+    return 'x'.join(map(str, input_size))
 
 
 def add_image_options(parser: argparse.ArgumentParser, num_images: int | None = None) -> None:

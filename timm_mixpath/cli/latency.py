@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from ..utils.errors import UsageError, as_usage_error
 from ..utils.numbers import parse_count
-from .common import add_model_options, like, setup_logging
+from .common import add_model_options, create_supernet, format_size, from_args, like, setup_logging
 
 if TYPE_CHECKING:
     from ..models.latency_table import LatencyTable
@@ -42,6 +42,8 @@ def add_latency(parser: argparse.ArgumentParser) -> None:
     add('--rounds', type=int, default=default.rounds, metavar='N', help='visits of each (default: %(default)s)')
     add('--seed', type=int, default=default.seed)
 
+    parser.set_defaults(visit_ms=default.visit_ms)
+
     add = parser.add_argument_group('measure archs, beside what a table predicts').add_argument
     add('--archs', nargs='+', metavar='ARCH', help='archs, or the front.json of a search')
     add('--latency-table', metavar='FILE', help='a table of this supernet')
@@ -63,15 +65,7 @@ def run_latency(args: argparse.Namespace) -> None:
 
         table = LatencyTable.load(args.latency_table)
         args.num_classes, args.input_size = table.num_classes, table.input_size
-    config = LatencyConfig(
-        runtime=args.runtime,
-        threads=args.threads,
-        batch_size=args.batch_size,
-        num_archs=args.num_archs,
-        test_archs=args.test_archs,
-        rounds=args.rounds,
-        seed=args.seed,
-    )
+    config = from_args(LatencyConfig, args)
     supernet, input_size = _supernet(args)
     if table is not None:
         _measure(supernet, _archs(args.archs, supernet), table)
@@ -90,7 +84,7 @@ def run_latency(args: argparse.Namespace) -> None:
         ),
         ('counting MACs', f'{test["tau_of_macs"]:.3f}', '', ''),
     ]
-    print(f'{table.space}, {_size(table.input_size)}: {table.describe()}')
+    print(f'{table.space}, {format_size(table.input_size)}: {table.describe()}')
     print(f'{test["num_archs"]} networks that the table has not seen, measured end to end:\n')
     print(format_table(rows, '<>'))
     times = [row['latency_ms'] for row in table.measured]
@@ -106,11 +100,9 @@ def run_latency(args: argparse.Namespace) -> None:
 
 
 def _supernet(args: argparse.Namespace) -> 'tuple[Supernet, tuple[int, int, int] | None]':
-    import timm
     import torch
 
-    from ..models.supernet import Supernet
-    from ..train.checkpoint import check_model_name, load_supernet
+    from ..train.checkpoint import load_supernet
 
     device = args.device or ('cuda' if torch.cuda.is_available() else 'cpu')
     input_size = tuple(args.input_size) if args.input_size else None
@@ -122,16 +114,7 @@ def _supernet(args: argparse.Namespace) -> 'tuple[Supernet, tuple[int, int, int]
                 supernet.reset_classifier(args.num_classes)
         input_size = input_size or trained_size
     elif args.model:
-        check_model_name(args.model)
-        with as_usage_error(f'model {args.model!r} can not be created'):
-            supernet = timm.create_model(
-                args.model,
-                num_classes=args.num_classes,
-                in_chans=input_size[0] if input_size else None,
-                **args.model_kwargs,
-            )
-        if not isinstance(supernet, Supernet):
-            raise UsageError(f'{args.model!r} is no supernet; try {", ".join(timm.list_models("mixpath*_supernet"))}')
+        supernet = create_supernet(args)
     else:
         raise UsageError('no supernet: pass --checkpoint PATH, or --model NAME')
     with as_usage_error(f'--device {device!r} can not be used'):
@@ -168,12 +151,8 @@ def _measure(supernet: 'Supernet', archs: list[str], table: 'LatencyTable') -> N
         ('predicted ms', 'measured ms', 'error', 'arch'),
         *((f'{p:.2f}', f'{m:.2f}', f'{p / m - 1:+.1%}', str(arch)) for p, m, arch in zip(predicted, measured, archs)),
     ]
-    print(f'{table.space}, {_size(table.input_size)}: table of {table.describe()}; measured on {here}\n')
+    print(f'{table.space}, {format_size(table.input_size)}: table of {table.describe()}; measured on {here}\n')
     print(format_table(rows, '>>><'))
     if len(archs) > 1:
         test = compare_prediction(predicted, measured)
         print(f'\ntau {test["tau"]:.3f}, mean error {test["mean_error"]:.1%}, largest {test["max_error"]:.1%}')
-
-
-def _size(input_size: tuple[int, int, int]) -> str:
-    return 'x'.join(map(str, input_size))

@@ -2,13 +2,15 @@
 
 import argparse
 
-from ..utils.errors import UsageError, as_usage_error
+from ..utils.errors import as_usage_error
 from ..utils.numbers import parse_count, parse_milliseconds
 from .common import (
     add_checkpoint_options,
     add_device_option,
     add_image_options,
     add_latency_limit,
+    create_supernet,
+    format_size,
     from_args,
     is_first_process,
     like,
@@ -99,32 +101,20 @@ def add_profile(parser: argparse.ArgumentParser) -> None:
 
 
 def run_profile(args: argparse.Namespace) -> None:
-    import timm
-
     from ..models.cost import cost_table, profile_space
     from ..models.latency_table import LatencyTable
-    from ..models.supernet import Supernet
     from ..search.config import SearchConfig
     from ..search.pool import check_limits
-    from ..train.checkpoint import check_model_name
 
-    check_model_name(args.model)
-    in_chans = args.input_size[0] if args.input_size else None
-    with as_usage_error(f'model {args.model!r} can not be created'):
-        model = timm.create_model(
-            args.model, num_classes=args.num_classes, in_chans=in_chans, device='meta', **args.model_kwargs
-        )
-    if not isinstance(model, Supernet):
-        raise UsageError(f'{args.model!r} is no supernet; try {", ".join(timm.list_models("mixpath*_supernet"))}')
+    model = create_supernet(args, device='meta')
     with as_usage_error('the space can not be profiled'):
         table = cost_table(model, tuple(args.input_size) if args.input_size else None)
         if args.latency_table:
             LatencyTable.load(args.latency_table).add_to(table)
         check_limits(SearchConfig(max_latency=args.max_latency), table)
         profile = profile_space(table, num_samples=args.num_samples)
-    size = 'x'.join(str(v) for v in table.input_size)
     num_archs = f'{profile.size:,}' if profile.size < 10**12 else f'{profile.size:.3g}'
-    print(f'{args.model}: {num_archs} archs, m = {model.space.max_paths}, input {size}')
+    print(f'{args.model}: {num_archs} archs, m = {model.space.max_paths}, input {format_size(table.input_size)}')
     print(f'{"":12}{"min":>12}{"median":>12}{"max":>12}')
     for name, unit, digits in (('macs', 'MACs (M)', 2), ('params', 'params (M)', 3)):
         row = getattr(profile, name)

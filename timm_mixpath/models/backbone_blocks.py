@@ -27,7 +27,7 @@ from ..spaces.space import BlockSpec
 from ._timm import DepthwiseSeparableConv, InvertedResidual, SqueezeExcite, UniversalInvertedResidual
 from .blocks import GroupedPaths, PathSum, branch_name, group_name, path_name, split_channels
 from .choice_blocks import ActivePathSum
-from .layers import ActiveShadowBatchNorm2d, set_num_paths, sum_statistics
+from .layers import ActiveShadowBatchNorm2d, set_module, set_num_paths, sum_statistics
 
 __all__ = ['SEARCHED_BLOCKS', 'BackboneChoice', 'BlockSite', 'fixed_block']
 
@@ -213,12 +213,12 @@ class BackboneChoice(nn.Module):
         if all(len(group) == 1 for group in groups):
             _set_single_paths(block, site, [path for group in groups for path in group.values()])
         else:
-            _set(block, site.paths, _join_groups([PathSum(group) for group in groups]))
+            set_module(block, site.paths, _join_groups([PathSum(group) for group in groups]))
 
         num_paths = choice.num_paths
         norm = block.get_submodule(site.sum_norm)
         if isinstance(norm, ActiveShadowBatchNorm2d):
-            _set(block, site.sum_norm, norm.shadows[num_paths[0] - 1])
+            set_module(block, site.sum_norm, norm.shadows[num_paths[0] - 1])
         if site.is_inside and isinstance(block.se, SqueezeExcite):
             block.se.conv_reduce = _recast(nn.Conv2d, block.se.conv_reduce)
             _divide_inputs(block.se.conv_reduce, num_paths)
@@ -268,15 +268,15 @@ def _make_branch(
             paths[path_name(kernel_size)] = nn.Sequential(OrderedDict(path))
         sums.append(sum_cls(paths))
         start += conv.out_channels
-    _set(branch, site.paths, _join_groups(sums))
+    set_module(branch, site.paths, _join_groups(sums))
     if site.paths == site.conv:
-        _set(branch, site.conv_norm, nn.Identity())
+        set_module(branch, site.conv_norm, nn.Identity())
     if len(convs) > 1:
         return branch
 
     # What stands behind the sum
     if num_shadows is not None:
-        _set(branch, site.sum_norm, _make_shadows(branch.get_submodule(site.sum_norm), num_shadows))
+        set_module(branch, site.sum_norm, _make_shadows(branch.get_submodule(site.sum_norm), num_shadows))
     if site.is_inside and isinstance(branch.se, SqueezeExcite):
         branch.se.conv_reduce = _recast(_MeanConv2d, branch.se.conv_reduce)
     return branch
@@ -304,11 +304,6 @@ def _join_groups(sums: Sequence[PathSum]) -> nn.Module:
     return GroupedPaths({group_name(i): paths for i, paths in enumerate(sums)}, splits)
 
 
-def _set(block: nn.Module, name: str, module: nn.Module) -> None:
-    parent, _, child = name.rpartition('.')
-    setattr(block.get_submodule(parent), child, module)
-
-
 def _set_single_paths(block: nn.Module, site: BlockSite, paths: list[nn.Module]) -> None:
     """Put one path per channel group where timm has it."""
     convs = [path.conv for path in paths]
@@ -320,11 +315,11 @@ def _set_single_paths(block: nn.Module, site: BlockSite, paths: list[nn.Module])
             conv[str(index)] = part
     norm = _joined_norm([path.bn for path in paths])
     if site.paths == site.conv:
-        _set(block, site.conv, conv)
-        _set(block, site.conv_norm, norm)
+        set_module(block, site.conv, conv)
+        set_module(block, site.conv_norm, norm)
         return
     # timm's layer is a plain sequence in eval mode as in training, as the paths are
-    _set(block, site.paths, paths[0])
+    set_module(block, site.paths, paths[0])
 
 
 def _resized(conv: nn.Conv2d, kernel_size: int) -> nn.Conv2d:
@@ -355,11 +350,11 @@ def _narrow(block: nn.Module, site: BlockSite, width: int) -> None:
     index = torch.cat([part + start for part, start in zip(kept, starts)])
 
     _narrow_conv(expand, outputs=index)
-    _set(block, site.expand_norm, _narrowed_norm(block.get_submodule(site.expand_norm), index))
+    set_module(block, site.expand_norm, _narrowed_norm(block.get_submodule(site.expand_norm), index))
     if site.is_inside:
         for conv, part in zip(convs, kept):
             _narrow_conv(conv, outputs=part)
-        _set(block, site.conv_norm, _narrowed_norm(block.get_submodule(site.conv_norm), index))
+        set_module(block, site.conv_norm, _narrowed_norm(block.get_submodule(site.conv_norm), index))
     if isinstance(block.se, SqueezeExcite):
         _narrow_conv(block.se.conv_reduce, inputs=index)
         _narrow_conv(block.se.conv_expand, outputs=index)

@@ -13,12 +13,14 @@ import json
 import math
 import os
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
 
 from ..utils.errors import UsageError, needs
 from ..utils.tables import write_json
@@ -29,7 +31,7 @@ if TYPE_CHECKING:
     from .cost import CostTable, Part
     from .supernet import Supernet
 
-__all__ = ['MIN_TAU', 'LatencyTable', 'fit_latency', 'measure_archs', 'space_digest']
+__all__ = ['MIN_TAU', 'LatencyTable', 'arch_runner', 'fit_latency', 'measure_archs', 'space_digest']
 
 
 _FORMAT = 'timm-mixpath latency table'
@@ -107,8 +109,7 @@ class LatencyTable:
             raise UsageError(f'latency table {str(path)!r} has format version {version}, this is {_VERSION}')
         try:
             table = cls(**{**content, 'input_size': tuple(content['input_size'])})
-            parts = {tuple(key): float(ms) for *key, ms in table.parts}
-            if not all(map(math.isfinite, (table.base, *parts.values()))):
+            if not all(map(math.isfinite, (table.base, *table.prices().values()))):
                 raise ValueError
         except (KeyError, TypeError, ValueError):
             raise UsageError(f'latency table {str(path)!r} is damaged, measure it again') from None
@@ -117,6 +118,10 @@ class LatencyTable:
     def save(self, path: str | os.PathLike) -> None:
         """Write the table as JSON, whole or not at all."""
         write_json(path, dict(format=_FORMAT, version=_VERSION, **asdict(self)))
+
+    def prices(self) -> dict['Part', float]:
+        """Return the milliseconds of every part."""
+        return {tuple(key): float(ms) for *key, ms in self.parts}
 
     def fingerprint(self) -> str:
         """Return a digest of all predictions."""
@@ -139,13 +144,13 @@ class LatencyTable:
         ):
             if own != other:
                 raise UsageError(f'the latency table is of {what} {own}, this search of {other}; measure one for it')
-        missing = {*cost.part_costs('macs')} - {tuple(key) for *key, _ in self.parts}
-        if missing or self.digest != space_digest(cost):
+        prices = self.prices()
+        if cost.part_costs('macs').keys() - prices.keys() or self.digest != space_digest(cost):
             raise UsageError(
                 f'the latency table is of another variant of space {self.space!r} (width, m = {self.max_paths}, '
                 'activation or expansions differ); measure one for this supernet'
             )
-        cost.add_metric('latency', self.base, {tuple(key): ms for *key, ms in self.parts})
+        cost.add_metric('latency', self.base, prices)
 
 
 def measure_archs(
@@ -159,7 +164,8 @@ def measure_archs(
 ) -> list[float]:
     """Measure networks of a supernet as those of a table were: same runtime, threads, batch and input.
 
-    Twenty at a time are in memory. They are measured where the supernet is, which should be the table's device.
+    Twenty at a time are in memory. They are measured on the type of device that the table is of, wherever the supernet
+    is.
 
     Args:
         supernet: Supernet in any mode; its weights do not matter.
@@ -176,19 +182,30 @@ def measure_archs(
         ValueError: The space does not hold an arch.
         ImportError: The runtime is not installed.
     """
-    x = make_images(supernet, table.batch_size, table.input_size)
+    x = make_images(supernet, table.batch_size, table.input_size).to(table.device)
+    runner = partial(
+        arch_runner, supernet, x, runtime=table.runtime, num_threads=table.threads, num_classes=table.num_classes
+    )
     times: list[float] = []
     for start in range(0, len(archs), CHUNK):
-        runners = []
-        for arch in archs[start : start + CHUNK]:
-            model = supernet.extract(arch)
-            if model.num_classes != table.num_classes:
-                model.reset_classifier(table.num_classes)
-            runners.append(make_runner(model, x, runtime=table.runtime, num_threads=table.threads))
         times += measure_side_by_side(
-            runners, num_threads=table.threads, rounds=rounds, min_visit_s=min_visit_s, seed=seed
+            list(map(runner, archs[start : start + CHUNK])),
+            num_threads=table.threads,
+            rounds=rounds,
+            min_visit_s=min_visit_s,
+            seed=seed,
         )
     return times
+
+
+def arch_runner(
+    supernet: 'Supernet', x: torch.Tensor, arch: str, *, runtime: str, num_threads: int, num_classes: int
+) -> Callable[[], Any]:
+    """Prepare the network of an arch to be measured on the device of `x`, see `make_runner`."""
+    model = supernet.extract(arch).to(x.device)
+    if model.num_classes != num_classes:
+        model.reset_classifier(num_classes)
+    return make_runner(model, x, runtime=runtime, num_threads=num_threads)
 
 
 def space_digest(cost: 'CostTable') -> str:

@@ -14,6 +14,7 @@ __all__ = [
     'ShadowBatchNorm2d',
     'fold_bn',
     'fuse_conv_bn',
+    'set_module',
     'set_num_paths',
     'sum_paths',
     'sum_statistics',
@@ -155,11 +156,17 @@ def set_num_paths(module: nn.Module, num_paths: int) -> None:
 
 
 def fold_bn(parent: nn.Module, conv: str, bn: str) -> None:
-    """Fold the batch norm `bn` of a module into its convolution `conv`; another kind of norm is left alone."""
-    norm = getattr(parent, bn)
+    """Fold the batch norm `bn` inside a module into the convolution `conv`; another kind of norm is left alone."""
+    norm = parent.get_submodule(bn)
     if isinstance(norm, nn.BatchNorm2d):
-        setattr(parent, conv, fuse_conv_bn(getattr(parent, conv), norm))
-        setattr(parent, bn, getattr(norm, 'act', nn.Identity()))  # timm's BatchNormAct2d holds the activation
+        set_module(parent, conv, fuse_conv_bn(parent.get_submodule(conv), norm))
+        set_module(parent, bn, getattr(norm, 'act', nn.Identity()))  # timm's BatchNormAct2d holds the activation
+
+
+def set_module(parent: nn.Module, name: str, module: nn.Module) -> None:
+    """Put a module at a name inside another one, such as 'paths.k3.conv', where there is one already."""
+    owner, _, child = name.rpartition('.')
+    setattr(parent.get_submodule(owner), child, module)
 
 
 def fuse_conv_bn(conv: nn.Conv2d, bn: nn.BatchNorm2d) -> nn.Conv2d:

@@ -133,21 +133,11 @@ def fold_batch_norms(model: nn.Module, x: torch.Tensor) -> nn.Module:
     folded = copy.deepcopy(model)
     for norm, conv in pairs.items():
         if calls[norm] == calls[conv] == 1 and norm.running_mean is not None:
-            _fold(folded, names[conv], names[norm])
+            fold_bn(folded, names[conv], names[norm])
     result = folded(x)
     if not torch.allclose(expected, result, rtol=1e-2, atol=1e-3 * float(expected.abs().max())):
         return model  # something else sees the convolution, too
     return folded
-
-
-def _fold(model: nn.Module, conv_name: str, norm_name: str) -> None:
-    """Fold one norm, both given by their names in the model."""
-    holder = nn.Module()
-    holder.conv, holder.norm = model.get_submodule(conv_name), model.get_submodule(norm_name)
-    fold_bn(holder, 'conv', 'norm')
-    for name, module in ((conv_name, holder.conv), (norm_name, holder.norm)):
-        parent, _, child = name.rpartition('.')
-        setattr(model.get_submodule(parent), child, module)
 
 
 def _import_onnxruntime() -> Any:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from ..utils.figures import ACCENT, BLUE, GREY, new_figure, save_figure, tidy_axes
 from ..utils.tables import format_table, write_csv, write_json
-from .result import Candidate, SearchResult, has_latency, hypervolume, make_record
+from .result import Candidate, SearchResult, has_latency, hypervolume, is_predicted, make_record
 
 __all__ = ['format_front', 'plot_pareto', 'print_result', 'write_front_csv', 'write_front_json']
 
@@ -86,11 +86,6 @@ def print_result(result: SearchResult, output: str | os.PathLike) -> None:
     )
 
 
-def is_predicted(result: SearchResult) -> bool:
-    """Whether the latency of archs is known from a table."""
-    return all(c.latency is not None for c in result.front)
-
-
 def _costs(candidate: Candidate) -> str:
     macs = f'{candidate.macs / 1e6:.2f} M MACs'
     return macs if candidate.latency is None else f'{_latency(candidate)}, {macs}'
@@ -105,10 +100,10 @@ def plot_pareto(result: 'SearchResult', path: str | os.PathLike, *, title: str |
     """Draw what a search evaluated and its front as PNG, whole or not at all.
 
     MACs (in millions), or the predicted latency (in milliseconds) if it is an objective, lie on the x axis and the
-    top-1 error on the search split (in percent) on the y axis. Evaluated
-    candidates are small and grey, those of the front are large and, if parameters are an objective, coloured by them.
-    The line joins the candidates of the front that nothing beats in error and this cost alone; with parameters as third
-    objective the front has others too, which lie above the line because they have fewer parameters.
+    top-1 error on the search split (in percent) on the y axis. Evaluated candidates are small and grey, those of the
+    front are large and, if parameters are an objective, coloured by them. The line joins the candidates of the front
+    that nothing beats in error and this cost alone; with parameters as third objective the front has others too, which
+    lie above the line because they have fewer parameters.
 
     Args:
         result: Result of a search.

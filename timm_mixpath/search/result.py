@@ -21,6 +21,7 @@ __all__ = [
     'has_latency',
     'hypervolume',
     'is_diverged',
+    'is_predicted',
     'make_front',
     'make_record',
     'objective_values',
@@ -189,3 +190,8 @@ def hypervolume(result: SearchResult) -> float | None:
 def has_latency(result: SearchResult) -> bool:
     """Whether the latency of the front was measured."""
     return all('latency_ms' in c.extra for c in result.front)
+
+
+def is_predicted(result: SearchResult) -> bool:
+    """Whether the latency of the front is known from a table."""
+    return all(c.latency is not None for c in result.front)

@@ -50,7 +50,7 @@ from .data import iterate
 from .distill import create_distillation_task
 from .loaders import create_loaders, open_data
 from .options import LOCAL_OPTIONS, check_values, default_args, make_storable, mixup_active
-from .recovery import RECOVERY, StopSignal, batches_behind, latest_checkpoint, outlive_signals, resolve_auto
+from .recovery import RECOVERY, StopSignal, batches_behind, latest_checkpoint, outlive_signals, resolve_auto, run_dir
 from .task import create_task
 
 __all__ = ['TrainResult', 'train', 'train_or_resume']
@@ -476,7 +476,7 @@ def _plain(value: Any) -> Any:
 
 def _output_dir(args: Namespace) -> Path:
     name = args.experiment or '-'.join([datetime.now().strftime('%Y%m%d-%H%M%S'), safe_model_name(args.model)])
-    output_dir = Path(args.output or './output/train') / name
+    output_dir = run_dir(args.output, name)
     last = latest_checkpoint(output_dir)
     if last is not None and not (args.resume and Path(args.resume).resolve().parent == output_dir.resolve()):
         raise UsageError(
@@ -620,14 +620,14 @@ def _train_one_epoch(args: Namespace, run: _Run, epoch: int) -> OrderedDict[str,
             run.scheduler.step_update(num_updates=num_updates, metric=None)
         is_due = args.recovery_interval and (update_index + 1) % args.recovery_interval == 0 and not last_group
         if is_due or run.stop.number is not None:
-            _recover(args, run, epoch, batch_index + 1, update_index + 1, loss_sum)
+            _recover(run, epoch, batch_index + 1, update_index + 1, loss_sum)
     progress.close()
     if hasattr(optimizer, 'sync_lookahead'):
         optimizer.sync_lookahead()
     return OrderedDict(loss=loss_avg)
 
 
-def _recover(args: Namespace, run: _Run, epoch: int, batches: int, updates: int, loss_sum: torch.Tensor) -> None:
+def _recover(run: _Run, epoch: int, batches: int, updates: int, loss_sum: torch.Tensor) -> None:
     """Write a checkpoint within an epoch, and end if that was asked for.
 
     Weights are the same in all processes, so the first one writes alone. The others go on until it has left: it may
@@ -664,7 +664,7 @@ def _validate(args: Namespace, run: _Run, epoch: int, train_loss: float, *, ema:
         for input, target in iterate(loader):
             if run.stop.number is not None:
                 batches, updates = len(run.loader_train), _updates_per_epoch(args, run.loader_train)
-                _recover(args, run, epoch, batches, updates, torch.tensor(train_loss * batches, dtype=torch.float64))
+                _recover(run, epoch, batches, updates, torch.tensor(train_loss * batches, dtype=torch.float64))
             if args.no_prefetcher:
                 input, target = input.to(task.device), target.to(task.device)
             if args.channels_last:

@@ -22,10 +22,14 @@ __all__ = [
     'latest_checkpoint',
     'outlive_signals',
     'resolve_auto',
+    'run_dir',
 ]
 
 
 RECOVERY = 'recovery.pth.tar'
+
+# With which schedulers ask a process to end; Windows has no SIGUSR1
+_SIGNALS = [getattr(signal, name) for name in ('SIGTERM', 'SIGUSR1') if hasattr(signal, name)]
 
 
 class StopSignal:
@@ -49,10 +53,7 @@ class StopSignal:
         """Within the context the signals are noted and have no other effect."""
         handlers: dict[int, Any] = {}
         if threading.current_thread() is threading.main_thread():
-            for name in ('SIGTERM', 'SIGUSR1'):  # Windows has no SIGUSR1
-                if hasattr(signal, name):
-                    number = getattr(signal, name)
-                    handlers[number] = signal.signal(number, self._note)
+            handlers = {number: signal.signal(number, self._note) for number in _SIGNALS}
         try:
             yield self
         finally:
@@ -76,9 +77,8 @@ class _OutliveSignals:
         self.init = init
 
     def __call__(self, worker: int) -> None:
-        for name in ('SIGTERM', 'SIGUSR1'):
-            if hasattr(signal, name):
-                signal.signal(getattr(signal, name), _ignore_once)
+        for number in _SIGNALS:
+            signal.signal(number, _ignore_once)
         if self.init is not None:
             self.init(worker)
 
@@ -137,6 +137,11 @@ def batches_behind(loader: Any, start: int) -> Iterator[Any]:
         batch_sampler.sampler = sampler
 
 
+def run_dir(output: str, name: str) -> Path:
+    """Return the folder of a run of a name."""
+    return Path(output or './output/train') / name
+
+
 def latest_checkpoint(folder: str | os.PathLike) -> Path | None:
     """Return the checkpoint of a run that is furthest: that within an epoch, or that of the last one; None for none."""
     found = [path for path in (Path(folder) / 'last.pth.tar', Path(folder) / RECOVERY) if path.is_file()]
@@ -153,5 +158,5 @@ def resolve_auto(resume: str, output: str, experiment: str) -> str:
         return resume
     if not experiment:
         raise UsageError('--resume auto needs --experiment NAME: without it every run gets a folder of its own')
-    latest = latest_checkpoint(Path(output or './output/train') / experiment)
+    latest = latest_checkpoint(run_dir(output, experiment))
     return '' if latest is None else str(latest)
