@@ -1,6 +1,7 @@
 """A latency table from the command line, and what a search makes of it."""
 
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -67,6 +68,21 @@ def test_table_of_another_device_measures_nothing(
     assert 'predicted for a phone, this is' in caplog.text
     front = json.loads((tmp_path / 's' / 'front.json').read_text())['front']
     assert all('latency_ms' not in c['metrics'] and c['latency'] > 0 for c in front)
+
+
+def test_missing_runtime_does_not_lose_a_search(
+    supernet_run: Path, table: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A table of onnxruntime, searched with where it is not installed."""
+    content = dict(json.loads(table.read_text()), runtime='onnxruntime')
+    (tmp_path / 'onnx.json').write_text(json.dumps(content))
+    monkeypatch.setitem(sys.modules, 'onnxruntime', None)
+    search = ['search', '--checkpoint', str(supernet_run / 'last.pth.tar'), '--output', str(tmp_path / 's')]
+    search += ['--latency-table', str(tmp_path / 'onnx.json'), '--population', '4', '--generations', '0', '-j', '0']
+    assert cli.main([*search, '--device', 'cpu']) == 0
+    assert 'is not measured: the runtime needs onnxruntime' in caplog.text
+    front = json.loads((tmp_path / 's' / 'front.json').read_text())['front']
+    assert front and all('latency_ms' not in c['metrics'] for c in front)
 
 
 def test_profile(table: Path, capsys: pytest.CaptureFixture) -> None:

@@ -131,7 +131,11 @@ def test_everybody_is_asked_to_end(digits: Path, tmp_path: Path) -> None:
     rest = process.stderr.read()
     assert process.wait(60) == 128 + signal.SIGTERM
     last = rest.strip().splitlines()[-1]
-    assert 'stopped by SIGTERM behind batch' in last and '--resume auto goes on' in last and 'Traceback' not in rest
+    assert (
+        'stopped by SIGTERM behind batch' in last
+        and 'the same command goes on, of `train` with --resume auto' in last
+        and 'Traceback' not in rest
+    )
     args.resume, args.epochs = 'auto', 2
     train(args)
     assert checkpoint(tmp_path / 'run')['epoch'] == 1

@@ -20,7 +20,7 @@ import torch
 from ..models.cost import cost_table
 from ..models.latency import measure_latency
 from ..models.latency_table import MIN_TAU, LatencyTable, measure_archs
-from ..models.runtimes import describe_device
+from ..models.runtimes import check_runtime, describe_device
 from ..models.supernet import Supernet
 from ..spaces.arch import Arch
 from ..spaces.space import SearchSpace
@@ -294,6 +294,11 @@ def _measure_as_predicted(result: SearchResult, supernet: Supernet, table: Laten
             f'The latency of the front is predicted for {table.device_name}, this is {here}: to measure it, run '
             f'`timm-mixpath latency --archs front.json` there'
         )
+        return
+    try:
+        check_runtime(table.runtime)
+    except ImportError as e:  # after hours of a search that does not need it
+        _logger.warning(f'The latency of the front is not measured: {e}')
         return
     measured = measure_archs(supernet, [c.arch for c in result.front], table)
     for candidate, ms in zip(result.front, measured):

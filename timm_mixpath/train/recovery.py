@@ -63,7 +63,9 @@ class StopSignal:
     def stopped(self, where: str) -> Stopped:
         """Return what to raise, with a sentence on where the training stands."""
         name = signal.Signals(self.number).name
-        return Stopped(f'stopped by {name} {where}; the same command with --resume auto goes on', self.number)
+        return Stopped(
+            f'stopped by {name} {where}; the same command goes on, of `train` with --resume auto', self.number
+        )
 
 
 class _OutliveSignals:
