@@ -46,8 +46,8 @@ def check_limits(config: SearchConfig, cost: 'CostTable') -> None:
         low, high = config.limits(metric)
         smallest, largest = cost.bounds(metric)
         unit = ' ms' if metric == 'latency' else ''
-        shown = [round(value, 2) if unit else value for value in (smallest, largest)]
-        reach = f'the smallest of the space has {shown[0]}{unit} and the largest {shown[1]}{unit}'
+        shown = [f'{value:.2f} ms' if unit else value for value in (smallest, largest)]
+        reach = f'the smallest of the space has {shown[0]} and the largest {shown[1]}'
         if high < smallest:
             raise UsageError(f'max_{metric}={high}{unit} excludes every arch, {reach}')
         if low > largest:
