@@ -6,7 +6,7 @@ from commands import fails
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from timm_mixpath.utils.numbers import parse_count, parse_float, parse_milliseconds, parse_share
+from timm_mixpath.utils.numbers import parse_count, parse_epochs, parse_float, parse_milliseconds, parse_share
 
 fixed = settings(derandomize=True, database=None, deadline=None, max_examples=200)
 
@@ -48,11 +48,16 @@ def test_every_spelling_of_a_count(count: int) -> None:
 @fixed
 @given(st.text(max_size=12))
 def test_any_text_is_a_number_or_one_sentence(text: str) -> None:
-    for parse in (parse_count, parse_float, parse_share):
+    for parse in (parse_count, parse_epochs, parse_float, parse_share):
         try:
             assert parse(text) >= 0 or '-' in text
         except ArgumentTypeError as e:
             assert repr(text) in str(e)
+
+
+def test_epochs() -> None:
+    assert [parse_epochs(t) for t in ('5', '0', '5.0', '0.2')] == [5, 0, 5, 0.2]
+    assert isinstance(parse_epochs('5.0'), int)  # timm counts steps with it
 
 
 def test_shares() -> None:

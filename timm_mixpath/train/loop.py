@@ -9,8 +9,8 @@ import math
 import time
 from argparse import Namespace
 from collections import OrderedDict
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from datetime import datetime
 from functools import partial
@@ -31,6 +31,7 @@ from timm.task import TrainingTask, evaluation_sample_limit, load_task_ema_check
 from timm.utils.summary import trim_summary
 from torch import nn
 
+from ..models.cpu_kernels import use_cpu_kernels
 from ..models.supernet import Supernet
 from ..models.warm_start import warm_start
 from ..utils.distributed import open_process
@@ -134,7 +135,7 @@ def train(args: Namespace) -> TrainResult:
         check_resumed(args, before)
         progress = getattr(before, 'progress', {})
     stop = StopSignal()
-    with stop.listening(), open_process(args.device, args):
+    with stop.listening(), open_process(args.device, args), _cpu_kernels(args):
         if torch.cuda.is_available():
             torch.backends.cuda.matmul.allow_tf32 = True
             torch.backends.cudnn.benchmark = True
@@ -164,6 +165,20 @@ def train_or_resume(args: Namespace) -> dict[str, str]:
     args = Namespace(**{**vars(args), 'resume': str(latest_checkpoint(folder) or '')})
     train(args)
     return read_csv(folder / 'summary.csv')[-1]
+
+
+@contextmanager
+def _cpu_kernels(args: Namespace) -> Iterator[None]:
+    if not args.cpu_kernels:
+        yield  # those that the user's own code is using remain in use
+        return
+    if torch.device(args.device).type != 'cpu':
+        raise UsageError(f'--cpu-kernels has no effect on device {args.device!r}, leave it out')
+    before = use_cpu_kernels()
+    try:
+        yield
+    finally:
+        use_cpu_kernels(before)
 
 
 def _pretrained_kwargs(args: Namespace) -> dict[str, Any]:

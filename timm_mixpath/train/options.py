@@ -10,11 +10,12 @@ import yaml
 from timm.utils import ParseKwargs
 
 from ..utils.errors import UsageError
-from ..utils.numbers import parse_float, parse_share
+from ..utils.numbers import parse_epochs, parse_float, parse_share
 from .data import HOLDOUT_SPLIT
 from .distill import add_distillation_options, check_distillation
 
 __all__ = [
+    'CPU_KERNELS_HELP',
     'KeyValue',
     'add_data_options',
     'add_train_options',
@@ -29,10 +30,12 @@ __all__ = [
 
 # Options that say where and how a run was executed, not what comes out of it
 LOCAL_OPTIONS = frozenset({
-    'checkpoint_hist', 'config', 'data_dir', 'dataset_download', 'device', 'device_modules', 'experiment',
-    'local_rank', 'log_interval', 'no_prefetcher', 'no_resume_opt', 'output', 'pin_mem', 'recovery_interval', 'resume',
-    'workers',
+    'checkpoint_hist', 'config', 'cpu_kernels', 'data_dir', 'dataset_download', 'device', 'device_modules',
+    'experiment', 'local_rank', 'log_interval', 'no_prefetcher', 'no_resume_opt', 'output', 'pin_mem',
+    'recovery_interval', 'resume', 'workers',
 })  # fmt: skip
+
+CPU_KERNELS_HELP = 'compile and use a faster gradient of depthwise convolutions on the CPU, needs a C++ compiler'
 
 
 class KeyValue(ParseKwargs):
@@ -108,6 +111,7 @@ def add_train_options(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group('device').add_argument
     add('--device', default=None, metavar='NAME', help='cuda, cpu, ... (default: cuda if there is a GPU, else cpu)')
     add('--device-modules', default=None, nargs='+', metavar='MODULE', help='Python modules to import first')
+    add('--cpu-kernels', action='store_true', help=CPU_KERNELS_HELP)
     add('--amp', action='store_true', help='mixed precision')
     add('--amp-dtype', default='float16', choices=('float16', 'bfloat16'), help='dtype of mixed precision')
     add('--no-ddp-bb', action='store_true', help='DDP does not broadcast buffers')
@@ -141,7 +145,7 @@ def add_train_options(parser: argparse.ArgumentParser) -> None:
     add('--start-epoch', type=int, default=None, metavar='N')
     add('--decay-milestones', default=[90, 180, 270], type=int, nargs='+')
     add('--decay-epochs', type=parse_float, default=90)
-    add('--warmup-epochs', type=int, default=5)
+    add('--warmup-epochs', type=parse_epochs, default=5, metavar='N', help='may be a fraction with --sched-on-updates')
     add('--warmup-prefix', action='store_true')
     add('--cooldown-epochs', type=int, default=0)
     add('--patience-epochs', type=int, default=10)
@@ -256,7 +260,8 @@ def _convert(value: Any, action: argparse.Action, what: str) -> Any:
         if any(v is None for v in values):
             raise ValueError
     except (TypeError, ValueError, argparse.ArgumentTypeError):
-        wanted = {parse_float: 'float', parse_share: 'a share such as 0.1 or 10%'}.get(kind) or kind.__name__
+        names = {parse_float: 'float', parse_epochs: 'float', parse_share: 'a share such as 0.1 or 10%'}
+        wanted = names.get(kind) or kind.__name__
         raise UsageError(f'{what} is {value!r}, expected {"a list of " if is_list else ""}{wanted}') from None
     if action.choices and not set(converted) <= set(action.choices):
         raise UsageError(f'{what} is {value!r}, allowed are {", ".join(map(repr, action.choices))}')
@@ -333,6 +338,13 @@ def check_values(args: Namespace) -> None:
     if args.initial_checkpoint and not Path(args.initial_checkpoint).is_file():
         raise UsageError(f'--initial-checkpoint {args.initial_checkpoint!r} is not a file')
     check_distillation(args)
+    if args.warmup_epochs < 0:
+        raise UsageError(f'--warmup-epochs {args.warmup_epochs} must not be negative')
+    if args.warmup_epochs != int(args.warmup_epochs) and not args.sched_on_updates:
+        raise UsageError(
+            f'--warmup-epochs {args.warmup_epochs} is part of an epoch, which --sched-on-updates allows; without it '
+            'the learning rate changes between epochs only'
+        )
     if args.recovery_interval < 0:
         raise UsageError(f'--recovery-interval {args.recovery_interval} must not be negative')
     if args.resume and args.sched == 'plateau':

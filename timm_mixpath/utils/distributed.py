@@ -15,6 +15,7 @@ from timm.utils import init_distributed_device
 from timm.utils.distributed import is_distributed_env, world_info_from_env
 
 from .errors import RunError, UsageError, as_usage_error
+from .memory import keep_freed_memory
 
 __all__ = ['Ranks', 'WorkQueue', 'init_device', 'open_process']
 
@@ -64,7 +65,8 @@ def open_process(device: str | None, process: Namespace | None = None) -> Iterat
     process = Namespace() if process is None else process
     process.device = device
     was_open = dist.is_available() and dist.is_initialized()
-    init_device(process)
+    if init_device(process).type == 'cpu':
+        keep_freed_memory()
     try:
         yield process
     finally:

@@ -5,7 +5,7 @@ import re
 from argparse import ArgumentTypeError
 from decimal import Decimal
 
-__all__ = ['parse_count', 'parse_float', 'parse_milliseconds', 'parse_share']
+__all__ = ['parse_count', 'parse_epochs', 'parse_float', 'parse_milliseconds', 'parse_share']
 
 _PLAIN = r'\d+(?:\.\d*)?|\.\d+'
 _GROUPED = r'\d{1,3}(?:_\d{3})+(?:\.\d*)?|\d{1,3}(?:,\d{3})+(?:\.\d*)?|\d+(?:_\d+)+'
@@ -64,6 +64,16 @@ def parse_float(text: str) -> float:
     if not math.isfinite(value):
         raise ArgumentTypeError(f'{text!r} is not a finite number such as 0.1 or 1e-3')
     return value
+
+
+def parse_epochs(text: str) -> float:
+    """Parse a number of epochs, an int if it is a whole one: 5, 0.2.
+
+    Raises:
+        ArgumentTypeError: It is none.
+    """
+    value = parse_float(text)
+    return int(value) if value == int(value) else value
 
 
 def parse_milliseconds(text: str) -> float:
