@@ -10,9 +10,9 @@ from timm_mixpath import Arch, BackboneSpace, BlockChoice, warm_start
 from timm_mixpath.models.backbone import BackboneSupernet
 
 
-def make_backbone(name: str, **kwargs) -> nn.Module:
+def make_backbone(name: str, seed: int = 0, **kwargs) -> nn.Module:
     """A backbone whose batch norms have statistics and weights as after a training, in eval mode."""
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     network = timm.create_model(name, **{'num_classes': 10, **kwargs})
     for module in network.modules():
         if isinstance(module, nn.BatchNorm2d):

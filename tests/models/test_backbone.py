@@ -3,6 +3,7 @@
 import copy
 import itertools
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ from safetensors.torch import save_file
 from timm.models import save_for_hf
 from torch import nn
 
-from timm_mixpath import Arch, backbone_space, list_backbones, sample
+from timm_mixpath import Arch, BlockChoice, backbone_space, list_backbones, sample
 from timm_mixpath.models.backbone import BackboneNet
 from timm_mixpath.models.cost import cost_table, count_macs
 from timm_mixpath.search.accuracy import recalibrate_bn
@@ -110,34 +111,90 @@ def test_extracted_equals_active_and_costs_what_the_table_says(name: str) -> Non
         assert low <= macs == table.macs(arch) <= high
 
 
-def test_sampled_parts_get_gradients_and_nothing_else() -> None:
-    supernet = make_supernet(make_backbone('mobilenetv3_small_050')).train()
+@pytest.mark.parametrize('share_widths', [False, True])
+def test_sampled_parts_get_gradients_and_nothing_else(share_widths: bool) -> None:
+    supernet = make_supernet(make_backbone('mobilenetv3_small_050'), share_widths=share_widths).train()
     supernet(torch.randn(4, 3, 64, 64)).sum().backward()
     arch = Arch(supernet.sampled_arch)
     assert any(choice.is_skip for choice in arch.blocks)
-    for (name, block), choice in zip(supernet.get_choice_blocks().items(), arch.blocks):
+    for index, ((name, block), choice) in enumerate(zip(supernet.get_choice_blocks().items(), arch.blocks)):
         trained = {key for key, p in block.named_parameters() if p.grad is not None}
         if choice.is_skip:
             assert not trained
             continue
         branch, paths = block.parts(choice)
+        owner = branch
+        if share_widths:
+            owner = block.parts(replace(choice, expand_ratio=max(supernet.space.blocks[index].expand_ratios)))[0]
+            paths = [path.replace(f'{branch}.', f'{owner}.', 1) for path in paths]
         assert all(any(key.startswith(f'{path}.') for key in trained) for path in paths), name
-        assert all(key.startswith(f'{branch}.') for key in trained)
-        in_paths = {key for key in trained if key.startswith(f'{branch}.{block.site.paths}.')}
+        assert all(key.startswith((f'{owner}.', f'{branch}.')) for key in trained)
+        in_paths = {key for key in trained if f'.{block.site.paths}.' in key}
         assert in_paths == {key for key in in_paths if key.startswith(tuple(f'{path}.' for path in paths))}
 
 
-def test_narrower_expansion_keeps_the_channels_that_weigh_most() -> None:
+@pytest.mark.parametrize('share_widths', [False, True])
+def test_narrower_expansion_keeps_the_channels_that_weigh_most(share_widths: bool) -> None:
     network = make_backbone('mobilenetv2_050')
-    supernet = make_supernet(network, expansions=(0.5, 1))
-    block, choice = network.blocks[2][1], supernet.blocks[2][1]
-    half = choice.get_submodule('e3')
+    supernet = make_supernet(network, expansions=(0.5, 1), share_widths=share_widths)
+    block = network.blocks[2][1]
+    half = supernet.blocks[2][1].fixed(BlockChoice(((3,),), 3))
     scores = block.conv_pwl.weight.flatten(1).norm(dim=0) * block.bn2.weight.abs()
     kept = sorted(scores.argsort(descending=True)[: half.conv_pw.out_channels].tolist())
     assert torch.equal(half.conv_pw.weight, block.conv_pw.weight[kept])
-    assert torch.equal(half.conv_dw.k3.conv.weight, block.conv_dw.weight[kept])
-    assert torch.equal(half.conv_dw.k3.bn.running_var, block.bn2.running_var[kept])
+    assert torch.equal(half.conv_dw.weight, block.conv_dw.weight[kept])
+    assert torch.equal(half.bn2.running_var, block.bn2.running_var[kept])
     assert torch.equal(half.conv_pwl.weight, block.conv_pwl.weight[:, kept])
+
+
+@pytest.mark.parametrize('name', ['mobilenetv3_small_050', 'tf_mixnet_s', 'mobilenetv4_conv_small'])
+def test_widths_share_weights(name: str) -> None:
+    """A narrower copy computes and learns what one of its own weights would, in the place of the widest's."""
+    network = make_backbone(name).double()
+    shared, apart = (make_supernet(network, share_widths=share) for share in (True, False))
+    assert sum(p.numel() for p in shared.parameters()) < 0.85 * sum(p.numel() for p in apart.parameters())
+    # What a narrower copy is made of is in the checkpoint, not in what the supernet was built from
+    restored = make_supernet(make_backbone(name, seed=1).double())
+    restored.load_state_dict(shared.state_dict())
+    x = torch.randn(2, 3, 64, 64, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    narrow = 0
+    for step in range(12):
+        arch = sample(shared.space, seed=3, step=step)
+        for supernet in (shared, apart, restored):
+            supernet.zero_grad()
+            supernet.active_arch = arch
+        outputs = shared(x)
+        torch.testing.assert_close(outputs, apart(x), rtol=1e-12, atol=1e-12)
+        assert torch.equal(outputs, restored(x))
+        outputs.square().sum().backward()
+        apart(x).square().sum().backward()
+        for index, choice in enumerate(arch.blocks):
+            block_name = shared.space.block_names[index]
+            ours, theirs = (net.get_submodule(block_name) for net in (shared, apart))
+            if choice.is_skip or ours.parts(choice)[0] == ours.widest:
+                continue
+            narrow += 1
+            branch = ours.parts(choice)[0]
+            channels = ours.get_buffer(f'{branch}_channels')
+            pointwise = f'{ours.site.expand}.weight'
+            expected = torch.zeros_like(ours.get_parameter(f'{ours.widest}.{pointwise}'))
+            expected[channels] = theirs.get_parameter(f'{branch}.{pointwise}').grad
+            grad = ours.get_parameter(f'{ours.widest}.{pointwise}').grad
+            torch.testing.assert_close(grad, expected, rtol=1e-9, atol=1e-9 * expected.abs().max().item())
+            mine = {key: p.grad for key, p in ours.get_submodule(branch).named_parameters()}
+            for key, value in mine.items():
+                assert 'bn' in key or key.startswith('dw_end') or 'layer_scale' in key, key
+                other = theirs.get_parameter(f'{branch}.{key}').grad
+                assert (value is None) == (other is None)
+                if value is not None:
+                    torch.testing.assert_close(value, other, rtol=1e-9, atol=1e-9 * other.abs().max().item())
+            # All weights of all kernels and groups: what the narrower copy learned, put where its channels are
+            for key, parameter in theirs.get_submodule(branch).named_parameters():
+                if key in mine or parameter.grad is None:
+                    continue
+                total = ours.get_parameter(f'{ours.widest}.{key}').grad.sum()
+                torch.testing.assert_close(total, parameter.grad.sum(), rtol=1e-7, atol=1e-9)
+    assert narrow > 6
 
 
 def test_smaller_kernel_is_the_centre_and_larger_has_zeros_around() -> None:
@@ -224,7 +281,7 @@ def test_pretrained_file_is_that_of_the_backbone_or_of_the_supernet(tmp_path: Pa
         torch.testing.assert_close(net(x), network(x), rtol=1e-4, atol=1e-4)
 
     # The supernet's own weights
-    nn.init.zeros_(supernet.blocks[1][0].get_submodule('e3').conv_pw.weight)
+    nn.init.zeros_(supernet.blocks[1][0].get_submodule('e6').conv_pw.weight)
     save_file(supernet.state_dict(), tmp_path / 'supernet.safetensors')
     overlay = dict(file=str(tmp_path / 'supernet.safetensors'), num_classes=10)
     again = timm.create_model('mixpath_supernet', pretrained_cfg_overlay=overlay, **kwargs).eval()

@@ -103,6 +103,8 @@ class BackboneSupernet(Supernet):
             numbers of paths.
         seed: Seed of the sampled sequence.
         sampling: How archs are drawn, see `timm_mixpath.sample`.
+        share_widths: Narrower expansions of a block use the weights of its widest one, those of their own channels;
+            otherwise each has weights of its own.
 
     Raises:
         ValueError: The space does not hold the arch, or a name is unknown.
@@ -114,6 +116,7 @@ class BackboneSupernet(Supernet):
         'kernel_sizes',
         'expansions',
         'skip',
+        'share_widths',
     )
     _sum_args = ()
     subnet_name = 'mixpath'
@@ -127,6 +130,7 @@ class BackboneSupernet(Supernet):
         sum_norm: str = 'sbn',
         seed: int = 0,
         sampling: str = 'paths',
+        share_widths: bool = True,
     ) -> None:
         nn.Module.__init__(self)
         if sum_norm not in ('sbn', 'bn'):
@@ -135,6 +139,7 @@ class BackboneSupernet(Supernet):
         self.space = space
         self._active_arch = space.arch(arch) if arch is not None else space.default_arch
         self.sum_norm = sum_norm if any(spec.num_groups == 1 for spec in space.blocks) else 'bn'
+        self.share_widths = share_widths
         self._network_kwargs = network_kwargs
         self._subnet_args = {'backbone': space.name}
         for name in space.block_names:
@@ -144,7 +149,8 @@ class BackboneSupernet(Supernet):
     def inherit(self, name: str, block: nn.Module) -> nn.Module:
         """Make the choice block of a name anew, with the weights that it inherits from a block of the backbone."""
         num_shadows = self.space.max_paths if self.sum_norm == 'sbn' else None
-        return BackboneChoice(block, self.space.blocks[self.space.block_names.index(name)], num_shadows)
+        spec = self.space.blocks[self.space.block_names.index(name)]
+        return BackboneChoice(block, spec, num_shadows, self.share_widths)
 
     def get_choice_blocks(self) -> dict[str, nn.Module]:
         """Return the blocks that an arch describes, in its order, by module name."""
@@ -159,14 +165,15 @@ class BackboneSupernet(Supernet):
         return _build_net(space, arch, **kwargs)
 
     def make_empty(self, num_classes: int) -> 'BackboneSupernet':
-        """Make a supernet of the same space without memory for weights, and with one batch norm behind a sum.
+        """Make a supernet of the same space without memory for weights, where each path has all that it takes.
 
         Args:
             num_classes: Number of classes.
         """
         kwargs = self.subnet_kwargs(num_classes)
         with torch.device('meta'):
-            return type(self)(timm.create_model(self.space.name, **kwargs), self.space, kwargs, sum_norm='bn').eval()
+            network = timm.create_model(self.space.name, **kwargs)
+            return type(self)(network, self.space, kwargs, sum_norm='bn', share_widths=False).eval()
 
     def _prune_like_this(self, model: BackboneNet) -> None:
         if isinstance(self.conv_head, nn.Identity) and not isinstance(model.conv_head, nn.Identity):
@@ -451,6 +458,7 @@ def _create(variant: str, pretrained: bool, backbone: str = DEFAULT_BACKBONE, **
         sum_norm: str = 'sbn',
         seed: int = 0,
         sampling: str = 'paths',
+        share_widths: bool = True,
         **network_kwargs: Any,
     ) -> nn.Module:
         space = backbone_space(backbone, kernel_sizes, expansions, skip, m)
@@ -463,7 +471,7 @@ def _create(variant: str, pretrained: bool, backbone: str = DEFAULT_BACKBONE, **
             space.arch(arch)
         network = make_network(**network_kwargs)
         own = {key: value for key, value in network_kwargs.items() if key not in ('device', 'dtype')}
-        return _SUPERNETS[type(network)](network, space, own, arch, sum_norm, seed, sampling)
+        return _SUPERNETS[type(network)](network, space, own, arch, sum_norm, seed, sampling, share_widths)
 
     def check(state_dict: dict[str, Any], model: nn.Module) -> dict[str, Any]:
         try:
@@ -576,6 +584,6 @@ def mixpath_supernet(pretrained: bool = False, **kwargs: Any) -> nn.Module:
     """Supernet around a network of timm, `backbone`; `pretrained` starts it from the backbone's weights.
 
     Arguments beside those of the backbone: `arch`, `kernel_sizes`, `expansions`, `skip` and `m` as in `backbone_space`;
-    `sum_norm`, `seed` and `sampling` as in `BackboneSupernet`.
+    `sum_norm`, `seed`, `sampling` and `share_widths` as in `BackboneSupernet`.
     """
     return _create('mixpath_supernet', pretrained, **kwargs)

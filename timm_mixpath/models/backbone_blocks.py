@@ -15,12 +15,13 @@ import copy
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from timm.layers import Conv2dSame, ConvNormAct, MixedConv2d, get_padding, make_divisible
 from torch import nn
+from torch.func import functional_call
 
 from ..spaces.arch import BlockChoice
 from ..spaces.space import BlockSpec
@@ -147,28 +148,94 @@ class _ActivePathMean(ActivePathSum):
         return x / len(self.active) if len(self.active) > 1 else x
 
 
+class _Slice(NamedTuple):
+    """A weight of a narrower block as part of the widest one's: `weight.index_select(dim, index[first:last] - start)`.
+
+    `dim` is None for all of it.
+    """
+
+    key: str
+    dim: int | None
+    first: int
+    last: int
+    start: int
+
+
 class BackboneChoice(nn.Module):
     """A searchable block of a backbone: one copy of timm's block per expansion, each with candidate paths.
 
     The widest copy with the kernels of the block, or with larger ones, computes what the block does, for any number of
     paths. A narrower copy has the channels that weigh most in the block, and a smaller kernel the centre of its own.
 
+    Where widths share weights, a narrower copy has no others than those of its channels in the widest one, and of its
+    own only batch norm statistics, and the norms behind sums and behind the projection, which see other distributions.
+    Which channels those are is a buffer beside it.
+
     Args:
         block: Block of timm, which is left as it is.
         spec: What the block may choose from; the largest expansion is the block's own.
         num_shadows: Number of batch norms behind a sum, a single one shared by all numbers of paths if None.
+        share_widths: Narrower copies use the weights of the widest.
     """
 
-    def __init__(self, block: nn.Module, spec: BlockSpec, num_shadows: int | None = None) -> None:
+    def __init__(
+        self, block: nn.Module, spec: BlockSpec, num_shadows: int | None = None, share_widths: bool = False
+    ) -> None:
         super().__init__()
         self.site = BlockSite.of(block)
         self.out_chs = spec.out_chs
+        indices: dict[str, torch.Tensor | None] = {}
         for expand_ratio in spec.expand_ratios:
-            branch = _make_branch(block, self.site, expand_ratio, spec, num_shadows)
-            self.add_module(branch_name(expand_ratio), branch)
+            name = branch_name(expand_ratio)
+            branch, indices[name] = _make_branch(block, self.site, expand_ratio, spec, num_shadows)
+            self.add_module(name, branch)
         # The widest is the block itself
-        self.active_branch: str | None = branch_name(max(spec.expand_ratios))
+        self.widest = branch_name(max(spec.expand_ratios))
+        self._slices: dict[str, list[_Slice]] = {}
+        if share_widths:
+            for name, index in indices.items():
+                if index is not None:
+                    self._share(name, index)
+        self.active_branch: str | None = self.widest
         self.train(block.training)
+
+    def _share(self, name: str, index: torch.Tensor) -> None:
+        """Take from a narrower copy the weights that the widest has."""
+        self.register_buffer(f'{name}_channels', index)
+        branch, widest, site = self._modules[name], self._modules[self.widest], self.site
+        # Groups of channels keep a part of their own each
+        sums = _path_sums(widest.get_submodule(site.paths)) if site.is_inside else []
+        sizes = [next(iter(paths.values())).conv.out_channels for paths in sums]
+        groups: dict[str, tuple[int, int, int]] = {}
+        for i, keep in enumerate(split_channels(len(index), len(sizes)) if len(sizes) > 1 else ()):
+            first = sum(split_channels(len(index), len(sizes))[:i])
+            groups[f'{site.paths}.{group_name(i)}.'] = first, first + keep, sum(sizes[:i])
+        self._slices[name] = []
+        # Up to the projection, in timm's order; what follows are norms, and what works on normalised features
+        parameters = list(branch.named_parameters())
+        end = max(i for i, (key, _) in enumerate(parameters) if key.startswith(f'{site.project}.'))
+        for key, parameter in parameters[: end + 1]:
+            if key.startswith(f'{site.sum_norm}.'):
+                continue
+            shape = widest.get_parameter(key).shape
+            dim = next((d for d, (a, b) in enumerate(zip(parameter.shape, shape)) if a != b), None)
+            first, last, start = next((g for prefix, g in groups.items() if key.startswith(prefix)), (0, len(index), 0))
+            self._slices[name].append(_Slice(key, dim, first, last, start))
+            module, _, leaf = key.rpartition('.')
+            branch.get_submodule(module).register_parameter(leaf, None)
+
+    def _weights(self, name: str) -> dict[str, torch.Tensor]:
+        """What a copy of the block has in common with the widest one, by its own names."""
+        if name not in self._slices:
+            return {}
+        widest, index = self._modules[self.widest], self._buffers[f'{name}_channels']
+        weights: dict[str, torch.Tensor] = {}
+        for part in self._slices[name]:
+            weight = widest.get_parameter(part.key)
+            if part.dim is not None:
+                weight = weight.index_select(part.dim, index[part.first : part.last] - part.start)
+            weights[part.key] = weight
+        return weights
 
     def set_choice(self, choice: BlockChoice) -> None:
         """Activate the paths of a choice."""
@@ -190,7 +257,10 @@ class BackboneChoice(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[B, C_in, H, W] -> [B, C_out, H / stride, W / stride]."""
-        return x if self.active_branch is None else self._modules[self.active_branch](x)
+        if self.active_branch is None:
+            return x
+        branch, weights = self._modules[self.active_branch], self._weights(self.active_branch)
+        return functional_call(branch, weights, (x,)) if weights else branch(x)
 
     def parts(self, choice: BlockChoice) -> tuple[str, list[str]]:
         """Names of what a choice is made of: the copy of the block, and the paths in it, group by group."""
@@ -207,7 +277,13 @@ class BackboneChoice(nn.Module):
         """
         if choice.is_skip:
             return nn.Identity()
-        site, block = self.site, copy.deepcopy(self._modules[branch_name(choice.expand_ratio)])
+        name = branch_name(choice.expand_ratio)
+        site, block = self.site, copy.deepcopy(self._modules[name])
+        for key, weight in self._weights(name).items():
+            module, _, leaf = key.rpartition('.')
+            requires_grad = self._modules[self.widest].get_parameter(key).requires_grad
+            parameter = nn.Parameter(weight.detach().clone(), requires_grad=requires_grad)
+            block.get_submodule(module).register_parameter(leaf, parameter)
         candidates = _path_sums(block.get_submodule(site.paths))
         groups = [{path_name(k): paths[path_name(k)] for k in group} for paths, group in zip(candidates, choice.groups)]
         if all(len(group) == 1 for group in groups):
@@ -246,10 +322,11 @@ def fixed_block(block: nn.Module, choice: BlockChoice) -> nn.Module:
 @torch.no_grad()
 def _make_branch(
     block: nn.Module, site: BlockSite, expand_ratio: int | float, spec: BlockSpec, num_shadows: int | None
-) -> nn.Module:
-    branch = copy.deepcopy(block)
+) -> tuple[nn.Module, torch.Tensor | None]:
+    """Return a copy of a block with paths, and which expanded channels it has left, None for all of them."""
+    branch, index = copy.deepcopy(block), None
     if site.expand is not None:
-        _narrow(branch, site, make_divisible(branch.get_submodule(site.expand).in_channels * expand_ratio))
+        index = _narrow(branch, site, make_divisible(branch.get_submodule(site.expand).in_channels * expand_ratio))
 
     # Paths
     convs, norm = _convs(branch.get_submodule(site.conv)), branch.get_submodule(site.conv_norm)
@@ -272,14 +349,14 @@ def _make_branch(
     if site.paths == site.conv:
         set_module(branch, site.conv_norm, nn.Identity())
     if len(convs) > 1:
-        return branch
+        return branch, index
 
     # What stands behind the sum
     if num_shadows is not None:
         set_module(branch, site.sum_norm, _make_shadows(branch.get_submodule(site.sum_norm), num_shadows))
     if site.is_inside and isinstance(branch.se, SqueezeExcite):
         branch.se.conv_reduce = _recast(_MeanConv2d, branch.se.conv_reduce)
-    return branch
+    return branch, index
 
 
 def _recast(conv_cls: type[nn.Conv2d], conv: nn.Conv2d) -> nn.Conv2d:
@@ -334,11 +411,11 @@ def _resized(conv: nn.Conv2d, kernel_size: int) -> nn.Conv2d:
     return conv
 
 
-def _narrow(block: nn.Module, site: BlockSite, width: int) -> None:
-    """Leave the expanded channels that weigh most, in place."""
+def _narrow(block: nn.Module, site: BlockSite, width: int) -> torch.Tensor | None:
+    """Leave the expanded channels that weigh most, in place, and return their indices; None if all are left."""
     expand, project = block.get_submodule(site.expand), block.get_submodule(site.project)
     if width == expand.out_channels:
-        return
+        return None
     # How much a channel of usual strength adds to the block's output
     scale = block.get_submodule(site.conv_norm if site.is_inside else site.expand_norm).weight.abs()
     weight = project.weight.flatten(1).norm(dim=0) * scale
@@ -359,6 +436,7 @@ def _narrow(block: nn.Module, site: BlockSite, width: int) -> None:
         _narrow_conv(block.se.conv_reduce, inputs=index)
         _narrow_conv(block.se.conv_expand, outputs=index)
     _narrow_conv(project, inputs=index)
+    return index
 
 
 def _narrow_conv(conv: nn.Conv2d, outputs: torch.Tensor | None = None, inputs: torch.Tensor | None = None) -> None:

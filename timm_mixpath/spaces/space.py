@@ -118,7 +118,7 @@ class BlockSpec:
     Attributes:
         out_chs: Output channels.
         stride: Stride of the depthwise convolutions.
-        expand_ratios: Expansions to choose from, each with its own weights.
+        expand_ratios: Expansions to choose from.
         kernel_sizes: Depthwise kernels to choose from.
         num_groups: Channel groups the expanded channels are split into; each chooses its own kernels.
         exp_groups: Convolution groups of the 1x1 expansion.
