@@ -20,10 +20,13 @@ def run_script(name: str, options: str, cache: Path) -> str:
 
 
 @pytest.mark.slow
-def test_supernet_step(tmp_path):
+@pytest.mark.parametrize('cpu_kernels', [False, True])
+def test_supernet_step(tmp_path, cpu_kernels):
     options = '--steps 1 --warmup 0 --batch-size 2 --img-size 8 --check-steps 1 --check-batch-size 4 --profile'
+    if cpu_kernels:
+        options += ' --cpu-kernels'
     out = run_script('supernet_step', options, tmp_path)
-    assert out.count('check passed: ') == 2
+    assert out.count('check passed: ') == 2 + cpu_kernels
     assert 'aten::convolution_backward' in out
     assert 'n = 1 steps' in out
     assert 'peak MiB' in out

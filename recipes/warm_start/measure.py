@@ -19,6 +19,7 @@ from timm_mixpath.models.cost import cost_table
 from timm_mixpath.search.accuracy import evaluate, recalibrate_bn
 from timm_mixpath.search.images import SearchData, load_batches, open_search_split, recalibration_batches
 from timm_mixpath.train.checkpoint import load_model
+from timm_mixpath.utils.memory import keep_freed_memory
 
 
 def main() -> None:
@@ -33,6 +34,7 @@ def main() -> None:
     parser.add_argument('--recalibration-images', type=int, default=512)
     args = parser.parse_args()
 
+    keep_freed_memory()
     done = set()
     if args.output.exists():
         rows = map(json.loads, args.output.read_text().splitlines())

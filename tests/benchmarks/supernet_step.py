@@ -24,7 +24,8 @@ In float32 another memory format rounds otherwise, and where that crosses a kink
 How to read it: ratios are side / ours, above 1 ours is faster or smaller. "per step" is the median of the ratios of
 single steps with their range; archs differ in cost, which cancels there. Memory is the peak of a process per side
 over the first 10 archs, less what it had before the model was made: weights, gradients, momentum, activations.
-Most of a step on a CPU is spent in oneDNN's gradients of large depthwise kernels, the same on all sides: `--profile`.
+Half of a step on a CPU is spent in oneDNN's weight gradients of large depthwise kernels (`--profile`), which
+`--cpu-kernels` replaces on our side. Freed memory is kept on all sides, as in `timm-mixpath train`.
 """
 
 import argparse
@@ -44,6 +45,8 @@ from common import add_common_args, check, median_range, print_table, setup, tim
 from torch.profiler import ProfilerActivity, profile
 
 from timm_mixpath import Arch, SearchSpace, SupernetTask, get_space, sample
+from timm_mixpath.models.cpu_kernels import cpu_kernel_calls, use_cpu_kernels
+from timm_mixpath.utils.memory import keep_freed_memory
 
 SIDES = ('ours', 'plain', 'plain, channels-last')
 CHANNELS = (48, 48, 96, 96, 96, 192, 192, 192, 256, 256, 320, 320)
@@ -347,6 +350,9 @@ def main() -> None:
     parser.add_argument('--check-steps', type=int, default=3, metavar='N', help='archs of the check (default: 3)')
     parser.add_argument('--check-batch-size', type=int, default=8, metavar='N', help='its images (default: 8)')
     parser.add_argument('--m', type=int, default=4, metavar='M', help='largest number of paths (default: 4)')
+    parser.add_argument(
+        '--cpu-kernels', action='store_true', help="ours uses this package's kernels, the others torch's"
+    )
     parser.add_argument('--no-memory', action='store_true', help='leave the measurement of memory out')
     parser.add_argument('--profile', action='store_true', help='print the top 12 ops of one of our steps')
     parser.add_argument('--memory-of', choices=SIDES, help=argparse.SUPPRESS)
@@ -355,9 +361,13 @@ def main() -> None:
         measure_memory(args)
         return
 
+    if args.cpu_kernels:  # before the check of the gradients, which is of them, too
+        use_cpu_kernels()
     device = setup(args, 'Training step of mixpath_s1_supernet, plain reference / timm-mixpath')
     check_gradients(args, device)
 
+    if device.type == 'cpu':
+        keep_freed_memory()
     sides = make_sides(args, device)
     # cuDNN tries its algorithms at the first sight of every convolution
     warmup = args.warmup if args.warmup is not None else 40 if device.type == 'cuda' else 5
@@ -365,11 +375,16 @@ def main() -> None:
     for step in range(warmup + args.steps):
         x, target = make_batch(args, device, step)
         for name in turns(SIDES, step):
+            if args.cpu_kernels:
+                use_cpu_kernels(name == 'ours')
             duration, loss = timed(partial(train_step, sides[name], x, target, step), device)
             if step >= warmup:
                 seconds[name].append(duration)
             if not torch.isfinite(loss):
                 check(False, f'the loss of {name} is finite in step {step}')
+    if args.cpu_kernels:
+        check(cpu_kernel_calls() > 0, f'the CPU kernels computed {cpu_kernel_calls()} gradients of ours')
+        use_cpu_kernels()
     if args.profile:
         print_profile(sides['ours'], args, device, warmup + args.steps)
 

@@ -76,6 +76,24 @@ def test_job_is_cut_off_and_goes_on(
     with pytest.raises(UsageError, match=r'another seed \(0, now 1\)'):
         run_adapt(replace(tiny, seed=1), tmp_path)
 
+    # A second limit takes what is trained
+    other = tmp_path / 'other'
+    reuse = replace(tiny, reuse=str(tmp_path), max_macs=600_000)
+    run_adapt(reuse, other)
+    assert [(tmp_path / name).read_bytes() for name in kept] == before
+    assert not (other / 'backbone').exists() and not (other / 'supernet').exists()
+    rows = json.loads((other / 'summary.json').read_text())['rows']
+    assert rows[0]['top1'] == first['top1'] and rows[1]['macs'] <= 600_000
+    assert timm.create_model(f'local-dir:{other / "model"}', pretrained=True).num_classes == 10
+    for changes, message in (
+        (dict(seed=1), r'has another seed \(0, now 1\); a job can be reused for other limits and searches only'),
+        (dict(reuse=str(other)), f'that job used the supernet of {str(tmp_path)!r}, name that one'),
+        (dict(reuse=str(tmp_path / 'supernet')), 'is not the output folder of an adapt job'),
+    ):
+        with pytest.raises(UsageError, match=message):
+            run_adapt(replace(reuse, **changes), tmp_path / 'third')
+    assert not (tmp_path / 'third').exists()
+
 
 @pytest.mark.parametrize(
     'changes, message',

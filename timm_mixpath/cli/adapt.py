@@ -1,13 +1,14 @@
 """From a pretrained network of timm to one that fits a budget, on images of one's own."""
 
 import argparse
+import json
 import logging
 import os
 import time
 from argparse import Namespace
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ from ..search.pool import check_limits
 from ..search.run import search_checkpoint
 from ..train.checkpoint import load_model
 from ..train.loop import train_or_resume
-from ..train.options import default_args
+from ..train.options import CPU_KERNELS_HELP, default_args
 from ..utils.errors import UsageError, as_usage_error
 from ..utils.files import make_output_dir
 from ..utils.numbers import parse_count, parse_float
@@ -64,11 +65,14 @@ class AdaptConfig:
         generations: Generations of the search.
         num_images: Number of images to score archs with, at most.
         recalibration_images: Training images to recalibrate the batch norms of every candidate with, 0 for none.
-        lr: Learning rate of AdamW.
+        lr: Learning rate of AdamW for the supernet, four times that of the fine-tuning.
         distill: The fine-tuned backbone teaches the supernet and the winner.
         seed: Seed of everything.
+        reuse: Folder of an earlier job with the same images and trainings; its backbone and supernet are used, and only
+            the search and what follows is done again, for another limit.
         workers: Processes that load images.
         device: Device, the GPU if there is one and None is given.
+        cpu_kernels: Train with faster gradients on the CPU, see `models.cpu_kernels`.
     """
 
     backbone: str
@@ -86,15 +90,17 @@ class AdaptConfig:
     m: int = 2
     finetune_epochs: int = 3
     supernet_epochs: int = 5
-    batch_size: int = 64
+    batch_size: int = 32
     generations: int = 10
     num_images: int = 500
     recalibration_images: int = 256
     lr: float = 1e-3
     distill: bool = True
     seed: int = 0
+    reuse: str | None = None
     workers: int = 2
     device: str | None = None
+    cpu_kernels: bool = False
 
 
 def run_adapt(config: AdaptConfig, output: str | os.PathLike) -> Path:
@@ -105,7 +111,8 @@ def run_adapt(config: AdaptConfig, output: str | os.PathLike) -> Path:
 
     Args:
         config: What to do.
-        output: Folder for `backbone/`, `supernet/`, `search/`, `winner/`, `model/` and `summary.json`.
+        output: Folder for `backbone/`, `supernet/`, `search/`, `winner/`, `model/` and `summary.json`; without
+            the first two if another job's are used.
 
     Returns:
         The model folder of the winner, for `timm.create_model('local-dir:...', pretrained=True)`.
@@ -135,10 +142,13 @@ def run_adapt(config: AdaptConfig, output: str | os.PathLike) -> Path:
         seed=config.seed,
     )
     images, classes, num_images = user_images(config, config.data_dir)
-    size = config.img_size or get_pretrained_cfg(config.backbone).input_size[1]
+    pretrained_cfg = get_pretrained_cfg(config.backbone)
+    size = config.img_size or pretrained_cfg.input_size[1]
     name = config.backbone.partition('.')[0]
     kwargs = dict(backbone=name, m=config.m)
-    finetuning = dict(epochs=config.finetune_epochs, lr=config.lr / 2)
+    finetuning = dict(epochs=config.finetune_epochs, lr=config.lr / 4)
+    # A new classifier of timm's usual size sends large gradients into what is pretrained
+    head = {} if len(classes) == pretrained_cfg.num_classes else dict(head_init_scale=0.01, head_init_bias=0.0)
     with as_usage_error(f'image size {size} is out of range'):
         supernet = timm.create_model('mixpath_supernet', num_classes=len(classes), device='meta', **kwargs)
         table = cost_table(supernet, (3, size, size))
@@ -149,6 +159,8 @@ def run_adapt(config: AdaptConfig, output: str | os.PathLike) -> Path:
         latency = LatencyTable.load(config.latency_table)
         latency.add_to(table)
     check_limits(search_config, table)
+    if config.reuse:
+        _check_reuse(config, Path(config.reuse))
     output = make_output_dir(output)
     check_same_run(config, output / 'adapt.json')
     _logger.info(
@@ -161,7 +173,7 @@ def run_adapt(config: AdaptConfig, output: str | os.PathLike) -> Path:
     with stages('Fine-tuning the backbone'):
         # A file of weights is of no tag
         model, weights = (name, config.backbone_weights) if config.backbone_weights else (config.backbone, '')
-        backbone = job.train('backbone', model=model, pretrained=True, pretrained_path=weights, **finetuning)
+        backbone = job.train('backbone', model=model, pretrained=True, pretrained_path=weights, **finetuning, **head)
         teacher = job.save('backbone')
     with stages('Training the supernet, which starts as a copy of it'):
         job.train(
@@ -171,12 +183,11 @@ def run_adapt(config: AdaptConfig, output: str | os.PathLike) -> Path:
             pretrained=True,
             pretrained_path=str(teacher / 'model.safetensors'),
             epochs=config.supernet_epochs,
-            smoothing=0.0,
             **job.distillation,
         )
     with stages('Searching'):
         result = search_checkpoint(
-            output / 'supernet' / 'last.pth.tar',
+            job.folder('supernet') / 'last.pth.tar',
             output / 'search',
             search_config,
             SearchData(num_images=config.num_images),
@@ -190,7 +201,7 @@ def run_adapt(config: AdaptConfig, output: str | os.PathLike) -> Path:
         inherited = output / 'inherited'
         if not inherited.exists():
             export(
-                output / 'supernet' / 'last.pth.tar',
+                job.folder('supernet') / 'last.pth.tar',
                 inherited,
                 arch,
                 recalibration_images=config.recalibration_images,
@@ -217,6 +228,29 @@ def run_adapt(config: AdaptConfig, output: str | os.PathLike) -> Path:
     return folder
 
 
+# What may differ between a job and the one whose supernet it uses
+_OF_THE_SEARCH = frozenset({
+    'max_macs', 'max_params', 'max_latency', 'latency_table', 'generations', 'num_images', 'recalibration_images',
+    'reuse', 'workers', 'device', 'cpu_kernels',
+})  # fmt: skip
+
+
+def _check_reuse(config: AdaptConfig, folder: Path) -> None:
+    try:
+        other = json.loads((folder / 'adapt.json').read_text())
+    except (OSError, ValueError):
+        raise UsageError(f'--reuse {str(folder)!r} is not the output folder of an adapt job') from None
+    if other.get('reuse'):
+        raise UsageError(f'--reuse {str(folder)!r}: that job used the supernet of {other["reuse"]!r}, name that one')
+    mine = asdict(config)
+    for name, value in mine.items():
+        if name not in _OF_THE_SEARCH and other.get(name) != value:
+            raise UsageError(
+                f'--reuse {str(folder)!r} has another {name} ({other.get(name)!r}, now {value!r}); a job can be reused '
+                'for other limits and searches only'
+            )
+
+
 class _Job:
     """The trainings of a job, with what they share."""
 
@@ -232,13 +266,14 @@ class _Job:
             workers=config.workers,
             seed=config.seed,
             channels_last=True,
-            output=str(output),
+            cpu_kernels=config.cpu_kernels,
             opt='adamw',
             lr=config.lr,
             weight_decay=0.02,
             clip_grad=5.0,
             sched_on_updates=True,
-            warmup_epochs=0,
+            warmup_epochs=0.2,
+            smoothing=0.0,
             scale=[0.5, 1.0],
             color_jitter=0.0,
             train_interpolation='bilinear',
@@ -247,26 +282,32 @@ class _Job:
         )
         self.distillation: dict[str, Any] = {}
         if config.distill:
-            self.distillation = dict(kd_model_name=f'local-dir:{output / "backbone" / "model"}')
+            self.distillation = dict(kd_model_name=f'local-dir:{self.folder("backbone") / "model"}')
+
+    def folder(self, experiment: str) -> Path:
+        """Where a training is, in this job's folder or in that of the job that is reused."""
+        reused = self.config.reuse and experiment in ('backbone', 'supernet')
+        return (Path(str(self.config.reuse)) if reused else self.output) / experiment
 
     def train(self, experiment: str, **options: Any) -> float:
         """Train, or go on; return the validation accuracy of the last epoch in percent."""
-        args: Namespace = default_args(**{**self.common, **options}, experiment=experiment)
+        place = dict(output=str(self.folder(experiment).parent), experiment=experiment)
+        args: Namespace = default_args(**{**self.common, **options, **place})
         args.val_interval = args.epochs
         return float(train_or_resume(args)['eval_top1'])
 
     def save(self, experiment: str, name: str | None = None) -> Path:
         """Write the model folder of a training."""
-        folder = self.output / (name or f'{experiment}/model')
+        folder = self.output / name if name else self.folder(experiment) / 'model'
         if not folder.exists():
-            loaded = load_model(self.output / experiment / 'last.pth.tar')
+            loaded = load_model(self.folder(experiment) / 'last.pth.tar')
             notes = (describe_origin(self.config.backbone, self.config.backbone_weights or ''),)
             loaded.model.pretrained_cfg = {**loaded.model.pretrained_cfg, 'notes': notes}
             save_model(loaded.model, folder, loaded.data_config, loaded.label_names)
         return folder
 
     def row(self, name: str, experiment: str, top1: float) -> dict[str, Any]:
-        loaded = load_model(self.output / experiment / 'last.pth.tar')
+        loaded = load_model(self.folder(experiment) / 'last.pth.tar')
         size = loaded.data_config['input_size']
         how: dict[str, Any] = dict(channels_last=True)
         if (table := self.latency) is not None:
@@ -362,15 +403,22 @@ def add_adapt(parser: argparse.ArgumentParser) -> None:
     add('--m', type=int, default=2, metavar='N', help='largest number of paths that are summed (default: 2)')
     add('--finetune-epochs', type=int, default=3, metavar='N', help='of the backbone and of the winner (default: 3)')
     add('--supernet-epochs', type=int, default=5, metavar='N', help='(default: 5)')
-    add('-b', '--batch-size', type=int, default=64, metavar='N')
+    add('-b', '--batch-size', type=int, default=32, metavar='N', help='images per step (default: 32)')
     add('--generations', type=int, default=10, metavar='N', help='generations of the search (default: 10)')
     add('--num-images', type=parse_count, default=500, metavar='N', help='images to score archs with (default: 500)')
     add('--recalibration-images', type=parse_count, default=256, metavar='N', help='0 for none (default: 256)')
-    add('--lr', type=parse_float, default=1e-3, help='learning rate of AdamW (default: 0.001)')
+    add(
+        '--lr',
+        type=parse_float,
+        default=1e-3,
+        help='learning rate of the supernet, four times that of the fine-tuning (default: 0.001)',
+    )
     add('--no-distill', dest='distill', action='store_false', help='the backbone teaches neither supernet nor winner')
     add('--seed', type=int, default=0)
+    add('--reuse', metavar='DIR', help='take backbone and supernet of this earlier job, for another limit')
     add('-j', '--workers', type=int, default=2, metavar='N')
     add('--device', metavar='NAME')
+    add('--cpu-kernels', action='store_true', help=CPU_KERNELS_HELP)
 
 
 def run_adapt_command(args: argparse.Namespace) -> None:
