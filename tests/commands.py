@@ -54,9 +54,9 @@ def environment(**more: str) -> dict[str, str]:
     return dict(os.environ, PYTHONPATH=path, OMP_NUM_THREADS=os.environ.get('OMP_NUM_THREADS', '1'), **more)
 
 
-def torchrun(*words: str, cwd: Path | None = None, **more: str) -> subprocess.CompletedProcess:
-    """Run a command of timm-mixpath in two gloo processes; `more` is added to their environment."""
-    launch = ['-m', 'torch.distributed.run', '--nproc_per_node=2', '--rdzv-backend=c10d']
+def torchrun(*words: str, cwd: Path | None = None, processes: int = 2, **more: str) -> subprocess.CompletedProcess:
+    """Run a command of timm-mixpath in gloo processes; `more` is added to their environment."""
+    launch = ['-m', 'torch.distributed.run', f'--nproc_per_node={processes}', '--rdzv-backend=c10d']
     launch += ['--rdzv-endpoint=127.0.0.1:0', '-m', 'timm_mixpath.cli', *words]
     return subprocess.run(
         [sys.executable, *launch], env=environment(**more), cwd=cwd, capture_output=True, text=True, timeout=300

@@ -5,9 +5,11 @@ from reference import perturb
 from torch import nn
 
 from timm_mixpath import MixPathSupernet, sample
-from timm_mixpath.search.accuracy import SupernetEvaluator, evaluate, recalibrate_bn
+from timm_mixpath.search.accuracy import SupernetEvaluator, evaluate, prepare_device, recalibrate_bn
 from timm_mixpath.search.images import load_batches
 from timm_mixpath.train.data import open_dataset
+from timm_mixpath.utils.distributed import Ranks
+from timm_mixpath.utils.errors import UsageError
 
 DATA_CONFIG = dict(input_size=(3, 16, 16), interpolation='bilinear', mean=(0.5,) * 3, std=(0.3,) * 3, crop_pct=1.0)
 
@@ -115,3 +117,55 @@ def test_recalibration_that_fails_leaves_the_supernet_as_it_was(supernet, batche
     assert all(torch.equal(v, before[k]) for k, v in supernet.state_dict().items())
     norms = [m for m in supernet.modules() if isinstance(m, nn.BatchNorm2d)]
     assert not any(bn.training or bn._forward_pre_hooks or bn.momentum is None for bn in norms)
+
+
+@pytest.mark.parametrize(
+    'name, kwargs',
+    [
+        ('mixpath_nano_supernet', {}),
+        ('mixpath_s3_supernet', {}),
+        ('mixpath_nb201_supernet', {}),
+        ('mixpath_nb101_supernet', {}),
+        ('mixpath_supernet', dict(backbone='mobilenetv3_small_050')),
+    ],
+)
+def test_recalibration_never_waits_for_the_device(name: str, kwargs: dict) -> None:
+    """A tensor of the meta device has no value that could be waited for: whoever asks for one fails."""
+    supernet = timm.create_model(name, num_classes=10, device='meta', **kwargs)
+    batch = torch.randn(4, 3, 32, 32, device='meta'), torch.zeros(4, dtype=torch.int64, device='meta')
+    arch = sample(supernet.space, seed=0, step=0)
+    with recalibrate_bn(supernet, arch, [batch, batch]), torch.no_grad():
+        assert supernet(batch[0]).shape == (4, 10)
+
+
+def test_images_are_kept_as_bytes(batches) -> None:
+    assert all(x.dtype == torch.uint8 for x, _ in batches.raw)
+    assert sum(x.numel() * x.element_size() for x, _ in batches.raw) == 200 * 3 * 16 * 16
+    assert batches.num_images == 200 and len(batches) == 4
+    for (x, y), (one_x, one_y) in zip(batches, [batches[i] for i in range(4)]):
+        assert x.dtype == torch.float32 and torch.equal(x, one_x) and torch.equal(y, one_y)
+    assert torch.equal(batches[1:][0][0], batches[1][0])
+
+
+def test_shares_of_processes_are_all_batches(digits, batches) -> None:
+    dataset = open_dataset('', str(digits), 'train')
+
+    class Process(Ranks):
+        def __init__(self, rank: int, world_size: int) -> None:
+            self.rank, self.world_size = rank, world_size
+
+    for world_size in (2, 3, 7):
+        shares = [
+            load_batches(dataset, DATA_CONFIG, batch_size=64, workers=0, ranks=Process(rank, world_size))
+            for rank in range(world_size)
+        ]
+        digests = [share.digests() for share in shares]
+        assert [d for i in range(4) for d in [digests[i % world_size][i // world_size]]] == batches.digests()
+        assert sum(map(len, digests)) == 4
+
+
+@pytest.mark.parametrize('device, batch_size, expected', [('cpu', None, 100), ('meta', None, 512), ('cpu', 7, 7)])
+def test_batch_size_fits_the_device(device: str, batch_size: int | None, expected: int) -> None:
+    assert prepare_device(device, batch_size, None)[0] == expected
+    with pytest.raises(UsageError, match="unknown dtype 'int8' of mixed precision, known are float16, bfloat16"):
+        prepare_device(device, batch_size, 'int8')

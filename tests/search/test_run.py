@@ -3,7 +3,7 @@ import json
 from pathlib import Path
 
 import pytest
-from commands import torchrun
+from commands import fails, torchrun
 from conftest import small_args
 from PIL import Image
 
@@ -74,15 +74,53 @@ def test_search_split_by_name_and_warning(digits: Path, tmp_path: Path, caplog: 
     assert result.fingerprint['num_images'] == 30 and result.fingerprint['split'] == 'validation'
 
 
-def test_two_processes_find_what_one_finds(supernet_run: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    'processes, batch_size, recalibration', [(2, 6, 0), (2, 6, 150), pytest.param(4, 8, 150, marks=pytest.mark.slow)]
+)
+def test_many_processes_find_what_one_finds(
+    processes: int, batch_size: int, recalibration: int, supernet_run: Path, tmp_path: Path
+) -> None:
+    """20 images are 4 batches, the last of them smaller, or 3 batches for four processes; the latter get no share."""
     options = ['--population', '6', '--offspring', '3', '--generations', '1', '-j', '0', '--device', 'cpu']
+    options += ['-b', str(batch_size), '--recalibration-images', str(recalibration)]
     words = ['search', '--checkpoint', str(supernet_run / 'last.pth.tar'), *options]
     assert cli.main([*words, '--output', str(tmp_path / 'one')]) == 0
-    result = torchrun(*words, '--output', str(tmp_path / 'two'))
+    result = torchrun(*words, '--output', str(tmp_path / 'many'), processes=processes)
     assert result.returncode == 0, result.stderr[-3000:]
     assert result.stdout.count('chosen (*)') == 1
-    one, two = ((tmp_path / n / 'archive.jsonl').read_text() for n in ('one', 'two'))
-    assert one == two
+    assert ('leave 1 of 4 processes without work' in result.stderr) == (processes == 4)
+    one, many = ((tmp_path / n / 'archive.jsonl').read_text() for n in ('one', 'many'))
+    assert one == many
+
+
+def test_mixed_precision_is_part_of_the_archive(
+    supernet_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    words = ['search', '--checkpoint', str(supernet_run / 'last.pth.tar'), '--population', '4', '--generations', '0']
+    words += ['-j', '0', '--device', 'cpu', '--output', str(tmp_path)]
+    assert cli.main([*words, '--amp', '--amp-dtype', 'bfloat16']) == 0
+    records = [json.loads(line) for line in (tmp_path / 'archive.jsonl').read_text().splitlines()]
+    assert records[0]['fingerprint']['amp_dtype'] == 'bfloat16'
+    status, error = fails(capsys, words)
+    assert status == 2 and '\'amp_dtype\' was "bfloat16" in the archive and is not given now' in error
+    # Logits of the same weights, in fewer digits
+    assert cli.main([*words[:-1], str(tmp_path / 'float32')]) == 0
+    exact = [json.loads(line) for line in (tmp_path / 'float32' / 'archive.jsonl').read_text().splitlines()]
+    losses = [(a['metrics']['loss'], b['metrics']['loss']) for a, b in zip(records[1:], exact[1:])]
+    assert all(a != b and abs(a - b) < 0.1 for a, b in losses)
+
+
+def test_large_splits_are_capped_with_one_line(
+    supernet_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr('timm_mixpath.search.images._DEFAULT_IMAGES', 7)
+    config = SearchConfig(population=2, generations=0)
+    with caplog.at_level('INFO'):
+        result = search_checkpoint(
+            supernet_run / 'last.pth.tar', tmp_path, config, device='cpu', workers=0, progress=False
+        )
+    assert result.fingerprint['num_images'] == 7
+    assert 'Scoring archs on 7 of the 20 images of the search split; --num-images takes another number' in caplog.text
 
 
 def test_not_a_supernet(digits: Path, tmp_path: Path) -> None:

@@ -134,9 +134,14 @@ def add_latency_limit(parser: Any) -> None:
     add('--max-latency', type=parse_milliseconds, metavar='MS', help='for example 8ms, per batch of the latency table')
 
 
-def add_device_option(parser: argparse.ArgumentParser, batch_size: int = 100) -> None:
+def add_device_option(parser: argparse.ArgumentParser, batch_size: int | None = None) -> None:
+    """Add where to run; with mixed precision if there is no default batch size, as where archs are scored."""
     add = parser.add_argument_group('device').add_argument
-    add('-b', '--batch-size', type=int, default=batch_size, metavar='N')
+    default = '100 on a CPU, 512 on a GPU' if batch_size is None else batch_size
+    add('-b', '--batch-size', type=int, default=batch_size, metavar='N', help=f'images at once (default: {default})')
+    if batch_size is None:
+        add('--amp', action='store_true', help='mixed precision')
+        add('--amp-dtype', default='float16', choices=('float16', 'bfloat16'), help='its dtype (default: float16)')
     add('--device', metavar='NAME', help='default: cuda if there is a GPU, else cpu')
     add('-j', '--workers', type=int, default=2, metavar='N')
 
@@ -151,7 +156,7 @@ def check_same_run(config: Any, path: Path) -> None:
     """Keep what a job is beside its results, and check that the job of this folder is this one.
 
     Args:
-        config: Dataclass of what to do. `workers` and `device` may change.
+        config: Dataclass of what to do. `workers`, `device` and `cpu_kernels` may change.
         path: JSON file.
 
     Raises:
@@ -164,7 +169,7 @@ def check_same_run(config: Any, path: Path) -> None:
         except ValueError:
             raise UsageError(f'{str(path)!r} is damaged; choose another --output') from None
         # where and with how many processes it runs does not change what it is
-        changed = [k for k in content if content[k] != other.get(k) and k not in ('workers', 'device')]
+        changed = [k for k in content if content[k] != other.get(k) and k not in ('workers', 'device', 'cpu_kernels')]
         if changed:
             raise UsageError(
                 f'{str(path.parent)!r} holds a run with another {changed[0]} ({other.get(changed[0])!r}, now '

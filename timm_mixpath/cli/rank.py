@@ -87,6 +87,7 @@ def run_rank(args: argparse.Namespace) -> None:
         accuracy_column=args.accuracy_column,
         recalibration_images=args.recalibration_images,
         batch_size=args.batch_size,
+        amp_dtype=args.amp_dtype if args.amp else None,
         device=args.device,
         workers=args.workers,
         like=like(args),

@@ -77,6 +77,7 @@ def run_search(args: argparse.Namespace) -> None:
         cost_input_size=tuple(args.cost_input_size) if args.cost_input_size else None,
         cost_num_classes=args.cost_num_classes,
         batch_size=args.batch_size,
+        amp_dtype=args.amp_dtype if args.amp else None,
         device=args.device,
         workers=args.workers,
         latency=args.latency,

@@ -179,8 +179,8 @@ def evaluate_all(
         The completed ones, the same in all ranks.
     """
     done = [restore(one, record) for one, record in zip(todo, records)]
-    for start in range(len(done), len(todo), ranks.world_size):
-        chunk = todo[start : start + ranks.world_size]
+    for start in range(len(done), len(todo), ranks.num_at_once):
+        chunk = todo[start : start + ranks.num_at_once]
         metrics = ranks.map(evaluate, [one.arch for one in chunk])
         found = [complete(one, m) for one, m in zip(chunk, metrics)]
         ranks.from_first(lambda found=found: [keep(one) for one in found])

@@ -1,21 +1,32 @@
 """The images that archs are scored on and recalibrated with."""
 
+import hashlib
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from timm.data import create_loader
+from timm.data.loader import PrefetchLoader
 from torch.utils.data import Dataset
 
 from ..models.backbone import BackboneNet, BackboneSupernet
 from ..train.checkpoint import LoadedModel, state_dict_sha256
 from ..train.data import Subset, check_classes, hold_out, image_mode, iterate, open_dataset
+from ..utils.distributed import Ranks
 from ..utils.errors import UsageError
 
-__all__ = ['Batches', 'SearchData', 'load_batches', 'load_images', 'open_search_split', 'recalibration_batches']
+__all__ = [
+    'Batches',
+    'ImageBatches',
+    'SearchData',
+    'load_batches',
+    'load_images',
+    'open_search_split',
+    'recalibration_batches',
+]
 
 _logger = logging.getLogger(__name__)
 
@@ -24,6 +35,58 @@ _logger = logging.getLogger(__name__)
 _RECALIBRATION_BATCH_SIZE = 128
 
 Batches = Sequence[tuple[torch.Tensor, torch.Tensor]]
+
+# How many images archs are scored with, unless more are asked for
+_DEFAULT_IMAGES = 20_000
+
+_ALONE = Ranks(0, 1)
+
+
+class ImageBatches(Sequence):
+    """Batches that are kept as the bytes they were decoded to, and normalised when they are used.
+
+    Args:
+        batches: Images [B, C, H, W], uint8, and class indices [B], on the device.
+        data_config: See `timm.data.resolve_data_config`.
+        channels_last: Memory format of the images that come out.
+    """
+
+    def __init__(
+        self, batches: list[tuple[torch.Tensor, torch.Tensor]], data_config: dict[str, Any], channels_last: bool = True
+    ) -> None:
+        self.raw = batches
+        self._data_config = data_config
+        self._memory_format = torch.channels_last if channels_last else torch.contiguous_format
+
+    def __len__(self) -> int:
+        return len(self.raw)
+
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice):
+            channels_last = self._memory_format == torch.channels_last
+            return ImageBatches(self.raw[index], self._data_config, channels_last)
+        return next(self._normalised([self.raw[index]]))
+
+    def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        return self._normalised(self.raw)
+
+    def _normalised(self, batches: list[tuple[torch.Tensor, torch.Tensor]]) -> Iterator[Any]:
+        """Images [B, C, H, W], float32, as timm's loader gives them, and class indices [B]."""
+        if not batches:
+            return
+        config = self._data_config
+        device = batches[0][0].device
+        loader = PrefetchLoader(batches, config['mean'], config['std'], config['input_size'][0], device)
+        for x, y in loader:
+            yield x.contiguous(memory_format=self._memory_format), y
+
+    @property
+    def num_images(self) -> int:
+        return sum(len(y) for _, y in self.raw)
+
+    def digests(self) -> list[str]:
+        """Return the SHA-256 of every batch."""
+        return [state_dict_sha256({'images': x, 'classes': y}) for x, y in self.raw]
 
 
 @dataclass
@@ -56,13 +119,13 @@ class SearchImages:
     """What archs are scored with.
 
     Attributes:
-        batches: Images of the search split.
+        batches: Images of the search split, this process's share.
         recalibration: Training images to recalibrate batch norms with, None for none.
         fingerprint: What the scores of archs depend on: weights, images and where they come from.
     """
 
-    batches: list[tuple[torch.Tensor, torch.Tensor]]
-    recalibration: list[tuple[torch.Tensor, torch.Tensor]] | None
+    batches: ImageBatches
+    recalibration: ImageBatches | None
     fingerprint: dict[str, Any]
 
 
@@ -73,36 +136,55 @@ def load_images(
     batch_size: int,
     device: str,
     workers: int,
+    ranks: Ranks = _ALONE,
 ) -> SearchImages:
-    """Decode the search split, and the training images for recalibration."""
+    """Decode the search split, and the training images for recalibration; every process its share of the batches."""
     data = data or SearchData()
     search_set, train_set, source = open_search_split(loaded, data)
+    count = data.num_images
+    if count is None and len(search_set) > _DEFAULT_IMAGES:
+        count = _DEFAULT_IMAGES
+        if ranks.rank == 0:
+            _logger.info(
+                f'Scoring archs on {count:,} of the {len(search_set):,} images of the search split; --num-images '
+                'takes another number'
+            )
     batches = load_batches(
         search_set,
         loaded.data_config,
         device=device,
         batch_size=batch_size,
-        max_images=data.num_images,
+        max_images=count,
         workers=workers,
+        ranks=ranks,
     )
     recalibration = None
     if recalibration_images:
-        recalibration = recalibration_batches(train_set, loaded, recalibration_images, device, workers)
+        recalibration = recalibration_batches(train_set, loaded, recalibration_images, device, workers, ranks)
     supernet = loaded.model
+    num_images = min(count or len(search_set), len(search_set))
+    if ranks.rank == 0 and (idle := ranks.world_size - math.ceil(num_images / batch_size)) > 0:
+        _logger.warning(
+            f'{num_images} images in batches of {batch_size} leave {idle} of {ranks.world_size} processes without '
+            'work; lower --batch-size or take more images'
+        )
     fingerprint = dict(
         checkpoint_sha256=state_dict_sha256(supernet.state_dict()),
-        images_sha256=state_dict_sha256(
-            {f'{i} {j}': t for i, batch in enumerate(batches) for j, t in enumerate(batch)}
-        ),
-        recalibration_sha256=state_dict_sha256({str(i): x for i, (x, _) in enumerate(recalibration or [])}),
+        images_sha256=_sha256_of_all(batches, ranks),
+        recalibration_sha256=_sha256_of_all(recalibration, ranks),
         space=supernet.space.name,
         max_paths=supernet.space.max_paths,
         input_size=list(loaded.data_config['input_size']),
-        num_images=sum(len(y) for _, y in batches),
+        num_images=num_images,
         recalibration_images=recalibration_images,
         **source,
     )
     return SearchImages(batches, recalibration, fingerprint)
+
+
+def _sha256_of_all(batches: ImageBatches | None, ranks: Ranks) -> str:
+    digests = [] if batches is None else ranks.interleave(batches.digests)
+    return hashlib.sha256('\n'.join(digests).encode()).hexdigest()
 
 
 def open_search_split(loaded: LoadedModel, data: SearchData, *, warn: bool = True) -> tuple[Any, Any, dict[str, Any]]:
@@ -161,8 +243,13 @@ def open_search_split(loaded: LoadedModel, data: SearchData, *, warn: bool = Tru
 
 
 def recalibration_batches(
-    train_set: Any, loaded: LoadedModel, count: int, device: str = 'cpu', workers: int = 2
-) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    train_set: Any,
+    loaded: LoadedModel,
+    count: int,
+    device: str = 'cpu',
+    workers: int = 2,
+    ranks: Ranks = _ALONE,
+) -> ImageBatches:
     """Draw training images to recalibrate batch norms with, in batches of about equal size.
 
     Args:
@@ -171,6 +258,7 @@ def recalibration_batches(
         count: Number of images, all if there are fewer.
         device: Where the images are kept.
         workers: Processes that decode.
+        ranks: Processes that get every one in turn of the batches each.
     """
     # Drawn at random: batch statistics of images that are sorted by class would be those of one class
     count = min(count, len(train_set))
@@ -178,7 +266,12 @@ def recalibration_batches(
     # every batch counts the same in the average, so a small last one must not be
     batch_size = math.ceil(count / math.ceil(count / _RECALIBRATION_BATCH_SIZE))
     return load_batches(
-        Subset(train_set, order), loaded.data_config, device=device, batch_size=batch_size, workers=workers
+        Subset(train_set, order),
+        loaded.data_config,
+        device=device,
+        batch_size=batch_size,
+        workers=workers,
+        ranks=ranks,
     )
 
 
@@ -191,8 +284,9 @@ def load_batches(
     channels_last: bool = True,
     max_images: int | None = None,
     workers: int = 2,
-) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """Decode a data set once and keep it in memory, as a model takes it.
+    ranks: Ranks = _ALONE,
+) -> ImageBatches:
+    """Decode a data set once and keep it in memory, for a model.
 
     Args:
         dataset: Map-style data set.
@@ -202,9 +296,11 @@ def load_batches(
         channels_last: Memory format of the images.
         max_images: Take this many, evenly spread over the data set, all if None.
         workers: Processes that decode.
+        ranks: Processes that get every one in turn of the batches each.
 
     Returns:
-        Batches of normalised images [B, C, H, W] and class indices [B]. An image takes 4 * C * H * W bytes.
+        Batches of normalised images [B, C, H, W] and class indices [B]. An image takes C * H * W bytes, and four times
+        that while it is used.
 
     Raises:
         UsageError: A number is out of range.
@@ -219,6 +315,11 @@ def load_batches(
     if max_images is not None and max_images < len(dataset):
         # samples are sorted by class, so an even stride keeps the classes' shares
         dataset = Subset(dataset, [i * len(dataset) // max_images for i in range(max_images)])
+    if ranks.world_size > 1:
+        starts = range(ranks.rank * batch_size, len(dataset), ranks.world_size * batch_size)
+        dataset = Subset(dataset, [i for a in starts for i in range(a, min(a + batch_size, len(dataset)))])
+    if not len(dataset):
+        return ImageBatches([], data_config, channels_last)
     loader = create_loader(
         dataset,
         input_size=data_config['input_size'],
@@ -232,5 +333,6 @@ def load_batches(
         persistent_workers=False,
         device=device,
     )
-    memory_format = torch.channels_last if channels_last else torch.contiguous_format
-    return [(x.contiguous(memory_format=memory_format), y) for x, y in iterate(loader)]
+    # What timm's prefetcher would normalise, before it does
+    raw = [(x.to(device), y.to(device)) for x, y in iterate(loader.loader)]
+    return ImageBatches(raw, data_config, channels_last)

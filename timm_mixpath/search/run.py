@@ -31,7 +31,7 @@ from ..utils.figures import plot_or_warn
 from ..utils.files import make_output_dir
 from ..utils.progress import Progress
 from ..version import __version__
-from .accuracy import SupernetEvaluator
+from .accuracy import SupernetEvaluator, prepare_device
 from .archive import Archive, evaluate_all
 from .config import SearchConfig
 from .front import plot_pareto, write_front_csv, write_front_json
@@ -171,7 +171,8 @@ def search_checkpoint(
     recalibration_images: int = 0,
     cost_input_size: tuple[int, int, int] | None = None,
     cost_num_classes: int | None = None,
-    batch_size: int = 100,
+    batch_size: int | None = None,
+    amp_dtype: str | None = None,
     device: str | None = None,
     workers: int = 2,
     latency: bool = False,
@@ -181,7 +182,7 @@ def search_checkpoint(
 ) -> SearchResult:
     """Search a trained supernet.
 
-    Under torchrun the evaluations are shared among the ranks.
+    Under torchrun the images are shared among the ranks, and the result is what one process gets.
 
     Args:
         checkpoint: Training checkpoint or model folder of a supernet.
@@ -193,7 +194,8 @@ def search_checkpoint(
         cost_input_size: Input (channels, height, width) to count MACs for, in pixels; that of the training if None.
             A supernet may be trained at a lower resolution than its winner.
         cost_num_classes: Number of classes to count MACs and parameters for, that of the supernet if None.
-        batch_size: Images per forward pass.
+        batch_size: Images per forward pass, 100 on a CPU and 512 elsewhere if None.
+        amp_dtype: 'bfloat16' or 'float16' to score archs in mixed precision, None for float32.
         device: Device, the GPU if there is one and None is given.
         workers: Processes that decode the images, once.
         latency: Measure the latency of the archs on the front too, on this machine.
@@ -231,11 +233,14 @@ def search_checkpoint(
                     f'{MIN_TAU} is wanted; measure it again on an idle machine or with more networks'
                 )
         check_limits(config, cost)
-        images = load_images(loaded, data, recalibration_images, batch_size, process.device, workers)
+        batch_size, autocast = prepare_device(process.device, batch_size, amp_dtype)
+        ranks = Ranks(rank, process.world_size, together=True)
+        images = load_images(loaded, data, recalibration_images, batch_size, process.device, workers, ranks)
         fingerprint = dict(
             **images.fingerprint,
             cost_input_size=list(cost.input_size),
             cost_num_classes=cost.num_classes,
+            **({} if amp_dtype is None else dict(amp_dtype=amp_dtype)),
             **({} if table is None else dict(latency_table=table.fingerprint(), latency_of=table.describe())),
         )
         if rank == 0:
@@ -248,12 +253,12 @@ def search_checkpoint(
         result = search(
             supernet.space,
             cost,
-            SupernetEvaluator(supernet, images.batches, images.recalibration),
+            SupernetEvaluator(supernet, images.batches, images.recalibration, ranks=ranks, autocast=autocast),
             config,
             archive_path=output / 'archive.jsonl',
             fingerprint=fingerprint,
             progress=show,
-            ranks=Ranks(rank, process.world_size),
+            ranks=ranks,
         )
         if show is not None:
             show.close()

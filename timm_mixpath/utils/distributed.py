@@ -65,7 +65,8 @@ def open_process(device: str | None, process: Namespace | None = None) -> Iterat
     process = Namespace() if process is None else process
     process.device = device
     was_open = dist.is_available() and dist.is_initialized()
-    if init_device(process).type == 'cpu':
+    init_device(process)
+    if torch.device(process.device).type == 'cpu':
         keep_freed_memory()
     try:
         yield process
@@ -80,12 +81,14 @@ class Ranks:
     Args:
         rank: Rank of this process.
         world_size: Number of processes; if there are several, `torch.distributed` is initialised.
+        together: All processes evaluate every arch, each on its share of the images, in the place of archs of their
+            own.
 
     Raises:
         RunError: `torch.distributed` is not initialised, or with other numbers.
     """
 
-    def __init__(self, rank: int, world_size: int) -> None:
+    def __init__(self, rank: int, world_size: int, together: bool = False) -> None:
         if world_size > 1:
             if not (dist.is_available() and dist.is_initialized()):
                 raise RunError(f'world_size={world_size} needs torch.distributed to be initialised')
@@ -96,6 +99,41 @@ class Ranks:
                 )
         self.rank = rank
         self.world_size = world_size
+        self.together = together
+
+    @property
+    def num_at_once(self) -> int:
+        """How many archs are evaluated at once."""
+        return 1 if self.together else self.world_size
+
+    def gather(self, call: Callable[[], Any], what: str = '') -> list[Any]:
+        """Call in all ranks and return the results of all, by rank, in each of them; an error is raised in all.
+
+        Args:
+            call: What to call.
+            what: What it does, for the message in the other ranks: ' to read'.
+        """
+        if self.world_size == 1:
+            return [call()]
+        result: Any = None
+        failure: tuple[str, Exception] | None = None
+        try:
+            result = call()
+        except Exception as e:  # raised below
+            failure = (f'rank {self.rank} failed{what}: {type(e).__name__}: {e}', e)
+        answers: list[Any] = [None] * self.world_size
+        dist.all_gather_object(answers, (result, failure and failure[0]))
+        if failure is not None:
+            raise failure[1]
+        for _, text in answers:
+            if text is not None:
+                raise RunError(text)
+        return [answer for answer, _ in answers]
+
+    def interleave(self, call: Callable[[], Sequence[Any]]) -> list[Any]:
+        """Call in all ranks, of which each has every `world_size`-th item, and return all items in their order."""
+        parts = self.gather(call)
+        return [part[i] for i in range(max(map(len, parts))) for part in parts if i < len(part)]
 
     def from_first(self, call: Callable[[], Any]) -> Any:
         """Call in rank 0 and return the result, or raise the error, in all ranks."""
@@ -113,25 +151,14 @@ class Ranks:
         return box[0]
 
     def map(self, evaluate: Callable[[Any], Mapping[str, Any]], archs: Sequence[str]) -> list[Mapping[str, Any]]:
-        """Evaluate at most one arch per rank, and return all results in all ranks."""
-        if self.world_size == 1:
+        """Evaluate at most `num_at_once` archs, and return all results in all ranks."""
+        if self.world_size == 1 or self.together:
             return [evaluate(arch) for arch in archs]
-        result: Any = None
-        failure: tuple[str, Exception] | None = None
-        if self.rank < len(archs):
-            try:
-                result = dict(evaluate(archs[self.rank]))
-            except Exception as e:  # raised below
-                text = f'rank {self.rank} failed to evaluate {str(archs[self.rank])!r}: {type(e).__name__}: {e}'
-                failure = (text, e)
-        answers: list[Any] = [None] * self.world_size
-        dist.all_gather_object(answers, (result, failure and failure[0]))
-        if failure is not None:
-            raise failure[1]
-        for _, text in answers:
-            if text is not None:
-                raise RunError(text)
-        return [answer for answer, _ in answers[: len(archs)]]
+
+        arch = archs[self.rank] if self.rank < len(archs) else None
+        return self.gather(lambda: None if arch is None else dict(evaluate(arch)), f' to evaluate {str(arch)!r}')[
+            : len(archs)
+        ]
 
 
 _calls = itertools.count()  # keys of two tables in one program must differ
