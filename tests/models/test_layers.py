@@ -4,9 +4,10 @@ import pytest
 import timm.layers
 import torch
 import torch.nn as nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from timm_mixpath import ShadowBatchNorm2d
-from timm_mixpath.models.layers import ReLU6FromOutput
+from timm_mixpath.models.layers import ReLU6FromOutput, run_out_of_place
 
 
 def make_sbn(m: int = 3, chs: int = 4, **kwargs) -> ShadowBatchNorm2d:
@@ -155,3 +156,48 @@ def test_lean_relu6_works_in_place_without_a_copy_and_in_eval():
     with torch.no_grad():
         assert act(torch.tensor([-1.0, 3.0, 9.0])).tolist() == [0.0, 3.0, 6.0]
     assert act.eval()(torch.tensor([-1.0, 3.0, 9.0])).tolist() == [0.0, 3.0, 6.0]
+
+
+class CountedCopies(TorchDispatchMode):
+    """Counts the copies of feature maps."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func is torch.ops.aten.clone.default:
+            self.count += args[0].ndim == 4 and args[0].shape[-1] > 1
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(
+    'name, kwargs',
+    [
+        ('mixpath_s1_supernet', {}),
+        ('mixpath_s2_supernet', {}),
+        ('mixpath_s3_supernet', {}),
+        ('mixpath_a', {}),
+        ('mixpath_c', {}),
+        ('mixpath_supernet', dict(backbone='mobilenetv3_small_050')),
+        ('mixpath', dict(backbone='tf_efficientnet_lite0')),
+    ],
+)
+def test_no_activation_is_copied_in_a_training_step(name: str, kwargs: dict) -> None:
+    model = timm.create_model(name, device='meta', **kwargs).train()
+    with CountedCopies() as copies:
+        model(torch.randn(2, 3, 64, 64, device='meta')).sum().backward()
+    assert copies.count == 0
+
+
+def test_out_of_place_is_the_same_to_the_bit() -> None:
+    torch.manual_seed(0)
+    model = timm.create_model('mobilenetv3_small_050', num_classes=10, drop_rate=0.0).train()
+    other = copy.deepcopy(model)
+    run_out_of_place(other)
+    assert any(getattr(m, 'inplace', False) for m in other.modules() if isinstance(m, nn.ReLU))  # free in place
+    assert not any(getattr(m, 'inplace', False) for m in other.modules() if isinstance(m, nn.Hardswish))
+    x = torch.randn(2, 3, 64, 64)
+    for m in (model, other):
+        m(x).square().sum().backward()
+    assert all(torch.equal(p.grad, q.grad) for p, q in zip(model.parameters(), other.parameters()))

@@ -1,3 +1,4 @@
+import copy
 import csv
 import shutil
 import signal
@@ -9,16 +10,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import timm
 import torch
 import torch.distributed as dist
 from commands import assert_equal, command, environment, torchrun
 from conftest import small_args
 from timm.models._helpers import _torch_load
+from timm.optim import create_optimizer_v2
 
 from timm_mixpath import get_space, sample
 from timm_mixpath.train.checkpoint import load_model
 from timm_mixpath.train.data import hold_out, open_dataset, targets
-from timm_mixpath.train.loop import train
+from timm_mixpath.train.loop import fill_momentum, train
 from timm_mixpath.train.options import add_train_options, apply_config
 from timm_mixpath.utils.errors import RunError, UsageError
 
@@ -148,7 +151,6 @@ def test_ordinary_model_trains_on_all_images(digits: Path, tmp_path: Path, caplo
         (dict(in_chans=0), UsageError, '--in-chans 0'),
         (dict(sched='bogus'), UsageError, "'bogus'"),
         (dict(opt='adamw', opt_betas=[0.9]), UsageError, "'adamw'"),
-        (dict(opt_kwargs={'fused': True}), UsageError, 'fused=True'),
         (dict(aa='bogus'), UsageError, 'augmentation'),
         (dict(train_crop_mode='bogus'), UsageError, 'augmentation'),
         (dict(mixup=0.2, batch_size=15), UsageError, '--batch-size 15 must be even'),
@@ -319,3 +321,29 @@ def test_frozen_batch_norms_keep_their_statistics(digits: Path, tmp_path: Path) 
     assert all(torch.equal(before[key], after[key]) for key in statistics)
     weights = [key.replace('running_mean', 'weight') for key in statistics if key.endswith('running_mean')]
     assert any(not torch.equal(before[key], after[key]) for key in weights)
+
+
+@pytest.mark.parametrize('opt', ['sgd', 'adamw'])
+def test_fused_optimizers_train_a_supernet_as_others_do(opt: str) -> None:
+    torch.manual_seed(0)
+    start = timm.create_model('mixpath_nano_supernet').double()
+    x = torch.randn(4, 3, 32, 32, dtype=torch.float64)
+    trained = []
+    for kwargs in ({}, dict(fused=True)):
+        supernet = copy.deepcopy(start).train()
+        optimizer = create_optimizer_v2(supernet, opt, lr=0.01, weight_decay=0.1, momentum=0.9, **kwargs)
+        if kwargs:
+            fill_momentum(optimizer)
+        for _ in range(4):  # other parameters have a gradient in every step
+            optimizer.zero_grad()
+            supernet(x).square().mean().backward()
+            optimizer.step()
+        trained.append(supernet.state_dict())
+    for name, value in trained[0].items():
+        torch.testing.assert_close(trained[1][name], value, rtol=1e-7, atol=1e-9, msg=name)
+
+
+def test_fused_optimizer_goes_on(digits: Path, tmp_path: Path) -> None:
+    options = dict(opt_kwargs={'fused': True}, experiment='fused')
+    last = train(small_args(digits, tmp_path, epochs=1, **options)).output_dir / 'last.pth.tar'
+    assert train(small_args(digits, tmp_path, epochs=2, resume=str(last), **options)).metrics['train_loss'] > 0

@@ -57,6 +57,8 @@ def test_recipe_parses_and_trains_a_step(name: str, digits: Path, tmp_path: Path
     overrides = dict(
         data_dir=str(digits), output=str(tmp_path), experiment='r', epochs=1, device='cpu', workers=0, batch_size=90,
         num_classes=CLASSES, img_size=16, val_split='', warmup_epochs=0, pretrained=False,
+        # In bfloat16 oneDNN leaves gradients of pixels of a kernel that never meet an image as they were in memory
+        amp=False,
     )  # fmt: skip
     for key, value in overrides.items():
         setattr(args, key, value)

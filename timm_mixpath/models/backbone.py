@@ -34,6 +34,7 @@ from ..spaces.space import BlockSpec
 from ..utils.errors import RunError, UsageError, concise
 from ..utils.hub_client import hub_errors
 from .backbone_blocks import SEARCHED_BLOCKS, BackboneChoice, BlockSite, fixed_block
+from .layers import run_out_of_place
 from .pretrained import SOURCE_KEYS, build_model, check_state_dict, readable
 from .supernet import Supernet
 
@@ -81,6 +82,7 @@ class BackboneNet(nn.Module):
         self.arch = space.arch(arch) if arch is not None else space.default_arch
         for name in space.block_names:
             self.set_submodule(name, self.inherit(name, self.get_submodule(name)))
+        run_out_of_place(self)
 
     def inherit(self, name: str, block: nn.Module) -> nn.Module:
         """Make the block of a name anew, with the weights that it inherits from a block of the backbone."""
@@ -144,6 +146,7 @@ class BackboneSupernet(Supernet):
         self._subnet_args = {'backbone': space.name}
         for name in space.block_names:
             self.set_submodule(name, self.inherit(name, self.get_submodule(name)))
+        run_out_of_place(self)
         self._init_sampling(seed, sampling, next(self.parameters()).device)
 
     def inherit(self, name: str, block: nn.Module) -> nn.Module:

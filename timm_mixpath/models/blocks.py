@@ -11,7 +11,7 @@ from torch import nn
 
 from ..spaces.space import BlockSpec
 from ._timm import DepthwiseSeparableConv, SqueezeExcite
-from .layers import fold_bn, sum_paths
+from .layers import fold_bn, saves_its_output, sum_paths
 
 __all__ = [
     'DepthwiseSeparable',
@@ -134,12 +134,13 @@ class MultiPathResidual(nn.Module):
         super().__init__()
         dd = {'device': device, 'dtype': dtype}
         norm_act_layer = get_norm_act_layer(norm_layer, act_layer)
+        inplace = saves_its_output(act_layer)
         mid_chs = make_divisible(in_chs * expand_ratio)
         self.has_skip = stride == 1 and in_chs == out_chs
 
         # Point-wise expansion
         self.conv_pw = create_conv2d(in_chs, mid_chs, 1, groups=exp_groups, **dd)
-        self.bn1 = norm_act_layer(mid_chs, inplace=True, **dd)
+        self.bn1 = norm_act_layer(mid_chs, inplace=inplace, **dd)
 
         # Parallel depth-wise paths
         self.group_chs = split_channels(mid_chs, len(groups))
@@ -154,7 +155,7 @@ class MultiPathResidual(nn.Module):
             dilation=dilation,
             norm_layer=norm_layer,
             act_layer=act_layer,
-            act_kwargs=dict(inplace=True),
+            act_kwargs=dict(inplace=inplace),
             apply_norm=not self.joint_norm,
             apply_act=not self.joint_norm,
             **dd,
@@ -171,7 +172,7 @@ class MultiPathResidual(nn.Module):
             self.paths = GroupedPaths(dict(zip(names, path_sums)), splits)
             self.run_names = {f'paths.{name}': run for name, run in zip(names, runs)}
         if self.joint_norm:
-            self.bn2 = norm_act_layer(mid_chs, inplace=True, **dd)
+            self.bn2 = norm_act_layer(mid_chs, inplace=inplace, **dd)
         else:
             self.bn2 = norm_act_layer(mid_chs, apply_act=False, **dd) if norm_sums else nn.Identity()
 

@@ -14,6 +14,8 @@ __all__ = [
     'ShadowBatchNorm2d',
     'fold_bn',
     'fuse_conv_bn',
+    'run_out_of_place',
+    'saves_its_output',
     'set_module',
     'set_num_paths',
     'sum_paths',
@@ -47,6 +49,24 @@ class ReLU6FromOutput(nn.ReLU6):
         if self.inplace and self.training and torch.is_grad_enabled() and x.requires_grad:
             return _ReLU6InPlace.apply(x)
         return super().forward(x)
+
+
+def saves_its_output(act_layer: Any) -> bool:
+    """Whether an activation works from its output in the backward pass, so that it costs nothing to run in place.
+
+    Others keep their input, and run in place they have to copy it first: SiLU does.
+    """
+    return isinstance(act_layer, type) and issubclass(act_layer, (nn.ReLU, ReLU6FromOutput))
+
+
+def run_out_of_place(model: nn.Module) -> None:
+    """Let the activations of a model that keep their input not run in place, where they copy it first.
+
+    timm runs all of them in place. Values and gradients stay the same to the bit, and the memory of a training, too.
+    """
+    for module in model.modules():
+        if getattr(module, 'inplace', False) is True and not saves_its_output(type(module)):
+            module.inplace = False
 
 
 class ShadowBatchNorm2d(nn.Module):

@@ -27,7 +27,7 @@ from ..spaces.space import BlockSpec, SearchSpace
 from ._timm import init_weight_goog
 from .blocks import DepthwiseSeparable, MultiPathResidual, spec_kwargs
 from .choice_blocks import ActivePathSum, ChoiceBlock, subnet_state_dict
-from .layers import ReLU6FromOutput, fold_bn
+from .layers import ReLU6FromOutput, fold_bn, saves_its_output
 from .pretrained import add_weights, build_model, check_state_dict, space_cfg
 from .released import checkpoint_filter_fn, remap_state_dict
 from .supernet import Supernet
@@ -94,7 +94,7 @@ class MixPath(EfficientNet):
 
         # Stem
         self.conv_stem = create_conv2d(in_chans, space.stem_chs, 3, stride=space.stem_stride, **dd)
-        self.bn1 = norm_act_layer(space.stem_chs, inplace=True, **dd)
+        self.bn1 = norm_act_layer(space.stem_chs, inplace=saves_its_output(act_layer), **dd)
 
         # Stages of blocks, feature taps as timm's EfficientNetBuilder places them
         stages = _fixed_stages(space) + space.stages
@@ -140,7 +140,7 @@ class MixPath(EfficientNet):
 
         # Head + Pooling
         self.conv_head = create_conv2d(in_chs, space.num_features, 1, **dd)
-        self.bn2 = norm_act_layer(space.num_features, inplace=True, **dd)
+        self.bn2 = norm_act_layer(space.num_features, inplace=saves_its_output(act_layer), **dd)
         self.num_features = space.num_features
         self.global_pool, self.classifier = create_classifier(
             self.num_features, self.num_classes, pool_type=global_pool, **dd

@@ -32,6 +32,7 @@ from timm.utils.summary import trim_summary
 from torch import nn
 
 from ..models.cpu_kernels import use_cpu_kernels
+from ..models.layers import run_out_of_place
 from ..models.supernet import Supernet
 from ..models.warm_start import warm_start
 from ..utils.distributed import open_process
@@ -54,7 +55,7 @@ from .options import LOCAL_OPTIONS, check_values, default_args, make_storable, m
 from .recovery import RECOVERY, StopSignal, batches_behind, latest_checkpoint, outlive_signals, resolve_auto, run_dir
 from .task import create_task
 
-__all__ = ['TrainResult', 'train', 'train_or_resume']
+__all__ = ['TrainResult', 'fill_momentum', 'train', 'train_or_resume']
 
 _logger = logging.getLogger(__name__)
 
@@ -206,6 +207,19 @@ def _warm_start(model: nn.Module, args: Namespace) -> None:
     warm_start(model, source)
 
 
+def fill_momentum(optimizer: torch.optim.Optimizer) -> None:
+    """Give a fused SGD the momentum of every parameter, 0 at first.
+
+    It makes one with the first gradient, and takes either all of them or none: in a supernet they come one by one.
+    """
+    for group in optimizer.param_groups:
+        if isinstance(optimizer, torch.optim.SGD) and group['momentum'] and not group['dampening']:
+            for parameter in group['params']:
+                state = optimizer.state[parameter]
+                if state.get('momentum_buffer') is None:
+                    state['momentum_buffer'] = torch.zeros_like(parameter)
+
+
 def _init_head(model: nn.Module, args: Namespace) -> None:
     if args.head_init_scale is None and args.head_init_bias is None:
         return
@@ -237,6 +251,7 @@ def _set_up(args: Namespace, stop: StopSignal, progress: dict[str, Any]) -> _Run
     args.num_classes = model.num_classes
     if isinstance(model, Supernet) and 'seed' not in args.model_kwargs:
         model.seed = args.model_kwargs['seed'] = args.seed
+    run_out_of_place(model)
     if args.grad_checkpointing:
         model.set_grad_checkpointing(enable=True)
     data_config = resolve_data(args, model)
@@ -281,16 +296,14 @@ def _set_up(args: Namespace, stop: StopSignal, progress: dict[str, Any]) -> _Run
         task = create_distillation_task(model, criterion, args, device=device, verbose=primary)
     else:
         task = create_task(model, criterion, device=device, verbose=primary)
-    if isinstance(model, Supernet) and args.opt_kwargs.get('fused'):
-        raise UsageError(
-            '--opt-kwargs fused=True does not work for a supernet: fused optimizers want a gradient of every parameter'
-        )
     with as_usage_error(f'optimizer {args.opt!r} can not be created'):
         optimizer = create_optimizer_v2(task.get_trainable_module(), **optimizer_kwargs(args), **args.opt_kwargs)
 
     resume_epoch = None
     if args.resume:
         resume_epoch = _resume(args, task, optimizer, loss_scaler)
+    if args.opt_kwargs.get('fused'):
+        fill_momentum(optimizer)
     if args.model_ema:
         task.setup_ema(decay=args.model_ema_decay, use_warmup=args.model_ema_warmup)
         if args.resume:
