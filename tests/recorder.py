@@ -5,6 +5,7 @@ import os
 from pathlib import Path
 
 import torch
+from timm.loss import LabelSmoothingCrossEntropy
 
 from timm_mixpath.models.mixpath import MixPathSupernet
 
@@ -27,5 +28,15 @@ def dump() -> None:
         torch.save(models[0].state_dict(), folder / f'weights-{rank}.pt')
 
 
+loss = LabelSmoothingCrossEntropy.forward
+
+
+def record_labels(self: LabelSmoothingCrossEntropy, x: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    with open(folder / f'labels-{rank}.txt', 'a') as f:
+        f.write(f'{target.tolist()}\n')
+    return loss(self, x, target)
+
+
+LabelSmoothingCrossEntropy.forward = record_labels
 MixPathSupernet._sample = record
 atexit.register(dump)

@@ -62,3 +62,11 @@ def test_latency(tmp_path):
     out = run_script('latency', options, tmp_path)
     assert 'torch b1 t1' in out and 'onnxruntime b2 t1' in out
     assert 'ms per batch' in out
+
+
+@pytest.mark.slow
+def test_cpu_kernels(tmp_path):
+    options = '--models mixpath_nano_supernet tf_efficientnet_lite0 --steps 1 --warmup 0 --img-size 32 --batch-size 4'
+    out = run_script('cpu_kernels', options, tmp_path)
+    assert out.count('check passed: ') == 1
+    assert 'n = 1 steps' in out

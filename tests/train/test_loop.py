@@ -1,5 +1,6 @@
 import copy
 import csv
+import math
 import shutil
 import signal
 import subprocess
@@ -137,6 +138,7 @@ def test_ordinary_model_trains_on_all_images(digits: Path, tmp_path: Path, caplo
         (dict(opt='sdg'), UsageError, "'sdg'"),
         (dict(warmup_epochs=0.5, sched_on_updates=False), UsageError, '--warmup-epochs 0.5 is part of an epoch'),
         (dict(warmup_epochs=-1), UsageError, '--warmup-epochs -1'),
+        (dict(bce_sum=True), UsageError, '--bce-sum has no effect without --bce-loss'),
         (dict(device='meta', cpu_kernels=True), UsageError, "--cpu-kernels has no effect on device 'meta'"),
         (dict(device='cuda:77'), UsageError, "'cuda:77'"),
         (dict(output='/dev/null/out'), RunError, '/dev/null'),
@@ -347,3 +349,31 @@ def test_fused_optimizer_goes_on(digits: Path, tmp_path: Path) -> None:
     options = dict(opt_kwargs={'fused': True}, experiment='fused')
     last = train(small_args(digits, tmp_path, epochs=1, **options)).output_dir / 'last.pth.tar'
     assert train(small_args(digits, tmp_path, epochs=2, resume=str(last), **options)).metrics['train_loss'] > 0
+
+
+def test_binary_cross_entropy_is_that_of_timm(digits: Path, tmp_path: Path) -> None:
+    options = dict(epochs=1, lr=0.0, model='mixpath_nano', smoothing=0.1, weight_decay=0.0, head_init_scale=0.0)
+    losses = {}
+    for name, more in {
+        'ce': {},
+        'bce': dict(bce_loss=True),
+        'sum': dict(bce_loss=True, bce_sum=True),
+        'positive': dict(bce_loss=True, bce_sum=True, bce_pos_weight=3.0, bce_target_thresh=0.2),
+        'mixed': dict(bce_loss=True, bce_target_thresh=0.2, mixup=0.8),
+    }.items():
+        losses[name] = train(small_args(digits, tmp_path, experiment=name, **options, **more)).metrics['train_loss']
+    # All classes get 0: log 10, and log 2 per class
+    assert losses['ce'] == pytest.approx(math.log(10), rel=1e-4)
+    assert losses['bce'] == losses['mixed'] == pytest.approx(math.log(2), rel=1e-4)
+    assert losses['sum'] == pytest.approx(10 * math.log(2), rel=1e-4)
+    assert losses['positive'] == pytest.approx((9 + 3) * math.log(2), rel=1e-4)
+
+
+def test_repeated_augmentation_needs_processes(digits: Path, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match='--aug-repeats 3 shows an image in several processes of torchrun at once'):
+        train(small_args(digits, tmp_path, aug_repeats=3))
+    args = small_args(digits, tmp_path, epochs=1, batch_size=16, aug_repeats=2)
+    result = torchrun(*command(args, 'train'), '--device-modules', 'recorder', RECORDER_DIR=str(tmp_path))
+    assert result.returncode == 0, result.stderr[-3000:]
+    labels = [(tmp_path / f'labels-{rank}.txt').read_text().splitlines() for rank in (0, 1)]
+    assert labels[0] == labels[1] and len(labels[0]) > 3  # the same image in both, in every place

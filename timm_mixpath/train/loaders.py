@@ -59,6 +59,11 @@ def create_loaders(
     val_set: Any,
     device: torch.device,
 ) -> tuple[Iterable, Iterable | None, Mixup | None]:
+    if args.aug_repeats and (not args.distributed or args.cache_images):
+        raise UsageError(
+            f'--aug-repeats {args.aug_repeats:g} shows an image in several processes of torchrun at once; leave it out '
+            'in a single process and with --cache-images'
+        )
     prefetcher = not args.no_prefetcher
     collate_fn = mixup_fn = None
     if mixup_active(args):
@@ -121,6 +126,7 @@ def create_loaders(
         grayscale_prob=args.grayscale_prob,
         gaussian_blur_prob=args.gaussian_blur_prob,
         auto_augment=args.aa,
+        num_aug_repeats=args.aug_repeats,
         interpolation=interpolation,
         collate_fn=collate_fn,
         worker_seeding=args.worker_seeding,

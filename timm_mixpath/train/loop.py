@@ -290,8 +290,13 @@ def _set_up(args: Namespace, stop: StopSignal, progress: dict[str, Any]) -> _Run
         )
     _resolve_lr(args)
 
+    bce: dict[str, Any] = {}
+    if args.bce_loss:
+        bce = dict(loss_type='bce', bce_target_thresh=args.bce_target_thresh, bce_sum=args.bce_sum)
+        bce['pos_weight'] = args.bce_pos_weight
     with as_usage_error(f'the loss can not be created with --smoothing {args.smoothing}'):
-        criterion = create_classification_loss(smoothing=args.smoothing, soft_targets=mixup_active(args))
+        criterion = create_classification_loss(smoothing=args.smoothing, soft_targets=mixup_active(args), **bce)
+        criterion.to(device)  # it may hold the weight of the positive targets
     if args.kd_model_name:
         task = create_distillation_task(model, criterion, args, device=device, verbose=primary)
     else:

@@ -174,6 +174,17 @@ def add_train_options(parser: argparse.ArgumentParser) -> None:
     add('--mixup-mode', default='batch', choices=('batch', 'pair', 'elem'))
     add('--mixup-off-epoch', default=0, type=int)
     add('--smoothing', type=parse_float, default=0.1, help='label smoothing')
+    add('--bce-loss', action='store_true', help='binary cross-entropy, class by class')
+    add('--bce-sum', action='store_true', help='sum it over the classes in the place of their mean')
+    add('--bce-target-thresh', type=parse_float, default=None, metavar='P', help='soft targets above P count as 1')
+    add('--bce-pos-weight', type=parse_float, default=None, metavar='W', help='weight of the positive targets')
+    add(
+        '--aug-repeats',
+        type=parse_float,
+        default=0,
+        metavar='N',
+        help='augmentations of an image in a batch of all processes',
+    )
     add('--train-interpolation', default='random')
     add('--drop', type=parse_float, default=0.0, help='dropout rate')
     add('--drop-path', type=parse_float, default=None, help='stochastic depth rate')
@@ -338,6 +349,11 @@ def check_values(args: Namespace) -> None:
     if args.initial_checkpoint and not Path(args.initial_checkpoint).is_file():
         raise UsageError(f'--initial-checkpoint {args.initial_checkpoint!r} is not a file')
     check_distillation(args)
+    bce = [
+        name for name in ('bce_sum', 'bce_target_thresh', 'bce_pos_weight') if getattr(args, name) not in (False, None)
+    ]
+    if bce and not args.bce_loss:
+        raise UsageError(f'--{bce[0].replace("_", "-")} has no effect without --bce-loss, give both or none')
     if args.warmup_epochs < 0:
         raise UsageError(f'--warmup-epochs {args.warmup_epochs} must not be negative')
     if args.warmup_epochs != int(args.warmup_epochs) and not args.sched_on_updates:
