@@ -34,6 +34,7 @@ def init_device(args: Namespace) -> torch.device:
     """
     if args.device is None:
         args.device = 'cuda' if torch.cuda.is_available() else 'cpu'
+    _check_slurm()
     with as_usage_error(f'device {args.device!r} can not be used'):
         if dist.is_available() and dist.is_initialized():
             args.rank, args.world_size = dist.get_rank(), dist.get_world_size()
@@ -46,6 +47,17 @@ def init_device(args: Namespace) -> torch.device:
             device = init_distributed_device(args)
         torch.empty(0, device=device)
     return device
+
+
+def _check_slurm() -> None:
+    """Check that tasks of Slurm can find each other; within torchrun its own variables count."""
+    tasks = os.environ.get('SLURM_NTASKS', '1')
+    missing = [name for name in ('MASTER_ADDR', 'MASTER_PORT') if not os.environ.get(name)]
+    if is_distributed_env() and 'WORLD_SIZE' not in os.environ and missing:
+        raise UsageError(
+            f'Slurm says that this is one of {tasks} tasks, and {" and ".join(missing)} of the first one is not set: '
+            'start all with srun and export both, or start torchrun, or unset SLURM_NTASKS for a single process'
+        )
 
 
 @contextmanager
@@ -177,6 +189,7 @@ class WorkQueue:
         self.local_rank, self.rank, self.world_size = 0, 0, 1
         self._store: Any = None
         if is_distributed_env():
+            _check_slurm()
             self.local_rank, self.rank, self.world_size = world_info_from_env()
             store, _, _ = next(dist.rendezvous('env://', self.rank, self.world_size, timeout=self._FOREVER))
             self._store = dist.PrefixStore(f'timm_mixpath/table/{next(_calls)}', store)
