@@ -70,3 +70,11 @@ def test_cpu_kernels(tmp_path):
     out = run_script('cpu_kernels', options, tmp_path)
     assert out.count('check passed: ') == 1
     assert 'n = 1 steps' in out
+
+
+@pytest.mark.slow
+def test_data_parallel(tmp_path):
+    out = run_script('data_parallel', '--models mixpath_nano_supernet', tmp_path)
+    calls = {side: int(line.split()[-8]) for line in out.splitlines() for side in ('alone', 'DDP', 'ours')
+             if line.startswith(f'mixpath_nano_supernet, {side} ')}  # fmt: skip
+    assert calls['alone'] < calls['ours'] < calls['DDP']

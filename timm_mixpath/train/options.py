@@ -114,7 +114,7 @@ def add_train_options(parser: argparse.ArgumentParser) -> None:
     add('--cpu-kernels', action='store_true', help=CPU_KERNELS_HELP)
     add('--amp', action='store_true', help='mixed precision')
     add('--amp-dtype', default='float16', choices=('float16', 'bfloat16'), help='dtype of mixed precision')
-    add('--no-ddp-bb', action='store_true', help='DDP does not broadcast buffers')
+    add('--no-ddp-bb', action='store_true', help='DDP does not broadcast buffers (of supernets it never does)')
     add('--local_rank', default=0, type=int, help=argparse.SUPPRESS)
 
     add = parser.add_argument_group('optimizer').add_argument

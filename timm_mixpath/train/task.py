@@ -9,6 +9,7 @@ from timm.task import ClassificationTask, FeatureDistillationTask, LogitDistilla
 from timm.utils import unwrap_model
 
 from ..models.supernet import Supernet
+from .data_parallel import SampledDataParallel
 
 __all__ = [
     'STAND_INS',
@@ -25,16 +26,16 @@ class _PartialTraining(TrainingTask):
     """What changes in a task of timm when every step trains a part of the network, as a mixin in front of it."""
 
     def prepare_distributed(self, device_ids: list | None = None, **ddp_kwargs: Any) -> '_PartialTraining':
-        """Wrap what is trained in DistributedDataParallel, ready for parameters that a step leaves out.
+        """Wrap what is trained, in `SampledDataParallel` in the place of timm's DistributedDataParallel.
 
         Args:
-            device_ids: Device of this rank, ignored on the CPU where DDP takes none.
-            **ddp_kwargs: Passed to `DistributedDataParallel`.
+            device_ids: Ignored, as are the options of `DistributedDataParallel`: the network is on its device, and
+                buffers are not broadcast.
+            **ddp_kwargs: Ignored.
         """
-        if self.device.type == 'cpu':
-            device_ids = None
-        # DDP leaves the gradient of parameters that no rank used at None, as a single process does.
-        super().prepare_distributed(device_ids=device_ids, **{**ddp_kwargs, 'find_unused_parameters': True})
+        if hasattr(self, 'teacher'):
+            self.teacher.requires_grad_(False)  # as timm does
+        self.trainable_module = SampledDataParallel(self.trainable_module)
         return self
 
     def compile(self, backend: str = 'inductor', mode: str | None = None, **compile_kwargs: Any) -> nn.Module:

@@ -1,0 +1,91 @@
+"""Two gloo processes: the gradients are those of DistributedDataParallel."""
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import timm
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+import timm_mixpath  # noqa: F401  registers the models
+from timm_mixpath.train.data_parallel import SampledDataParallel
+
+WORLD_SIZE = 2
+CASES: dict[str, dict[str, Any]] = {
+    'plain': dict(name='mixpath_nano_supernet'),
+    'checkpointing': dict(name='mixpath_nano_supernet', checkpointing=True),
+    'groups': dict(name='mixpath_s3_supernet', num_classes=10),
+    'shared widths': dict(name='mixpath_supernet', backbone='mobilenetv3_small_050', num_classes=10),
+    'cells': dict(name='mixpath_nb201_supernet', num_classes=10),
+    'channels last': dict(name='mixpath_nano_supernet', channels_last=True),
+}
+
+
+def gradients(model: nn.Module, wrapped: nn.Module, rank: int, step: int, accumulate: int, scale: float) -> dict:
+    """Gradients of a step of several micro-batches, and those of a loss that is scaled, as a GradScaler does."""
+    model.zero_grad()
+    for index in range(accumulate):
+        generator = torch.Generator().manual_seed(100 * step + 10 * index + rank)
+        x = torch.randn(3, 3, 32, 32, generator=generator, dtype=torch.float64)
+        if index < accumulate - 1:
+            with wrapped.no_sync():
+                (wrapped(x).square().mean() * scale).backward()
+        else:
+            (wrapped(x).square().mean() * scale).backward()
+    return {name: None if p.grad is None else p.grad.clone() for name, p in model.named_parameters()}
+
+
+def worker(rank: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group('gloo', init_method=f'file://{folder}/store', rank=rank, world_size=WORLD_SIZE)
+    results = {}
+    for case, options in CASES.items():
+        options = dict(options)
+        torch.manual_seed(rank)  # other weights, until they are made equal
+        checkpointing, channels_last = options.pop('checkpointing', False), options.pop('channels_last', False)
+        model = timm.create_model(options.pop('name'), **options).double().train()
+        model.set_grad_checkpointing(checkpointing)
+        if channels_last:
+            model.to(memory_format=torch.channels_last)
+        ours = SampledDataParallel(model)
+        other = copy.deepcopy(model)  # DDP without a broadcast of buffers does not make them equal at the start either
+        theirs = DistributedDataParallel(other, find_unused_parameters=True, broadcast_buffers=False)
+        worst, num_none, start = 0.0, 0, {n: v.clone() for n, v in model.state_dict().items()}
+        for step, (accumulate, scale) in enumerate([(1, 1.0), (1, 1.0), (3, 1.0), (1, 2.0**10), (2, 1.0)]):
+            found = gradients(model, ours, rank, step, accumulate, scale)
+            expected = gradients(other, theirs, rank, step, accumulate, scale)
+            for name, grad in expected.items():
+                assert (grad is None) == (found[name] is None), (case, step, name)
+                num_none += grad is None
+                if grad is not None:
+                    worst = max(worst, ((grad - found[name]).abs().max() / grad.abs().max().clamp_min(1e-30)).item())
+        results[case] = dict(worst=worst, num_none=num_none, start=start)
+        with torch.no_grad():
+            assert not ours(torch.zeros(2, 3, 32, 32, dtype=torch.float64)).requires_grad
+    torch.save(results, Path(folder) / f'{rank}.pt')
+    dist.destroy_process_group()
+
+
+@pytest.fixture(scope='module')
+def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    folder = tmp_path_factory.mktemp('ranks')
+    mp.spawn(worker, args=(str(folder),), nprocs=WORLD_SIZE)
+    return [torch.load(folder / f'{rank}.pt', weights_only=True) for rank in range(WORLD_SIZE)]
+
+
+@pytest.mark.parametrize('case', CASES)
+def test_gradients_are_those_of_ddp(ranks: list[dict[str, Any]], case: str) -> None:
+    for result in ranks:
+        assert result[case]['worst'] < 1e-12
+        assert result[case]['num_none'] > 10
+
+
+@pytest.mark.parametrize('case', CASES)
+def test_all_start_as_the_first(ranks: list[dict[str, Any]], case: str) -> None:
+    first, second = (result[case]['start'] for result in ranks)
+    assert all(torch.equal(value, second[name]) for name, value in first.items())
