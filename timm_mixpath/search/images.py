@@ -5,6 +5,7 @@ import logging
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from torch.utils.data import Dataset
 
 from ..models.backbone import BackboneNet, BackboneSupernet
 from ..train.checkpoint import LoadedModel, state_dict_sha256
-from ..train.data import Subset, check_classes, hold_out, image_mode, iterate, open_dataset
+from ..train.data import Subset, check_classes, hold_out, image_mode, is_stream, iterate, open_dataset, read_alone
 from ..utils.distributed import Ranks
 from ..utils.errors import UsageError
 
@@ -101,7 +102,10 @@ class SearchData:
         search_split: A split that is used whole instead of held-out training images.
         class_map: File that maps class names to indices.
         dataset_download: Download the data set where timm can.
-        num_images: Number of images to score archs with, all of the split if None.
+        num_images: Number of images to score archs with, all of the split if None, but at most 20,000; of a stream
+            the first ones.
+        input_key: Key of the images in data sets of wds/, hfds/ and hfids/.
+        target_key: Key of the class indices in them.
     """
 
     data_dir: str | None = None
@@ -112,6 +116,8 @@ class SearchData:
     class_map: str | None = None
     dataset_download: bool = False
     num_images: int | None = None
+    input_key: str | None = None
+    target_key: str | None = None
 
 
 @dataclass
@@ -142,7 +148,9 @@ def load_images(
     data = data or SearchData()
     search_set, train_set, source = open_search_split(loaded, data)
     count = data.num_images
-    if count is None and len(search_set) > _DEFAULT_IMAGES:
+    if count is None and is_stream(search_set):
+        count = _DEFAULT_IMAGES
+    elif count is None and len(search_set) > _DEFAULT_IMAGES:
         count = _DEFAULT_IMAGES
         if ranks.rank == 0:
             _logger.info(
@@ -162,7 +170,7 @@ def load_images(
     if recalibration_images:
         recalibration = recalibration_batches(train_set, loaded, recalibration_images, device, workers, ranks)
     supernet = loaded.model
-    num_images = min(count or len(search_set), len(search_set))
+    num_images = sum(ranks.gather(lambda: batches.num_images))
     if ranks.rank == 0 and (idle := ranks.world_size - math.ceil(num_images / batch_size)) > 0:
         _logger.warning(
             f'{num_images} images in batches of {batch_size} leave {idle} of {ranks.world_size} processes without '
@@ -207,6 +215,8 @@ def open_search_split(loaded: LoadedModel, data: SearchData, *, warn: bool = Tru
         class_map=pick(data.class_map, 'class_map', ''),
         download=data.dataset_download,
         input_img_mode=pick(None, 'input_img_mode') or image_mode(loaded.data_config['input_size'][0]),
+        input_key=pick(data.input_key, 'input_key'),
+        target_key=pick(data.target_key, 'target_key'),
     )
     if data.search_split:
         search_set = open_dataset(dataset, root, data.search_split, **options)
@@ -260,6 +270,11 @@ def recalibration_batches(
         workers: Processes that decode.
         ranks: Processes that get every one in turn of the batches each.
     """
+    if is_stream(train_set):
+        batch_size = math.ceil(count / math.ceil(count / _RECALIBRATION_BATCH_SIZE))
+        return load_batches(
+            train_set, loaded.data_config, device=device, batch_size=batch_size, max_images=count, ranks=ranks
+        )
     # Drawn at random: batch statistics of images that are sorted by class would be those of one class
     count = min(count, len(train_set))
     order = torch.randperm(len(train_set), generator=torch.Generator().manual_seed(0))[:count].tolist()
@@ -289,12 +304,12 @@ def load_batches(
     """Decode a data set once and keep it in memory, for a model.
 
     Args:
-        dataset: Map-style data set.
+        dataset: Data set. Of a stream every process reads all images, and keeps its share.
         data_config: See `timm.data.resolve_data_config`.
         device: Where the images are kept.
         batch_size: Images per batch. On a CPU, activations of about 100 small images still fit its caches.
         channels_last: Memory format of the images.
-        max_images: Take this many, evenly spread over the data set, all if None.
+        max_images: Take this many, evenly spread over the data set, of a stream the first ones; all if None.
         workers: Processes that decode.
         ranks: Processes that get every one in turn of the batches each.
 
@@ -312,13 +327,17 @@ def load_batches(
             f'workers {workers} at least 0'
         )
     device = torch.device(device)
-    if max_images is not None and max_images < len(dataset):
+    stream = is_stream(dataset)
+    if stream:
+        read_alone(dataset)
+        workers = min(workers, 1)  # several would mix the shards, in another order for another number of them
+    elif max_images is not None and max_images < len(dataset):
         # samples are sorted by class, so an even stride keeps the classes' shares
         dataset = Subset(dataset, [i * len(dataset) // max_images for i in range(max_images)])
-    if ranks.world_size > 1:
+    if ranks.world_size > 1 and not stream:
         starts = range(ranks.rank * batch_size, len(dataset), ranks.world_size * batch_size)
         dataset = Subset(dataset, [i for a in starts for i in range(a, min(a + batch_size, len(dataset)))])
-    if not len(dataset):
+    if not stream and not len(dataset):
         return ImageBatches([], data_config, channels_last)
     loader = create_loader(
         dataset,
@@ -334,5 +353,18 @@ def load_batches(
         device=device,
     )
     # What timm's prefetcher would normalise, before it does
-    raw = [(x.to(device), y.to(device)) for x, y in iterate(loader.loader)]
+    batches = iterate(loader.loader)
+    if stream:
+        batches = islice(_first(batches, max_images), ranks.rank, None, ranks.world_size)
+    raw = [(x.to(device), y.to(device)) for x, y in batches]
     return ImageBatches(raw, data_config, channels_last)
+
+
+def _first(batches: Iterator[Any], max_images: int | None) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Batches of the first images."""
+    left = math.inf if max_images is None else max_images
+    for x, y in batches:
+        yield (x, y) if len(y) <= left else (x[: int(left)], y[: int(left)])
+        left -= len(y)
+        if left <= 0:
+            return

@@ -22,8 +22,10 @@ __all__ = [
     'class_names',
     'hold_out',
     'image_mode',
+    'is_stream',
     'iterate',
     'open_dataset',
+    'read_alone',
     'targets',
 ]
 
@@ -94,6 +96,10 @@ def open_dataset(
         # timm would silently take the whole folder, training images included, for the split
         found = ', '.join(sorted(p.name for p in Path(root).iterdir())[:10]) or 'nothing'
         raise UsageError(f'split {split!r} is not in data folder {root!r}, which holds {found}')
+    # Only these have keys and may not know how many images they have
+    if name.split('/')[0].lower() not in ('wds', 'hfds', 'hfids', 'tfds'):
+        kwargs = {key: value for key, value in kwargs.items() if key not in ('input_key', 'target_key', 'num_samples')}
+    kwargs = {key: value for key, value in kwargs.items() if key != 'input_key' or value is not None}
     try:
         dataset = create_dataset(name, root=root, split=split, **kwargs)
         empty = not isinstance(dataset, IterableDataset) and len(dataset) == 0
@@ -214,6 +220,19 @@ def targets(dataset: Dataset) -> list[int] | None:
     return None
 
 
+def is_stream(dataset: Dataset) -> bool:
+    """Whether images can be read in their order only, as those of webdataset and tfds."""
+    return isinstance(dataset, IterableDataset)
+
+
+def read_alone(dataset: IterableDataset) -> None:
+    """Let a stream be read whole by every process of torchrun; readers of timm give each a share of it."""
+    reader = getattr(dataset, 'reader', None)
+    for name, value in (('dist_rank', 0), ('dist_num_replicas', 1)):
+        if hasattr(reader, name):
+            setattr(reader, name, value)
+
+
 def hold_out(dataset: Dataset, fraction: float) -> tuple[Dataset, Dataset]:
     """Split training images into those that train the supernet and those that score archs in the search.
 
@@ -233,7 +252,10 @@ def hold_out(dataset: Dataset, fraction: float) -> tuple[Dataset, Dataset]:
     if not 0 < fraction < 1:
         raise UsageError(f'search hold-out {fraction} is out of range, it is a share between 0 and 1')
     if isinstance(dataset, IterableDataset):
-        raise UsageError('a streamed data set can not be split; pass --search-holdout 0 and name a --search-split')
+        raise UsageError(
+            'the images of a stream can not be held out one by one; train with --search-holdout 0 on some of its '
+            'shards, and name the others as --search-split of the search, for wds/ as shard-{0008..0009}.tar'
+        )
     labels = targets(dataset) or [0] * len(dataset)
     generator = torch.Generator().manual_seed(0)
     by_class: dict[int, list[int]] = {}

@@ -25,17 +25,21 @@ def open_data(args: Namespace, model: torch.nn.Module, data_config: dict[str, An
         download=args.dataset_download,
         batch_size=args.batch_size,
         input_img_mode=args.input_img_mode,
+        input_key=args.input_key,
+        target_key=args.target_key,
     )
+    train = dict(is_training=True, seed=args.seed, num_samples=args.train_num_samples)
+    val = dict(is_training=False, num_samples=args.val_num_samples)
     if args.distributed and args.dataset_download:
         # one process downloads, the others find the files
         if utils.is_primary(args):
             open_dataset(args.dataset, args.data_dir, args.train_split, **common)
         dist.barrier()
-    train_set = open_dataset(args.dataset, args.data_dir, args.train_split, is_training=True, seed=args.seed, **common)
+    train_set = open_dataset(args.dataset, args.data_dir, args.train_split, **train, **common)
     splits = {f'split {args.train_split!r}': train_set}
     val_set = None
     if args.val_split and args.val_split != HOLDOUT_SPLIT:
-        val_set = open_dataset(args.dataset, args.data_dir, args.val_split, is_training=False, **common)
+        val_set = open_dataset(args.dataset, args.data_dir, args.val_split, **val, **common)
         splits[f'split {args.val_split!r}'] = val_set
     # What was trained before with other names may be fine-tuned, a run that goes on may not meet them
     trained = getattr(args, 'label_names', None)
