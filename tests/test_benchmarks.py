@@ -1,5 +1,6 @@
 """The benchmark scripts run and their own checks of equality pass. What they time is not looked at."""
 
+import csv
 import os
 import subprocess
 import sys
@@ -78,3 +79,20 @@ def test_data_parallel(tmp_path):
     calls = {side: int(line.split()[-8]) for line in out.splitlines() for side in ('alone', 'DDP', 'ours')
              if line.startswith(f'mixpath_nano_supernet, {side} ')}  # fmt: skip
     assert calls['alone'] < calls['ours'] < calls['DDP']
+
+
+@pytest.mark.slow
+def test_gpu_on_a_cpu(tmp_path):
+    """The script for a card, which has to run at the first try there."""
+    options = '--device cpu --seconds 0.01 --warmup 1 --batch-size 4 --img-size 32 --num-classes 10'
+    models = ['--models', 'S1 supernet', 'mixnet_m', 'nb201 supernet']
+    command = [sys.executable, str(FOLDER / 'gpu.py'), '--threads', '1', *options.split(), *models]
+    files = tmp_path / 'gpu.csv', tmp_path / 'profile.txt'
+    done = subprocess.run(
+        [*command, '--csv', str(files[0]), '--profile', str(files[1])], capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    with open(files[0], newline='') as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 3 * 6 + 2 + 2 * 4 and all(float(row['per_s']) > 0 for row in rows)
+    assert 'aten::' in files[1].read_text()
