@@ -385,3 +385,19 @@ def test_default_arch_of_all_backbones_is_in_their_space() -> None:
     for name in itertools.islice(list_backbones('*_b0*'), 5):
         space = backbone_space(name)
         assert space.arch(space.default_arch) == space.decode(space.encode(space.default_arch))
+
+
+def test_an_arch_of_narrow_blocks_can_be_traced() -> None:
+    supernet = make_supernet(make_backbone('mobilenetv3_small_050'))
+    supernet.active_arch = cost_table(supernet).smallest('macs')
+    widths = [block.active_branch not in (None, block.widest) for block in supernet.get_choice_blocks().values()]
+    assert any(widths)
+    x = torch.randn(2, 3, 64, 64)
+    with torch.inference_mode():
+        expected, feature = supernet(x), supernet.forward_intermediates(x, indices=[2], intermediates_only=True)[0]
+    with torch.no_grad():
+        assert torch.equal(torch.jit.trace(supernet, x)(x), expected)
+        assert torch.equal(torch.export.export(supernet, (x,)).module()(x), expected)
+        extractor = timm.models.create_feature_extractor(supernet, ['blocks.2'])
+        (found,) = extractor(x).values() if isinstance(extractor(x), dict) else extractor(x)
+    assert found.shape[2:] and torch.isfinite(found).all() and feature.shape[0] == found.shape[0]

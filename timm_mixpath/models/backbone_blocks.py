@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from timm.layers import Conv2dSame, ConvNormAct, MixedConv2d, get_padding, make_divisible
+from timm.models import register_notrace_module
 from torch import nn
 from torch.func import functional_call
 
@@ -161,6 +162,7 @@ class _Slice(NamedTuple):
     start: int
 
 
+@register_notrace_module  # which weights a narrower copy has is decided when it runs
 class BackboneChoice(nn.Module):
     """A searchable block of a backbone: one copy of timm's block per expansion, each with candidate paths.
 
@@ -260,7 +262,7 @@ class BackboneChoice(nn.Module):
         if self.active_branch is None:
             return x
         branch, weights = self._modules[self.active_branch], self._weights(self.active_branch)
-        return functional_call(branch, weights, (x,)) if weights else branch(x)
+        return _call_with(branch, weights, x) if weights else branch(x)
 
     def parts(self, choice: BlockChoice) -> tuple[str, list[str]]:
         """Names of what a choice is made of: the copy of the block, and the paths in it, group by group."""
@@ -301,6 +303,21 @@ class BackboneChoice(nn.Module):
         if len(groups) > 1:
             _divide_inputs(block.get_submodule(site.linear), num_paths)
         return block.train(self.training)
+
+
+def _call_with(module: nn.Module, weights: dict[str, torch.Tensor], x: torch.Tensor) -> torch.Tensor:
+    """Call a module with weights by name in the place of parameters that it does not have."""
+    if not torch.jit.is_tracing():
+        return functional_call(module, weights, (x,))
+    # which functional_call refuses
+    places = {key: (module.get_submodule(key.rpartition('.')[0]), key.rpartition('.')[2]) for key in weights}
+    for key, (owner, leaf) in places.items():
+        owner._parameters[leaf] = weights[key]
+    try:
+        return module(x)
+    finally:
+        for owner, leaf in places.values():
+            owner._parameters[leaf] = None
 
 
 def fixed_block(block: nn.Module, choice: BlockChoice) -> nn.Module:

@@ -3,7 +3,7 @@
 import hashlib
 import logging
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
@@ -58,6 +58,14 @@ class ImageBatches(Sequence):
         self.raw = batches
         self._data_config = data_config
         self._memory_format = torch.channels_last if channels_last else torch.contiguous_format
+        # One for all rounds: on a GPU each has a stream, with memory of its own
+        self._loader = self._make_loader(batches)
+
+    def _make_loader(self, batches: list[tuple[torch.Tensor, torch.Tensor]]) -> Iterable[Any]:
+        if not batches:
+            return ()
+        config, device = self._data_config, batches[0][0].device
+        return PrefetchLoader(batches, config['mean'], config['std'], config['input_size'][0], device)
 
     def __len__(self) -> int:
         return len(self.raw)
@@ -66,18 +74,13 @@ class ImageBatches(Sequence):
         if isinstance(index, slice):
             channels_last = self._memory_format == torch.channels_last
             return ImageBatches(self.raw[index], self._data_config, channels_last)
-        return next(self._normalised([self.raw[index]]))
+        return next(self._normalised(self._make_loader([self.raw[index]])))
 
     def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        return self._normalised(self.raw)
+        return self._normalised(self._loader)
 
-    def _normalised(self, batches: list[tuple[torch.Tensor, torch.Tensor]]) -> Iterator[Any]:
+    def _normalised(self, loader: Iterable[Any]) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """Images [B, C, H, W], float32, as timm's loader gives them, and class indices [B]."""
-        if not batches:
-            return
-        config = self._data_config
-        device = batches[0][0].device
-        loader = PrefetchLoader(batches, config['mean'], config['std'], config['input_size'][0], device)
         for x, y in loader:
             yield x.contiguous(memory_format=self._memory_format), y
 

@@ -11,8 +11,6 @@ from torch import nn
 
 __all__ = ['SampledDataParallel']
 
-_BROADCAST_BYTES = 2**26
-
 
 class SampledDataParallel(nn.Module):
     """Averages the gradients of the sampled arch over all processes, in one go after the backward pass.
@@ -35,12 +33,18 @@ class SampledDataParallel(nn.Module):
         super().__init__()
         self.module = module
         self._is_synced = True
-        tensors = defaultdict(list)
-        for tensor in (*module.parameters(), *module.buffers()):
-            tensors[tensor.dtype].append(tensor.detach())
-        group = dist.distributed_c10d._get_default_group()
-        for same_dtype in tensors.values():
-            dist._broadcast_coalesced(group, same_dtype, _BROADCAST_BYTES, 0)
+        self._start_as_the_first()
+
+    @torch.no_grad()
+    def _start_as_the_first(self) -> None:
+        tensors: dict[torch.dtype, list[torch.Tensor]] = defaultdict(list)
+        for tensor in (*self.module.parameters(), *self.module.buffers()):
+            tensors[tensor.dtype].append(tensor)
+        for parts in tensors.values():
+            flat = torch.cat([part.reshape(-1) for part in parts])
+            dist.broadcast(flat, 0)
+            for part, first in zip(parts, flat.split([part.numel() for part in parts])):
+                part.copy_(first.view_as(part))
 
     @contextmanager
     def no_sync(self) -> Iterator[None]:
@@ -61,6 +65,7 @@ class SampledDataParallel(nn.Module):
                 nonlocal is_queued
                 if not is_queued:
                     is_queued = True
+                    # As torch's own FSDP: when all gradients are there
                     torch.autograd.Variable._execution_engine.queue_callback(self._reduce)
 
             for output in _tensors(outputs):
