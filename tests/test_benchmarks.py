@@ -84,8 +84,9 @@ def test_data_parallel(tmp_path):
 @pytest.mark.slow
 def test_gpu_on_a_cpu(tmp_path):
     """The script for a card, which has to run at the first try there."""
-    options = '--device cpu --seconds 0.01 --warmup 1 --batch-size 4 --img-size 32 --num-classes 10'
+    options = '--device cpu --seconds 0.01 --warmup 1 --batch-size 4 --img-size 32 --num-classes 10 --backend eager'
     models = ['--models', 'S1 supernet', 'mixnet_m', 'nb201 supernet']
+    models += ['--compile', 'nb201 supernet']
     command = [sys.executable, str(FOLDER / 'gpu.py'), '--threads', '1', *options.split(), *models]
     files = tmp_path / 'gpu.csv', tmp_path / 'profile.txt'
     done = subprocess.run(
@@ -94,5 +95,5 @@ def test_gpu_on_a_cpu(tmp_path):
     assert done.returncode == 0, done.stdout + done.stderr
     with open(files[0], newline='') as file:
         rows = list(csv.DictReader(file))
-    assert len(rows) == 3 * 6 + 2 + 2 * 4 and all(float(row['per_s']) > 0 for row in rows)
+    assert len(rows) == 3 * 6 + 2 + 2 * 4 + 1 and all(float(row['per_s']) > 0 for row in rows)
     assert 'aten::' in files[1].read_text()

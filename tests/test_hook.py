@@ -111,3 +111,12 @@ def test_stock_train_script_trains_a_subnet(digits: Path, tmp_path: Path) -> Non
     args = _torch_load(str(last), weights_only=True)['args']
     assert args.model_kwargs == {'arch': ','.join(['k3+7_e6'] * 8)}
     assert not (tmp_path / 'archs-0.txt').exists()
+
+
+@needs_train_script
+def test_stock_train_script_compiles_by_regions(digits: Path, tmp_path: Path) -> None:
+    options = dict(model='mixpath_nb201_supernet', model_kwargs=dict(num_cells=1, width=4), workers=0)
+    plain = run_train_script(digits, tmp_path / 'plain', 2, **options)
+    compiled = run_train_script(digits, tmp_path / 'compiled', 2, '--torchcompile', 'eager', **options)
+    first, second = (_torch_load(str(path), weights_only=True)['state_dict'] for path in (plain, compiled))
+    assert_equal(first, second)

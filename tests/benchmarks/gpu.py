@@ -4,9 +4,10 @@
 
 Training steps (forward, backward, clip, momentum SGD) of the supernets and of two networks, in float32, bfloat16 and
 float16, in both memory formats; a step with DDP and with this package's reduction, in a process group of one process;
-archs per second of a search, with and without recalibration. A supernet runs another arch in every step. Every
-measurement lasts `--seconds`, behind warm-up steps in which cuDNN tries its algorithms. The time of a profile by
-operators goes to `--profile`. With `--device cpu` it runs without a card, to try the script.
+archs per second of a search, with and without recalibration; with `--compile`, steps under torch.compile. A supernet
+runs another arch in every step. Every measurement lasts `--seconds`, behind warm-up steps in which cuDNN tries its
+algorithms. The time of a profile by operators goes to `--profile`. With `--device cpu` it runs without a card, to try
+the script.
 """
 
 import argparse
@@ -31,6 +32,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.profiler import ProfilerActivity, profile
 
 from timm_mixpath import Supernet, sample
+from timm_mixpath.models.compiled import CompiledRegions
 from timm_mixpath.search.accuracy import SupernetEvaluator
 from timm_mixpath.train.data_parallel import SampledDataParallel
 
@@ -118,6 +120,22 @@ def trainings(args: argparse.Namespace, device: torch.device) -> Iterator[tuple]
         yield 'training', name, dtype_name, format_name, steps * training.images, 'images', peak
 
 
+def compiled(args: argparse.Namespace, device: torch.device) -> Iterator[tuple]:
+    for name in args.compile:
+        training = Training(name, args, device, torch.channels_last)
+        autocast, scaler = precision(torch.bfloat16, device)
+        start = time.perf_counter()
+        if isinstance(training.model, Supernet):
+            regions = CompiledRegions(training.model, args.backend)
+            with autocast():
+                regions.warm_up(training.x)
+            print(f'{name}: {regions.num_graphs} graphs in {time.perf_counter() - start:.0f} s', flush=True)
+        else:
+            training.wrapped = torch.compile(training.model, backend=args.backend)
+        steps, peak = rate(partial(training.step, autocast, scaler), args, device)
+        yield 'training, compiled', name, 'bfloat16', 'channels_last', steps * training.images, 'images', peak
+
+
 @contextmanager
 def process_group(device: torch.device) -> Iterator[None]:
     with tempfile.TemporaryDirectory() as folder:
@@ -182,6 +200,9 @@ def main() -> None:
     parser.set_defaults(device='cuda')
     add = parser.add_argument
     add('--models', nargs='+', choices=list(MODELS), default=list(MODELS), metavar='NAME', help=', '.join(MODELS))
+    add('--compile', nargs='+', choices=list(MODELS), default=[], metavar='NAME',
+        help='compile these too; a supernet takes minutes')  # fmt: skip
+    add('--backend', default='inductor', metavar='NAME', help='backend of torch.compile (default: inductor)')
     add('--seconds', type=float, default=2.0, metavar='S', help='length of a measurement (default: 2)')
     add('--warmup', type=int, default=8, metavar='N', help='steps before it (default: 8)')
     add('--batch-size', type=int, metavar='N', help="images per step (default: the recipe's)")
@@ -192,7 +213,9 @@ def main() -> None:
     args = parser.parse_args()
     device = setup(args, 'Training steps and searches on a device')
     rows: list[tuple] = []
-    for row in itertools.chain(trainings(args, device), parallel(args, device), searches(args, device)):
+    for row in itertools.chain(
+        trainings(args, device), parallel(args, device), searches(args, device), compiled(args, device)
+    ):
         rows.append(row)
         print(f'{row[0]:45} {row[1]:28} {row[2]:9} {row[3]:14} {row[4]:10.1f} {row[5]}/s {row[6]:8.0f} MiB', flush=True)
         if args.csv:  # after every row: whatever ends the script, what was measured is kept

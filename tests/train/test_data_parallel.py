@@ -13,6 +13,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 import timm_mixpath  # noqa: F401  registers the models
+from timm_mixpath.models.compiled import CompiledRegions
 from timm_mixpath.train.data_parallel import SampledDataParallel
 
 WORLD_SIZE = 2
@@ -23,6 +24,7 @@ CASES: dict[str, dict[str, Any]] = {
     'shared widths': dict(name='mixpath_supernet', backbone='mobilenetv3_small_050', num_classes=10),
     'cells': dict(name='mixpath_nb201_supernet', num_classes=10),
     'channels last': dict(name='mixpath_nano_supernet', channels_last=True),
+    'compiled': dict(name='mixpath_nb201_supernet', num_cells=1, width=4, compiled=True),
 }
 
 
@@ -48,10 +50,13 @@ def worker(rank: int, folder: str) -> None:
         options = dict(options)
         torch.manual_seed(rank)  # other weights, until they are made equal
         checkpointing, channels_last = options.pop('checkpointing', False), options.pop('channels_last', False)
+        compiled = options.pop('compiled', False)
         model = timm.create_model(options.pop('name'), **options).double().train()
         model.set_grad_checkpointing(checkpointing)
         if channels_last:
             model.to(memory_format=torch.channels_last)
+        if compiled:
+            CompiledRegions(model, 'eager')
         ours = SampledDataParallel(model)
         other = copy.deepcopy(model)  # DDP without a broadcast of buffers does not make them equal at the start either
         theirs = DistributedDataParallel(other, find_unused_parameters=True, broadcast_buffers=False)

@@ -138,6 +138,9 @@ def test_ordinary_model_trains_on_all_images(digits: Path, tmp_path: Path, caplo
         (dict(opt='sdg'), UsageError, "'sdg'"),
         (dict(warmup_epochs=0.5, sched_on_updates=False), UsageError, '--warmup-epochs 0.5 is part of an epoch'),
         (dict(warmup_epochs=-1), UsageError, '--warmup-epochs -1'),
+        (dict(torchcompile='inducer'), UsageError, "--torchcompile 'inducer'"),
+        (dict(torchcompile_mode='max-autotune'), UsageError, 'no effect without --torchcompile'),
+        (dict(torchcompile='inductor', torchcompile_mode='reduce-overhead'), UsageError, 'CUDA graphs'),
         (dict(bce_sum=True), UsageError, '--bce-sum has no effect without --bce-loss'),
         (dict(device='meta', cpu_kernels=True), UsageError, "--cpu-kernels has no effect on device 'meta'"),
         (dict(device='cuda:77'), UsageError, "'cuda:77'"),
@@ -377,3 +380,24 @@ def test_repeated_augmentation_needs_processes(digits: Path, tmp_path: Path) -> 
     assert result.returncode == 0, result.stderr[-3000:]
     labels = [(tmp_path / f'labels-{rank}.txt').read_text().splitlines() for rank in (0, 1)]
     assert labels[0] == labels[1] and len(labels[0]) > 3  # the same image in both, in every place
+
+
+def test_compiled_run_is_that_of_eager_mode_and_goes_on(digits: Path, tmp_path: Path) -> None:
+    options = dict(model='mixpath_nb201_supernet', model_kwargs=dict(num_cells=1, width=4), model_ema=True, drop=0.1)
+    plain = train(small_args(digits, tmp_path / 'plain', **options)).output_dir
+    options['torchcompile'] = 'eager'
+    whole = train(small_args(digits, tmp_path / 'compiled', **options)).output_dir
+    first = _torch_load(str(whole / 'last.pth.tar'), weights_only=True)
+    expected = _torch_load(str(plain / 'last.pth.tar'), weights_only=True)
+    for name in ('state_dict', 'state_dict_ema', 'optimizer'):
+        assert_equal(first[name], expected[name])
+    start = str(whole / 'checkpoint-0.pth.tar')
+    resumed = train(small_args(digits, tmp_path / 'resumed', **options, resume=start)).output_dir
+    assert_equal(_torch_load(str(resumed / 'last.pth.tar'), weights_only=True)['state_dict'], first['state_dict'])
+
+
+def test_ordinary_model_is_compiled_as_timm_does(digits: Path, tmp_path: Path) -> None:
+    options = dict(model='mixpath_nb201', model_kwargs=dict(num_cells=1, width=4), epochs=1, torchcompile='eager')
+    folder = train(small_args(digits, tmp_path, **options)).output_dir
+    loaded = load_model(folder / 'last.pth.tar')  # names are those of the model
+    assert type(loaded.model).__name__ == 'NB201Net'

@@ -171,14 +171,24 @@ def test_accumulation_in_one_process():
     assert sorted(n for n, p in model.named_parameters() if p.grad is not None) == expected_names(archs)
 
 
-def test_compile_leaves_the_supernet_eager(caplog):
-    task = make_task()
-    model = task.get_trainable_module()
-    with caplog.at_level(logging.WARNING):
-        assert task.compile() is model
-    assert 'not compiled' in caplog.text
-    assert task.get_trainable_module() is model
-    assert task.get_eval_model() is model
+def test_compile_is_by_regions_and_warms_up_in_the_first_step(caplog):
+    model = timm.create_model('mixpath_nb201_supernet', num_cells=1, width=4)
+    task = SupernetTask(model, nn.CrossEntropyLoss(), verbose=False)
+    task.setup_ema(decay=0.5)
+    keys = list(task.get_checkpoint_state()['state_dict'])
+    assert task.compile('eager') is model
+    assert task.compile_ema('eager') is task.get_eval_model(ema=True)
+    assert task.get_trainable_module() is model and task.get_eval_model() is model
+    with caplog.at_level(logging.INFO):
+        task(*make_batch(0))['loss'].backward()
+    assert 'graphs serve all archs' in caplog.text
+    assert model.sample_step == 1
+    graphs = task._regions.num_graphs
+    for seed in range(1, 5):
+        task(*make_batch(seed))['loss'].backward()
+    assert task._regions.num_graphs == graphs > 0
+    task.update_ema(step=1)
+    assert list(task.get_checkpoint_state()['state_dict']) == keys
 
 
 def test_checkpoint_state_continues_the_sequence():

@@ -9,6 +9,7 @@ from typing import Any
 import yaml
 from timm.utils import ParseKwargs
 
+from ..models.compiled import check_compile
 from ..utils.errors import UsageError
 from ..utils.numbers import parse_epochs, parse_float, parse_share
 from .data import HOLDOUT_SPLIT
@@ -116,6 +117,9 @@ def add_train_options(parser: argparse.ArgumentParser) -> None:
     add('--device', default=None, metavar='NAME', help='cuda, cpu, ... (default: cuda if there is a GPU, else cpu)')
     add('--device-modules', default=None, nargs='+', metavar='MODULE', help='Python modules to import first')
     add('--cpu-kernels', action='store_true', help=CPU_KERNELS_HELP)
+    add('--torchcompile', nargs='?', const='inductor', default=None, metavar='BACKEND',
+        help='compile the model with torch.compile (inductor); of a supernet, what its archs are made of')  # fmt: skip
+    add('--torchcompile-mode', default=None, metavar='MODE', help='mode of torch.compile')
     add('--amp', action='store_true', help='mixed precision')
     add('--amp-dtype', default='float16', choices=('float16', 'bfloat16'), help='dtype of mixed precision')
     add('--no-ddp-bb', action='store_true', help='DDP does not broadcast buffers (of supernets it never does)')
@@ -353,6 +357,12 @@ def check_values(args: Namespace) -> None:
     if args.initial_checkpoint and not Path(args.initial_checkpoint).is_file():
         raise UsageError(f'--initial-checkpoint {args.initial_checkpoint!r} is not a file')
     check_distillation(args)
+    if args.torchcompile:
+        check_compile(args.torchcompile, args.torchcompile_mode)
+    elif args.torchcompile_mode:
+        raise UsageError(
+            f'--torchcompile-mode {args.torchcompile_mode} has no effect without --torchcompile, give both'
+        )
     bce = [
         name for name in ('bce_sum', 'bce_target_thresh', 'bce_pos_weight') if getattr(args, name) not in (False, None)
     ]

@@ -1,13 +1,15 @@
 """Training tasks for supernets: timm's own, for a network of which every step trains a part."""
 
-import logging
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
+from typing import Any, ClassVar
 
-import torch.nn as nn
+import torch
 from timm.task import ClassificationTask, FeatureDistillationTask, LogitDistillationTask, TrainingTask
 from timm.utils import unwrap_model
+from torch import nn
 
+from ..models.compiled import CompiledRegions
 from ..models.supernet import Supernet
 from .data_parallel import SampledDataParallel
 
@@ -19,11 +21,13 @@ __all__ = [
     'create_task',
 ]
 
-_logger = logging.getLogger(__name__)
-
 
 class _PartialTraining(TrainingTask):
     """What changes in a task of timm when every step trains a part of the network, as a mixin in front of it."""
+
+    _regions: CompiledRegions | None = None
+    # What of the teacher is compiled
+    _teacher_parts: ClassVar[Mapping[str, bool]] = MappingProxyType({})
 
     def prepare_distributed(self, device_ids: list | None = None, **ddp_kwargs: Any) -> '_PartialTraining':
         """Wrap what is trained, in `SampledDataParallel` in the place of timm's DistributedDataParallel.
@@ -39,9 +43,42 @@ class _PartialTraining(TrainingTask):
         return self
 
     def compile(self, backend: str = 'inductor', mode: str | None = None, **compile_kwargs: Any) -> nn.Module:
-        """Leave the supernet in eager mode: its graph changes in every step, compiling would only recompile."""
-        _logger.warning('a supernet runs another graph in every step and is not compiled; --torchcompile is ignored')
-        return self.get_eval_model()
+        """Compile the training of the supernet by regions, see `CompiledRegions`, and the teacher as timm does.
+
+        Its graphs are compiled in front of the first step, for images as that step has them. The supernet is evaluated
+        in eager mode.
+
+        Args:
+            backend: Backend of `torch.compile`.
+            mode: Its mode.
+            **compile_kwargs: For the teacher, see `torch.compile`.
+
+        Returns:
+            The supernet.
+
+        Raises:
+            UsageError: No such backend or mode, or one that a supernet can't have.
+        """
+        model = self.get_eval_model()
+        self._regions = CompiledRegions(unwrap_model(model), backend, mode)
+        if hasattr(self, 'teacher'):
+            self.teacher.compile(backend=backend, mode=mode, **self._teacher_parts, **compile_kwargs)
+        return model
+
+    def compile_ema(self, *args: Any, **kwargs: Any) -> nn.Module | None:
+        """The averaged supernet is evaluated in eager mode.
+
+        Args:
+            *args: Ignored.
+            **kwargs: Ignored.
+        """
+        return self.get_eval_model(ema=True) if self.has_ema() else None
+
+    def forward(self, input: torch.Tensor, target: torch.Tensor) -> dict[str, torch.Tensor]:
+        """See the task of timm; images [B, C, H, W] and targets."""
+        if self._regions is not None and not self._regions.is_warm:
+            self._regions.warm_up(input)
+        return super().forward(input, target)
 
 
 class SupernetTask(_PartialTraining, ClassificationTask):
@@ -68,9 +105,13 @@ class SupernetTask(_PartialTraining, ClassificationTask):
 class SupernetLogitDistillationTask(_PartialTraining, LogitDistillationTask):
     """timm's `LogitDistillationTask` for a supernet as the student; the arch of the step learns from the teacher."""
 
+    _teacher_parts = MappingProxyType({'compile_model': True, 'compile_features': False})
+
 
 class SupernetFeatureDistillationTask(_PartialTraining, FeatureDistillationTask):
     """timm's `FeatureDistillationTask` for a supernet as the student; the arch of the step learns from the teacher."""
+
+    _teacher_parts = MappingProxyType({'compile_model': False, 'compile_features': True})
 
 
 def _stand_in(task_cls: type[TrainingTask], supernet_cls: type[TrainingTask]) -> Callable[..., TrainingTask]:
