@@ -199,6 +199,25 @@ def test_batches_behind_are_those_of_the_whole_epoch(workers: int) -> None:
     assert epoch(0) == whole
 
 
+UNFORESEEN = """
+import torch
+from torch.utils.data import DataLoader, TensorDataset
+from timm_mixpath.train.recovery import outlive_signals
+
+loader = DataLoader(TensorDataset(torch.arange(8)), batch_size=1, num_workers=1, persistent_workers=True)
+outlive_signals(loader)
+batches = iter(loader)
+next(batches)
+raise KeyError('unforeseen')
+"""
+
+
+def test_process_that_loads_images_ends_with_one_that_fails() -> None:
+    """Python ends its processes by SIGTERM, and waits for them: they outlive that of others only."""
+    done = subprocess.run([sys.executable, '-c', UNFORESEEN], env=environment(), capture_output=True, timeout=60)
+    assert done.returncode == 1 and b'unforeseen' in done.stderr
+
+
 @pytest.mark.slow
 def test_killed_many_times_at_random_moments(digits: Path, tmp_path: Path) -> None:
     """SIGKILL and SIGTERM, again and again, until the training has ended: it ends as the unbroken one."""

@@ -1,4 +1,4 @@
-"""Data sets that can be read in their order only: a real webdataset of a few shards."""
+"""Data sets of other kinds: a real webdataset of a few shards, tables of the Hub's kind in files."""
 
 import io
 import json
@@ -10,8 +10,9 @@ from commands import fails, torchrun
 from PIL import Image
 
 from timm_mixpath import cli
-from timm_mixpath.search.images import load_batches
-from timm_mixpath.train.data import open_dataset
+from timm_mixpath.search.images import SearchData, load_batches, open_search_split
+from timm_mixpath.train.checkpoint import load_model
+from timm_mixpath.train.data import open_dataset, targets
 
 pytest.importorskip('webdataset')
 
@@ -83,3 +84,52 @@ def test_first_images_are_those_of_the_shard_in_its_order(shards: Path, workers:
         with tarfile.open(shards / f'train-{shard:04d}.tar') as tar:
             names += [tar.extractfile(m).read().decode() for m in tar if m.name.endswith('.cls')]
     assert labels == [int(name) for name in names[:70]]
+
+
+@pytest.fixture(scope='module')
+def tables(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The digits as Parquet files, as data sets of the Hub have them."""
+    datasets = pytest.importorskip('datasets')
+    root = tmp_path_factory.mktemp('tables')
+    names = [str(label) for label in range(10)]
+    features = datasets.Features({'image': datasets.Image(), 'label': datasets.ClassLabel(names=names)})
+    for split in ('train', 'validation'):
+        files = sorted((digits / split).glob('*/*.png'))
+        columns = {'image': [str(path) for path in files], 'label': [path.parent.name for path in files]}
+        table = datasets.Dataset.from_dict(columns, features=features)
+        table.to_parquet(root / 'data' / f'{split}-00000-of-00001.parquet')
+    return root
+
+
+@pytest.mark.parametrize('kind', ['hfds', 'hfids'])
+def test_tables_train_hold_out_and_are_searched(
+    tables: Path, tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    cache = tmp_path / 'cache'
+    cache.mkdir()
+    train = ['train', '--model', 'mixpath_nano_supernet', '--num-classes', '10', '--img-size', '16', '-b', '32']
+    train += ['--dataset', f'{kind}/{tables}', '--data-dir', str(cache), '--epochs', '1', '--warmup-epochs', '0']
+    train += ['--output', str(tmp_path), '-j', '1', '--device', 'cpu', '--experiment']
+    search = f'search --checkpoint {tmp_path}/run/last.pth.tar --population 4 --offspring 2 --generations 1'
+    search += f' --num-images 20 --recalibration-images 32 -j 1 --device cpu --output {tmp_path}/search'
+    if kind == 'hfds':
+        assert cli.main([*train, 'run']) == 0
+        loaded = load_model(tmp_path / 'run' / 'last.pth.tar')
+        held, _, _ = open_search_split(loaded, SearchData(data_dir=str(cache)))
+        assert sorted(targets(held.dataset)[i] for i in held.indices) == sorted([*range(10)] * 2)  # two of each class
+        for keys, text in (
+            (['--input-key', 'img'], '--input-key img'),
+            (['--target-key', 'digit'], '--target-key digit'),
+        ):
+            status, error = fails(capsys, [*train, 'other', *keys])
+            assert status == 2 and text in error and 'columns are image, label' in error
+    else:
+        status, error = fails(capsys, [*train, 'other', '--search-holdout', '0'])
+        assert status == 2 and "does not tell how many images split 'train' has; pass --train-num-samples" in error
+        numbers = ['--search-holdout', '0', '--train-num-samples', '200', '--val-num-samples', '50']
+        assert cli.main([*train, 'run', *numbers]) == 0
+        search += ' --search-split validation'
+        status, error = fails(capsys, [*train, 'other', *numbers, '--target-key', 'digit'])
+        assert status == 1 and 'check --input-key and --target-key' in error
+    assert cli.main(search.split()) == 0
+    assert (tmp_path / 'search' / 'front.csv').exists()

@@ -221,6 +221,8 @@ def open_search_split(loaded: LoadedModel, data: SearchData, *, warn: bool = Tru
         input_key=pick(data.input_key, 'input_key'),
         target_key=pick(data.target_key, 'target_key'),
     )
+    if dataset.lower().startswith('hfids/'):
+        options['num_samples'] = data.num_images or _DEFAULT_IMAGES  # it asks for a number, and reads as it is told
     if data.search_split:
         search_set = open_dataset(dataset, root, data.search_split, **options)
         train_set = open_dataset(dataset, root, train_split, **options)

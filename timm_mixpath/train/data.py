@@ -103,15 +103,37 @@ def open_dataset(
     try:
         dataset = create_dataset(name, root=root, split=split, **kwargs)
         empty = not isinstance(dataset, IterableDataset) and len(dataset) == 0
+    except ValueError as e:  # readers of timm, where nothing tells how many images a stream has
+        if 'num_samples' not in str(e):
+            raise
+        raise UsageError(
+            f'data set {name!r} does not tell how many images split {split!r} has; pass --train-num-samples and '
+            '--val-num-samples'
+        ) from None
     except (OSError, RuntimeError, AssertionError, ImportError, TarError) as e:
         raise RunError(f'data set {name or root!r}, split {split!r}, can not be read: {concise(e)}') from e
     if empty:
         raise RunError(f'data set {name or root!r}, split {split!r}, holds no images')
+    if name.lower().startswith('hfds/'):
+        _check_keys(dataset.reader, name)
     if type(dataset) is ImageDataset:
         dataset = ImageFiles(dataset)
     if num_classes is not None:
         check_classes({f'split {split!r}': dataset}, num_classes)
     return dataset
+
+
+def _check_keys(reader: Any, name: str) -> None:
+    """Check that the first sample of a table of the Hub's kind has an image and a class."""
+    try:
+        _, label = reader[0]
+        int(label)
+    except (LookupError, TypeError, ValueError, AssertionError, OSError):
+        columns = ', '.join(reader.dataset.info.features or reader.dataset.column_names)
+        raise UsageError(
+            f'data set {name!r} has no images at --input-key {reader.image_key} or no class indices at --target-key '
+            f'{reader.label_key}, its columns are {columns}'
+        ) from None
 
 
 def check_classes(
@@ -191,6 +213,9 @@ def iterate(loader: Iterable) -> Iterator[Any]:
         except (OSError, RuntimeError, ValueError) as e:  # a worker's error comes with its traceback as text
             text = re.sub(r'^[\w.]+(Error|Exception): ', '', str(e).strip().splitlines()[-1])
             raise RunError(f'images can not be read: {text}') from e
+        except (LookupError, TypeError, AttributeError) as e:  # what readers of timm meet where a key is not there
+            text = f'{type(e).__name__}: {str(e).strip().splitlines()[-1]}'
+            raise RunError(f'images can not be read, check --input-key and --target-key ({text})') from e
         yield batch
 
 
@@ -217,6 +242,8 @@ def targets(dataset: Dataset) -> list[int] | None:
             return [int(t) for t in owner.targets]
     if getattr(reader, 'samples', None):
         return [int(sample[1]) for sample in reader.samples]
+    if hasattr(reader, 'iter_targets'):
+        return [int(target) for target in reader.iter_targets()]
     return None
 
 

@@ -71,6 +71,8 @@ class StopSignal:
 class _OutliveSignals:
     """Lets a process that loads images live on when everybody is asked to end: the training needs it for a moment.
 
+    What the training itself sends at its end is obeyed at once, or it would wait for this process for ever.
+
     Args:
         init: What else such a process does at its start.
     """
@@ -79,14 +81,30 @@ class _OutliveSignals:
         self.init = init
 
     def __call__(self, worker: int) -> None:
-        for number in _SIGNALS:
-            signal.signal(number, _ignore_once)
+        if hasattr(signal, 'sigwaitinfo'):
+            signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)  # for the thread that waits for them, too
+            threading.Thread(target=_obey_the_training, args=(os.getppid(),), daemon=True).start()
+        else:
+            for number in _SIGNALS:
+                signal.signal(number, _end_later)
         if self.init is not None:
             self.init(worker)
 
 
-def _ignore_once(number: int, _: FrameType | None) -> None:
-    signal.signal(number, signal.SIG_DFL)
+def _obey_the_training(training: int) -> None:
+    is_asked = False
+    while True:
+        info = signal.sigwaitinfo(_SIGNALS)
+        if is_asked or info.si_pid == training:
+            os._exit(128 + info.si_signo)
+        is_asked = True
+
+
+def _end_later(*_: Any) -> None:
+    """The same where nobody tells who sent a signal."""
+    for number in _SIGNALS:
+        signal.signal(number, signal.SIG_DFL)
+    signal.alarm(30)
 
 
 def outlive_signals(loader: Any) -> None:
