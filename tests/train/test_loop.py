@@ -1,6 +1,7 @@
 import copy
 import csv
 import math
+import multiprocessing
 import shutil
 import signal
 import subprocess
@@ -22,6 +23,7 @@ from timm.optim import create_optimizer_v2
 from timm_mixpath import get_space, sample
 from timm_mixpath.train.checkpoint import load_model
 from timm_mixpath.train.data import hold_out, open_dataset, targets
+from timm_mixpath.train.loaders import create_loaders
 from timm_mixpath.train.loop import fill_momentum, train
 from timm_mixpath.train.options import add_train_options, apply_config
 from timm_mixpath.utils.errors import RunError, UsageError
@@ -401,3 +403,19 @@ def test_ordinary_model_is_compiled_as_timm_does(digits: Path, tmp_path: Path) -
     folder = train(small_args(digits, tmp_path, **options)).output_dir
     loaded = load_model(folder / 'last.pth.tar')  # names are those of the model
     assert type(loaded.model).__name__ == 'NB201Net'
+
+
+@pytest.mark.parametrize('live_on', [False, True])
+def test_processes_that_load_images_live_on_if_asked(digits: Path, tmp_path: Path, live_on: bool) -> None:
+    args = small_args(digits, tmp_path, use_multi_epochs_loader=live_on)
+    args.distributed, args.rank, args.world_size = False, 0, 1
+    data_config = dict(input_size=(3, 16, 16), mean=(0.5,) * 3, std=(0.5,) * 3, interpolation='bilinear', crop_pct=1.0)
+    train_set = open_dataset('', str(digits), 'train')
+    loader, _, _ = create_loaders(args, data_config, train_set, None, torch.device('cpu'))
+    before = {process.pid for process in multiprocessing.active_children()}
+    alive: list[set[int]] = []
+    for _ in range(2):
+        assert sum(len(target) for _, target in loader) == 192
+        alive.append({process.pid for process in multiprocessing.active_children()} - before)
+    assert len(alive[0]) == (1 if live_on else 0)
+    assert alive[0] == alive[1]

@@ -134,7 +134,8 @@ def create_loaders(
         interpolation=interpolation,
         collate_fn=collate_fn,
         worker_seeding=args.worker_seeding,
-        persistent_workers=False,  # workers that live on keep random state that a resumed run could not restore
+        # Workers that live on keep random state that a resumed run could not restore
+        persistent_workers=args.use_multi_epochs_loader and args.workers > 0,
         **common,
     )
     return loader_train, _create_val_loader(args, data_config, val_set, common), mixup_fn

@@ -51,6 +51,7 @@ from .checkpoint import (
 from .data import iterate
 from .distill import create_distillation_task
 from .loaders import create_loaders, open_data
+from .metrics_log import open_metrics_log
 from .options import LOCAL_OPTIONS, check_values, default_args, make_storable, mixup_active
 from .recovery import RECOVERY, StopSignal, batches_behind, latest_checkpoint, outlive_signals, resolve_auto, run_dir
 from .task import create_task
@@ -375,7 +376,7 @@ def _updates_per_epoch(args: Namespace, loader: Any) -> int:
 
 
 def _train_epochs(args: Namespace, run: _Run) -> TrainResult:
-    primary, task, saver, output_dir = utils.is_primary(args), run.task, run.saver, run.output_dir
+    primary, saver, output_dir = utils.is_primary(args), run.saver, run.output_dir
     result = TrainResult(output_dir)
     if saver is not None:
         result.best_metric, result.best_epoch = saver.best_metric, saver.best_epoch
@@ -398,6 +399,14 @@ def _train_epochs(args: Namespace, run: _Run) -> TrainResult:
             f'Training epochs {run.start_epoch} to {run.num_epochs - 1} on {args.device}, output in {output_dir}'
         )
 
+    with open_metrics_log(args, output_dir, run.start_epoch) if primary else nullcontext() as log:
+        _train_all(args, run, result, log)
+    return result
+
+
+def _train_all(args: Namespace, run: _Run, result: TrainResult, log: Callable[..., None] | None) -> None:
+    """Train the epochs that are left, and note in `result` how it went; `log` takes metrics in the first process."""
+    primary, task, saver, output_dir = utils.is_primary(args), run.task, run.saver, run.output_dir
     for epoch in range(run.start_epoch, run.num_epochs):
         _start_epoch(args, run.loader_train, epoch)
         train_metrics = _train_one_epoch(args, run, epoch)
@@ -432,9 +441,9 @@ def _train_epochs(args: Namespace, run: _Run) -> TrainResult:
         result.metrics = {f'train_{k}': v for k, v in train_metrics.items()}
         result.metrics.update({f'eval_{k}': v for k, v in (val_metrics or {}).items()})
         if primary:
+            log(epoch, {**result.metrics, 'lr': sum(lrs) / len(lrs)})
             shown = '  '.join(f'{k} {v:.4g}' for k, v in result.metrics.items())
             _logger.info(f'Epoch {epoch}: {shown}')
-    return result
 
 
 def check_resumed(args: Namespace, before: Namespace) -> None:

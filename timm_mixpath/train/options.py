@@ -33,7 +33,8 @@ __all__ = [
 LOCAL_OPTIONS = frozenset({
     'checkpoint_hist', 'config', 'cpu_kernels', 'data_dir', 'dataset_download', 'device', 'device_modules',
     'experiment', 'local_rank', 'log_interval', 'no_prefetcher', 'no_resume_opt', 'output', 'pin_mem',
-    'recovery_interval', 'resume', 'workers',
+    'log_tensorboard', 'log_wandb', 'recovery_interval', 'resume', 'use_multi_epochs_loader', 'wandb_project',
+    'wandb_resume_id', 'wandb_tags', 'workers',
 })  # fmt: skip
 
 CPU_KERNELS_HELP = 'compile and use a faster gradient of depthwise convolutions on the CPU, needs a C++ compiler'
@@ -73,6 +74,8 @@ def add_data_options(parser: argparse.ArgumentParser) -> None:
              'by up to an eighth and --hflip, other augmentation options are refused or have no effect (for small '
              'images on a CPU; not an option of timm\'s train.py)')  # fmt: skip
     add('-j', '--workers', type=int, default=4, metavar='N', help='data loading processes')
+    add('--use-multi-epochs-loader', action='store_true',
+        help='processes that load images live on over epochs, a run that goes on augments otherwise')  # fmt: skip
 
 
 def add_train_options(parser: argparse.ArgumentParser) -> None:
@@ -219,6 +222,12 @@ def add_train_options(parser: argparse.ArgumentParser) -> None:
     add('--seed', type=int, default=42, help='seed of weights, data order, augmentation, and of the sampled archs')
     add('--worker-seeding', default='all')
     add('--log-interval', type=int, default=50, metavar='N', help='steps between log lines')
+    add('--log-wandb', action='store_true', help='log the metrics of every epoch to Weights & Biases')
+    add('--wandb-project', default=None, metavar='NAME', help='project of the run there')
+    add('--wandb-tags', default=[], nargs='+', metavar='TAG', help='tags of the run')
+    add('--wandb-resume-id', default='', metavar='ID', help='with --resume: the run there that goes on')
+    add('--log-tensorboard', action='store_true',
+        help='log them for TensorBoard, in the folder of the run (not an option of timm\'s train.py)')  # fmt: skip
     add('--val-interval', type=int, default=1, metavar='N', help='epochs between validations and checkpoints')
     add('--checkpoint-hist', type=int, default=10, metavar='N', help='checkpoints to keep')
     add('--pin-mem', action='store_true')
@@ -368,6 +377,11 @@ def check_values(args: Namespace) -> None:
     ]
     if bce and not args.bce_loss:
         raise UsageError(f'--{bce[0].replace("_", "-")} has no effect without --bce-loss, give both or none')
+    wandb = [name for name in ('wandb_project', 'wandb_tags', 'wandb_resume_id') if getattr(args, name)]
+    if wandb and not args.log_wandb:
+        raise UsageError(f'--{wandb[0].replace("_", "-")} has no effect without --log-wandb, give both or none')
+    if args.wandb_resume_id and not args.resume:
+        raise UsageError(f'--wandb-resume-id {args.wandb_resume_id} goes on with a run and needs --resume')
     if args.warmup_epochs < 0:
         raise UsageError(f'--warmup-epochs {args.warmup_epochs} must not be negative')
     if args.warmup_epochs != int(args.warmup_epochs) and not args.sched_on_updates:
