@@ -2,10 +2,12 @@
 
 import json
 import os
+import random
 import re
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -792,3 +794,35 @@ def test_hf_download(hub: Hub, run: Path, tmp_path: Path) -> None:
         assert (tmp_path / 'copy' / name).read_bytes() == content
     model = timm.create_model(f'local-dir:{tmp_path / "copy"}', pretrained=True)
     assert torch.equal(output_of(model), output_of(load_model(run / 'last.pth.tar').model))
+
+
+@pytest.mark.slow
+def test_killed_push_leaves_the_repo_whole_and_is_repeated(hub: Hub, model_dir: Path, tmp_path: Path) -> None:
+    """SIGKILL at random moments of the exchange: at any time the repo holds everything or nothing of a push."""
+    # Slow answers, or a push on this machine would be over at once
+    hub.faults.append(Fault(request='.*', delay=0.25, times=10**9))
+    command = [sys.executable, '-m', 'timm_mixpath.cli', 'push', '--checkpoint', str(model_dir), '--repo-id', NAME]
+    env = environment(hub, tmp_path / 'home', HF_TOKEN=TOKEN)
+    draw, states = random.Random(0), []
+    for _ in range(8):
+        seen = len(hub.requests)
+        process = subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        while len(hub.requests) == seen and process.poll() is None:
+            time.sleep(0.01)  # until it talks to the server
+        time.sleep(draw.uniform(0, 2.0))
+        process.kill()
+        process.communicate()
+        time.sleep(0.5)  # what was on its way arrives
+        repo = hub.repos.get(NAME)
+        states.append(sorted(repo.commits[repo.refs['main']]) if repo is not None and repo.log else [])
+    whole = ['README.md', 'config.json', 'model.safetensors']
+    assert all(set(whole) <= set(state) or not set(whole) & set(state) for state in states), states
+    done = subprocess.run(command, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    repo = hub.repos[NAME]
+    assert set(whole) <= repo.commits[repo.refs['main']].keys()
+    # Whatever was killed behind its commit made no second one
+    with_weights = [oid for oid in repo.log if 'model.safetensors' in repo.commits[oid]]
+    assert len(with_weights) == 1
+    loaded = timm.create_model(SOURCE, pretrained=True)
+    assert torch.equal(output_of(loaded), output_of(timm.create_model(f'local-dir:{model_dir}', pretrained=True)))
