@@ -147,6 +147,13 @@ def test_images_are_kept_as_bytes(batches) -> None:
     assert torch.equal(batches[1:][0][0], batches[1][0])
 
 
+def test_images_from_other_processes_do_not_stay_in_shared_memory(digits, batches) -> None:
+    """Containers have little of it, and every tensor there keeps a file open."""
+    loaded = load_batches(open_dataset('', str(digits), 'train'), DATA_CONFIG, batch_size=64, workers=1)
+    assert not any(tensor.is_shared() for batch in loaded.raw for tensor in batch)
+    assert loaded.digests() == batches.digests()
+
+
 def test_shares_of_processes_are_all_batches(digits, batches) -> None:
     dataset = open_dataset('', str(digits), 'train')
 

@@ -361,8 +361,12 @@ def load_batches(
     batches = iterate(loader.loader)
     if stream:
         batches = islice(_first(batches, max_images), ranks.rank, None, ranks.world_size)
-    raw = [(x.to(device), y.to(device)) for x, y in batches]
-    return ImageBatches(raw, data_config, channels_last)
+    return ImageBatches([(_kept(x, device), _kept(y, device)) for x, y in batches], data_config, channels_last)
+
+
+def _kept(x: torch.Tensor, device: torch.device) -> torch.Tensor:
+    # What comes from another process lies in shared memory, of which containers have little, and keeps a file open
+    return x.clone() if x.is_shared() and device.type == 'cpu' else x.to(device)
 
 
 def _first(batches: Iterator[Any], max_images: int | None) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
