@@ -9,7 +9,7 @@ import timm
 import torch
 from safetensors.torch import save_file
 
-from timm_mixpath import cli
+from timm_mixpath import backbone_space, cli
 from timm_mixpath.cli.adapt import AdaptConfig, run_adapt
 from timm_mixpath.models.cost import count_macs
 from timm_mixpath.utils.errors import UsageError
@@ -57,6 +57,9 @@ def test_job_is_cut_off_and_goes_on(
     folder = run_adapt(tiny, tmp_path)
     assert [(tmp_path / name).read_bytes() for name in kept] == before
     assert (tmp_path / 'search' / 'pareto.png').exists()
+    # The search begins near the backbone
+    header = json.loads((tmp_path / 'search' / 'archive.jsonl').read_text().splitlines()[0])
+    assert header['config']['near'] == str(backbone_space(BACKBONE).default_arch)
 
     # The supernet began as the fine-tuned backbone, and the table tells what the folder holds
     backbone = timm.create_model(f'local-dir:{tmp_path / "backbone" / "model"}', pretrained=True).eval()

@@ -784,3 +784,46 @@ def test_impossible_latency_names_the_range(timed, tmp_path):
         run(timed, tmp_path / 'a.jsonl', max_latency=0.1)
     with pytest.raises(UsageError, match='min_latency=100 ms excludes every arch'):
         run(timed, tmp_path / 'a.jsonl', min_latency=100)
+
+
+# ---- Near an arch
+
+
+def num_changes(a: Arch, b: Arch) -> int:
+    return sum(x != y for x, y in zip(a.blocks, b.blocks))
+
+
+@pytest.mark.parametrize('share', [None, 0.85])
+def test_half_of_generation_0_is_near_an_arch(nano, tmp_path, share):
+    space, cost = nano
+    start = cost.largest('macs')
+    limit = None if share is None else int(share * cost.macs(start))
+    result = run(nano, tmp_path / 'near', near=str(start), population=20, max_macs=limit)
+    first = [c.arch for c in result.evaluations if c.generation == 0]
+    near, rest = first[:10], first[10:]
+    assert len(set(first)) == 20
+    assert limit is None or all(cost.macs(arch) <= limit for arch in first)
+    if limit is None:
+        assert near[0] == start  # the arch itself is among them
+        assert all(num_changes(arch, start) <= len(space.gene_sizes) // 4 for arch in near)
+    # As few changes as the limit takes, against archs that have nothing to do with it
+    assert np.mean([num_changes(a, start) for a in near]) < np.mean([num_changes(a, start) for a in rest]) - 1
+    # The others are those that a search without an arch begins with
+    plain = run(nano, tmp_path / 'plain', population=20, max_macs=limit)
+    assert rest == [c.arch for c in plain.evaluations if c.generation == 0][:10]
+
+
+def test_search_near_an_arch_goes_on_and_leaves_others_alone(nano, tmp_path):
+    near = str(nano[0].default_arch)
+    whole = run(nano, tmp_path / 'whole', near=near)
+    for stop_at in (3, len(whole.evaluations) - 1):
+        with pytest.raises(KeyboardInterrupt):
+            run(nano, tmp_path / str(stop_at), Counter(stop_at), near=near)
+        assert run(nano, tmp_path / str(stop_at), near=near).evaluations == whole.evaluations
+    assert json.loads((tmp_path / 'whole').read_text().splitlines()[0])['config']['near'] == near
+    # Archives of before know nothing of it
+    run(nano, tmp_path / 'plain')
+    assert 'near' not in json.loads((tmp_path / 'plain').read_text().splitlines()[0])['config']
+    with pytest.raises(UsageError, match=r"near='k4_e6' is no arch of the space"):
+        run(nano, tmp_path / 'bad', near='k4_e6')
+    assert run(nano, tmp_path / 'none', near='none').evaluations == run(nano, tmp_path / 'plain').evaluations

@@ -52,6 +52,9 @@ def add_search(parser: argparse.ArgumentParser) -> None:
     add('--offspring', type=int, default=default.offspring, metavar='N', help='evaluations per generation')
     add('--generations', type=int, default=default.generations, metavar='N')
     add('--seed', type=int, default=default.seed)
+    add('--near', metavar='ARCH',
+        help="draw every other arch of generation 0 near this one (default: the backbone's own in a supernet around "
+             "one, else none)")  # fmt: skip
     add('--recalibration-images', type=parse_count, default=0, metavar='N',
         help='recalibrate the batch norms of every candidate with N training images (default: 0, none)')  # fmt: skip
     add('--cost-input-size', nargs=3, type=int, metavar='N',

@@ -28,6 +28,9 @@ class SearchConfig:
     Attributes:
         algorithm: 'nsga2' or 'random'.
         population: Archs of generation 0, drawn at random; the size of NSGA-II's population ever after.
+        near: Text of an arch near which NSGA-II draws every other arch of generation 0, `'none'` for none: what a
+            supernet inherited from a pretrained network it has most of where little is changed. None is for
+            `search_checkpoint` to decide, which takes the backbone's own arch where there is one.
         offspring: Archs evaluated in each generation after that.
         generations: Generations after generation 0.
         objectives: What to minimise, {name: weight} or (name, weight) pairs of 'error' (which must be there), 'macs',
@@ -58,6 +61,7 @@ class SearchConfig:
     max_latency: float | None = None
     min_latency: float | None = None
     seed: int = 0
+    near: str | None = None
 
     def __post_init__(self) -> None:
         if self.algorithm not in ALGORITHMS:
@@ -112,8 +116,8 @@ class SearchConfig:
     def to_dict(self) -> dict[str, Any]:
         """Return a JSON-ready dict; `SearchConfig(**config.to_dict()) == config`."""
         content = dict(asdict(self), objectives=dict(self.objectives))
-        # Archives of searches without a latency know nothing of it
-        for name in ('max_latency', 'min_latency'):
+        # Archives of searches without them know nothing of them
+        for name in ('max_latency', 'min_latency', 'near'):
             if content[name] is None:
                 del content[name]
         return content

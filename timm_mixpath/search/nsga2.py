@@ -22,8 +22,9 @@ _CROSSOVER_PROB = 0.9
 _MUTATIONS_PER_CHILD = 1.0
 
 
-def first_generation(pool: ArchPool, config: SearchConfig) -> list[Arch]:
-    archs = pool.take(config.population)
+def first_generation(pool: ArchPool, config: SearchConfig, near: Arch | None = None) -> list[Arch]:
+    archs = pool.take_near(near, (config.population + 1) // 2) if near is not None else []
+    archs += pool.take(config.population - len(archs))
     if not archs:
         limits = [f'{n}={v}' for n, v in asdict(config).items() if n[:4] in ('max_', 'min_') and v is not None]
         raise UsageError(f'no arch inside the limits was found ({", ".join(limits)}), widen them')
@@ -88,7 +89,8 @@ class NSGA2Search(_Algorithm):
 
         generation, self._generation = self._generation, self._generation + 1
         if generation == 0:
-            archs = first_generation(self._pool, self._config)
+            near = None if self._config.near in (None, 'none') else self._pool.space.arch(self._config.near)
+            archs = first_generation(self._pool, self._config, near)
             # Told without having been asked for: pymoo's own initialisation would repair and sort out what is in order
             self._individuals = Population.new('X', self._encode(archs))
             self._algorithm = _make_nsga2(self._pool, self._config)

@@ -100,6 +100,27 @@ class ArchPool:
             archs.append(arch)
         return archs
 
+    def take_near(self, start: Arch, count: int) -> list[Arch]:
+        """Draw up to `count` archs that differ little from one: itself, if it is inside the limits, then others.
+
+        Of each, up to a quarter of the genes are drawn anew, and then as many as it takes to be inside the limits.
+        """
+        archs: list[Arch] = [start] if self.is_new(start) else []
+        self.taken.update(dict.fromkeys(archs))
+        vector = self.space.encode(start)
+        for _ in range(count * NUM_MATINGS):
+            if len(archs) == count:
+                break
+            genes = list(vector)
+            num_changes = self._random.integers(0, len(genes) // 4, endpoint=True)
+            for gene in self._random.choice(len(genes), num_changes, replace=False):
+                genes[gene] = self._random.integers(self.sizes[gene])
+            arch = self.space.decode(self.repair(genes, self._random))
+            if self.is_new(arch):
+                self.taken[arch] = None
+                archs.append(arch)
+        return archs
+
     def _draw(self) -> Arch | None:
         for attempt in range(_NUM_SAMPLES + _NUM_REPAIRS):
             arch = sample(self.space, seed=self.seed, step=self._step)

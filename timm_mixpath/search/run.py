@@ -12,11 +12,13 @@ import math
 import os
 from argparse import Namespace
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
+from ..models.backbone import BackboneSupernet
 from ..models.cost import cost_table
 from ..models.latency import measure_latency
 from ..models.latency_table import MIN_TAU, LatencyTable, measure_archs
@@ -26,7 +28,7 @@ from ..spaces.arch import Arch
 from ..spaces.space import SearchSpace
 from ..train.checkpoint import load_supernet
 from ..utils.distributed import Ranks, open_process
-from ..utils.errors import RunError, UsageError
+from ..utils.errors import RunError, UsageError, as_usage_error
 from ..utils.figures import plot_or_warn
 from ..utils.files import make_output_dir
 from ..utils.progress import Progress
@@ -90,6 +92,9 @@ def search(
     if config.algorithm == 'nsga2':
         require_pymoo()
     check_limits(config, cost)
+    if config.near not in (None, 'none'):
+        with as_usage_error(f'near={config.near!r} is no arch of the space'):
+            space.arch(config.near)
     ranks = ranks or Ranks(0, 1)
     archive = Archive(
         archive_path,
@@ -233,6 +238,8 @@ def search_checkpoint(
                     f'{MIN_TAU} is wanted; measure it again on an idle machine or with more networks'
                 )
         check_limits(config, cost)
+        if config.near is None and isinstance(supernet, BackboneSupernet):
+            config = replace(config, near=str(supernet.space.default_arch))
         batch_size, autocast = prepare_device(process.device, batch_size, amp_dtype)
         ranks = Ranks(rank, process.world_size, together=True)
         images = load_images(loaded, data, recalibration_images, batch_size, process.device, workers, ranks)
