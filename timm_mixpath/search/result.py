@@ -59,7 +59,7 @@ class Candidate:
     @property
     def error(self) -> float:
         """Top-1 error on the search split, in percent."""
-        return 100.0 - self.top1
+        return round(100.0 - self.top1, 10)  # 6.8, not 6.799999999999997
 
 
 @dataclass(frozen=True)
