@@ -47,7 +47,9 @@ def tiny(weights: Path, digits: Path) -> AdaptConfig:
 def test_job_is_cut_off_and_goes_on(
     tiny: AdaptConfig, tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr('timm_mixpath.cli.adapt.export', lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt()))
+    monkeypatch.setattr(
+        'timm_mixpath.cli.adapt.inherit_blended', lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt())
+    )
     with pytest.raises(KeyboardInterrupt):
         run_adapt(tiny, tmp_path)
     kept = ['backbone/last.pth.tar', 'supernet/last.pth.tar', 'search/archive.jsonl']

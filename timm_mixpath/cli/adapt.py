@@ -16,11 +16,12 @@ import timm
 import torch
 from timm.models import get_pretrained_cfg
 
-from ..hub.export import export, save_model
+from ..hub.export import save_model
 from ..models.backbone import check_backbone, describe_origin
 from ..models.cost import cost_table, count_macs
 from ..models.latency import measure_latency
 from ..models.latency_table import LatencyTable
+from ..search.blend import inherit_blended
 from ..search.config import SearchConfig
 from ..search.front import print_result
 from ..search.images import SearchData
@@ -107,7 +108,7 @@ def run_adapt(config: AdaptConfig, output: str | os.PathLike) -> Path:
     """Fine-tune a backbone, search around it, fine-tune the winner and compare the two.
 
     The supernet starts as an exact copy of the fine-tuned backbone, which teaches it, and the winner from what it
-    inherits there. A job that was cut off goes on where it stopped.
+    inherits there, blended with what it started from (`search.blend`). A job that was cut off goes on where it stopped.
 
     Args:
         config: What to do.
@@ -200,12 +201,16 @@ def run_adapt(config: AdaptConfig, output: str | os.PathLike) -> Path:
     with stages('Fine-tuning the winner'):
         inherited = output / 'inherited'
         if not inherited.exists():
-            export(
+            blend = inherit_blended(
                 job.folder('supernet') / 'last.pth.tar',
-                inherited,
                 arch,
+                timm.create_model(f'local-dir:{teacher}', pretrained=True),
+                data=SearchData(num_images=config.num_images),
                 recalibration_images=config.recalibration_images,
+                workers=config.workers,
+                device=config.device,
             )
+            save_model(blend.model, inherited, blend.loaded.data_config, blend.loaded.label_names)
         winner = job.train(
             'winner',
             model='mixpath',

@@ -1,0 +1,64 @@
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from conftest import small_args
+
+import timm_mixpath
+from timm_mixpath.search.accuracy import evaluate
+from timm_mixpath.search.blend import SHARES, inherit_blended
+from timm_mixpath.search.images import SearchData, load_images
+from timm_mixpath.train.checkpoint import load_model
+from timm_mixpath.train.loop import train
+from timm_mixpath.utils.errors import UsageError
+
+BACKBONE = 'mobilenetv3_small_050'
+
+
+@pytest.fixture(scope='module')
+def source() -> torch.nn.Module:
+    torch.manual_seed(0)
+    return timm.create_model(BACKBONE, num_classes=10).eval()
+
+
+@pytest.fixture(scope='module')
+def checkpoint(digits: Path, source: torch.nn.Module, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A supernet around `source` after a few steps."""
+    folder = tmp_path_factory.mktemp('blend')
+    torch.save(source.state_dict(), folder / 'source.pth')
+    args = small_args(
+        digits, folder, model='mixpath_supernet', model_kwargs=dict(backbone=BACKBONE), pretrained=True,
+        pretrained_path=str(folder / 'source.pth'), img_size=32, epochs=1,
+    )  # fmt: skip
+    return train(args).output_dir / 'last.pth.tar'
+
+
+@pytest.mark.parametrize('recalibration_images', [0, 32])
+def test_best_mean_of_trained_and_first_weights(
+    checkpoint: Path, source: torch.nn.Module, recalibration_images: int
+) -> None:
+    data = SearchData(num_images=20)
+    options = dict(data=data, recalibration_images=recalibration_images, workers=0, device='cpu')
+    trained = load_model(checkpoint)
+    arch = timm_mixpath.sample(trained.model.space, seed=0, step=2)
+    blend = inherit_blended(checkpoint, arch, source, **options)
+    assert tuple(blend.scores) == SHARES
+    assert blend.scores[blend.share]['loss'] == min(scores['loss'] for scores in blend.scores.values())
+    # What was scored is what is handed out
+    images = load_images(trained, data, recalibration_images, 100, 'cpu', 0)
+    assert evaluate(blend.model, images.batches)['loss'] == pytest.approx(blend.scores[blend.share]['loss'], rel=1e-4)
+
+    # Its weights, beside those of the two networks
+    own = trained.model.extract(arch).state_dict()
+    model = timm.create_model('mixpath', backbone=BACKBONE, arch=str(arch), num_classes=10)
+    timm_mixpath.warm_start(model, source)
+    first = dict(model.named_parameters())
+    for name, value in blend.model.named_parameters():
+        expected = (1 - blend.share) * own[name] + blend.share * first[name]
+        torch.testing.assert_close(value, expected.detach(), rtol=1e-4, atol=1e-5, msg=name)
+
+
+def test_source_of_another_network_is_refused(checkpoint: Path) -> None:
+    with pytest.raises(UsageError, match=f'the weights are not those of {BACKBONE}'):
+        inherit_blended(checkpoint, 'k3_e1', timm.create_model('mobilenetv3_small_075', num_classes=10), workers=0)

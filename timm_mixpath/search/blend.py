@@ -1,0 +1,100 @@
+"""What an arch inherits: the weights of the supernet, or a mean of them and of those that it started from."""
+
+import logging
+import os
+from contextlib import nullcontext
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from ..models.warm_start import warm_start
+from ..spaces.arch import Arch
+from ..train.checkpoint import LoadedModel, load_supernet
+from ..utils.distributed import open_process
+from .accuracy import evaluate, prepare_device, recalibrate_bn
+from .images import SearchData, load_images
+
+__all__ = ['SHARES', 'Blend', 'inherit_blended']
+
+_logger = logging.getLogger(__name__)
+
+# Shares of the start that are tried
+SHARES = (0.0, 0.25, 0.5, 0.75)
+
+
+@dataclass(frozen=True)
+class Blend:
+    """The network of an arch with the best mean of trained and first weights.
+
+    Attributes:
+        model: The network, in eval mode on the CPU.
+        share: Share of the first weights in it.
+        scores: `top1` in percent and `loss` on the search split, by share.
+        loaded: The supernet's checkpoint.
+    """
+
+    model: nn.Module
+    share: float
+    scores: dict[float, dict[str, float]]
+    loaded: LoadedModel
+
+
+def inherit_blended(
+    checkpoint: str | os.PathLike,
+    arch: Arch | str,
+    source: nn.Module,
+    *,
+    data: SearchData | None = None,
+    recalibration_images: int = 0,
+    workers: int = 2,
+    device: str | None = None,
+) -> Blend:
+    """Extract an arch of a warm-started supernet, with the mean of trained and first weights that scores best.
+
+    A training for all archs at once moves the weights away from what a single arch would want. Those that the supernet
+    started from are exact for the backbone and close for archs near it, and both lie in the same valley: a mean of them
+    is better than either there, as that of a pretrained and a fine-tuned network is (WiSE-FT, arXiv 2109.01903). Shares
+    are tried on the search split with batch norms recalibrated; one of them is 0, which is what the supernet has.
+
+    Args:
+        checkpoint: Checkpoint of a supernet that was warm-started from `source`.
+        arch: The arch.
+        source: The network that it started from.
+        data: Images to score with, the held-out ones of the training if None.
+        recalibration_images: Training images to recalibrate the batch norms with, 0 for none.
+        workers: Processes that decode the images.
+        device: Device, the GPU if there is one and None is given.
+
+    Raises:
+        UsageError: The checkpoint is not of a supernet around `source`, or a number is out of range.
+        RunError: The checkpoint or the images can't be read.
+    """
+    loaded = load_supernet(checkpoint, 'blend', recalibration_images)
+    with open_process(device) as process, torch.no_grad():
+        supernet = loaded.model.to(device=process.device, memory_format=torch.channels_last).eval()
+        batch_size, _ = prepare_device(process.device, None, None)
+        images = load_images(loaded, data, recalibration_images, batch_size, process.device, workers)
+        trained = {key: value.clone() for key, value in supernet.state_dict().items()}
+        warm_start(supernet, source.to(process.device))
+        first = {key: value.clone() for key, value in supernet.state_dict().items()}
+        arch = supernet.active_arch = supernet.space.arch(arch)
+        scores: dict[float, dict[str, float]] = {}
+        best: nn.Module | None = None
+        for share in SHARES:
+            supernet.load_state_dict({
+                key: torch.lerp(value, first[key], share) if value.is_floating_point() else value
+                for key, value in trained.items()
+            })  # fmt: skip
+            recalibrated = nullcontext()
+            if images.recalibration is not None:
+                recalibrated = recalibrate_bn(supernet, arch, images.recalibration)
+            with recalibrated:
+                scores[share] = evaluate(supernet, images.batches)
+                if best is None or scores[share]['loss'] < min(s['loss'] for k, s in scores.items() if k != share):
+                    best, chosen = supernet.extract(arch).cpu().to(memory_format=torch.contiguous_format), share
+            _logger.info(
+                f'{share:.0%} of the first weights: {scores[share]["top1"]:.2f} % top-1 and a loss of '
+                f'{scores[share]["loss"]:.4f} on the search split'
+            )
+    return Blend(best, chosen, scores, loaded)
