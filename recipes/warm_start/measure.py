@@ -3,7 +3,8 @@
     python recipes/warm_start/measure.py OUTPUT.jsonl RUN [RUN ...] --data-dir imagenette
 
 A RUN is the folder of a training with --checkpoint-hist 99. Scored are the backbone's own arch, the one of most
-multiply-adds and 20 random ones, the same in all runs, on 1,000 validation images, evenly spread over the classes.
+multiply-adds and 20 random ones, the same in all runs, on 1,000 validation images, evenly spread over the classes. With
+--start they are scored before the first step too, epoch 0, when the supernet is a copy of that network.
 What is in OUTPUT.jsonl already is skipped, so a run that was cut off goes on.
 """
 
@@ -12,9 +13,10 @@ import json
 import time
 from pathlib import Path
 
+import timm
 from timm.data import create_dataset
 
-from timm_mixpath import sample
+from timm_mixpath import sample, warm_start
 from timm_mixpath.models.cost import cost_table
 from timm_mixpath.search.accuracy import evaluate, recalibrate_bn
 from timm_mixpath.search.images import SearchData, load_batches, open_search_split, recalibration_batches
@@ -28,6 +30,7 @@ def main() -> None:
     parser.add_argument('runs', type=Path, nargs='+')
     parser.add_argument('--data-dir', required=True)
     parser.add_argument('--val-split', default='validation')
+    parser.add_argument('--start', metavar='DIR', help='model folder of the network that the runs started from')
     parser.add_argument('--epochs', type=int, nargs='*', help='after how many epochs (default: at every checkpoint)')
     parser.add_argument('--num-images', type=int, default=1000)
     parser.add_argument('--num-archs', type=int, default=20)
@@ -41,9 +44,14 @@ def main() -> None:
         done = {(r['run'], r['epoch'], r['arch_name'], r['recalibrated']) for r in rows}
     images: dict[tuple, list] = {}
     for run in args.runs:
-        for path in sorted(run.glob('checkpoint-*.pth.tar'), key=lambda p: int(p.name.split('.')[0].split('-')[1])):
+        paths = sorted(run.glob('checkpoint-*.pth.tar'), key=lambda p: int(p.name.split('.')[0].split('-')[1]))
+        for index, path in enumerate([*paths[: bool(args.start)], *paths]):
             loaded = load_model(path)
-            if args.epochs and loaded.epoch + 1 not in args.epochs:
+            epoch = loaded.epoch + 1
+            if args.start and index == 0:
+                warm_start(loaded.model, timm.create_model(f'local-dir:{args.start}', pretrained=True))
+                epoch = 0
+            elif args.epochs and epoch not in args.epochs:
                 continue
             supernet, size = loaded.model, tuple(loaded.data_config['input_size'])
             if size not in images:
@@ -58,7 +66,7 @@ def main() -> None:
             archs |= {f'random{i}': sample(supernet.space, seed=1, step=i) for i in range(args.num_archs)}
             for name, arch in archs.items():
                 for recalibrated in (False, True):
-                    key = (run.name, loaded.epoch + 1, name, recalibrated)
+                    key = (run.name, epoch, name, recalibrated)
                     if key in done:
                         continue
                     start = time.perf_counter()

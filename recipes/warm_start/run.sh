@@ -1,0 +1,74 @@
+#!/usr/bin/env bash
+# Everything that README.md beside this file reports: what is done is skipped, what was cut off goes on.
+#
+#   recipes/warm_start/run.sh DATA OUTPUT [JOB ...]
+#
+# DATA holds Imagenette (the 160 px version) as train/ and validation/. Jobs, all of them by default: half, p80 and full
+# (`adapt` for 0.5, 0.8 and 1.0 times the backbone's MACs, at 160 pixels; the first makes the supernet of the others), and
+# trainings of a supernet at 128 pixels, scored after every epoch: sbn-SEED, bn-SEED (one batch norm in the place of SBN),
+# frozen-SEED (the statistics of SBN's batch norms stay as they are), own-SEED (expansions with weights of their own),
+# scratch-SEED. Each is one process of one thread (OMP_NUM_THREADS); two calls for different jobs can run side by side
+# when lite0.safetensors and teacher/ are there.
+set -euo pipefail
+: "${2:?usage: run.sh DATA OUTPUT [JOB ...]}"
+data=$1 output=$2
+shift 2
+here=$(cd "$(dirname "$0")" && pwd)
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
+[ $# -gt 0 ] || set -- half p80 full {sbn,bn}-{0,1,2} frozen-0 own-0 scratch-0
+
+recipe=$here/../warm_start_lite0_imagenette.yaml weights=$output/lite0.safetensors teacher=$output/teacher/model
+
+# Train, or go on
+train() {
+    local name=$1
+    shift
+    [ -e "$output/$name/trained" ] && return
+    local resume=()
+    [ -e "$output/$name/last.pth.tar" ] && resume=(--resume "$output/$name/last.pth.tar")
+    timm-mixpath train -c "$recipe" --data-dir "$data" --val-split validation --cpu-kernels --checkpoint-hist 99 \
+        --output "$output" --experiment "$name" "${resume[@]}" "$@"
+    touch "$output/$name/trained"
+}
+
+mkdir -p "$output"
+[ -e "$weights" ] || python "$here/lite0_weights.py" "$weights"
+
+adapt() {
+    timm-mixpath adapt --backbone tf_efficientnet_lite0 --backbone-weights "$weights" --data-dir "$data" \
+        --img-size 160 --cpu-kernels --workers 1 "$@"
+}
+
+supernet() {
+    local name=$1 recipe=$recipe start=()
+    if [ ! -e "$teacher" ]; then
+        train teacher --model tf_efficientnet_lite0 --model-kwargs --pretrained-path "$weights" \
+            --epochs 3 --lr 2.5e-4 --head-init-scale 0.01 --head-init-bias 0 --search-holdout 0.1
+        timm-mixpath export --checkpoint "$output/teacher/last.pth.tar" --output "$teacher"
+    fi
+    local options=(--pretrained-path "$teacher/model.safetensors" --kd-model-name "local-dir:$teacher")
+    case $name in
+        sbn-*) ;;
+        bn-*) options+=(--model-kwargs backbone=tf_efficientnet_lite0 sum_norm=bn) ;;
+        frozen-*) options+=(--frozen-bn) ;;
+        own-*) options+=(--model-kwargs backbone=tf_efficientnet_lite0 share_widths=False) ;;
+        scratch-*)
+            grep -v '^pretrained:' "$recipe" > "$output/scratch.yaml"
+            recipe=$output/scratch.yaml options=()
+            ;;
+        *) echo "no job is called $name" >&2; return 2 ;;
+    esac
+    train "$name" --seed "${name#*-}" "${options[@]}"
+    [[ $name == scratch-* ]] || start=(--start "$teacher")
+    python "$here/measure.py" "$output/measure.jsonl" "$output/$name" "${start[@]}" --epochs 1 2 5 \
+        --num-images 500 --num-archs 10 --recalibration-images 256 --data-dir "$data"
+}
+
+for job in "$@"; do
+    case $job in
+        half) adapt --max-macs 97.9M --output "$output/half" ;;
+        p80) adapt --max-macs 156.7M --output "$output/p80" --reuse "$output/half" ;;
+        full) adapt --max-macs 195.9M --output "$output/full" --reuse "$output/half" ;;
+        *) supernet "$job" ;;
+    esac
+done
