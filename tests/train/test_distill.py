@@ -94,6 +94,26 @@ def test_loss_is_that_of_the_formula() -> None:
     assert not any(p.grad is not None for p in task.teacher.parameters())
 
 
+@pytest.mark.parametrize('kind', TASKS)
+def test_compiled_steps_are_those_of_eager_mode(kind: str) -> None:
+    """The student is compiled by regions, and of the teacher what the task calls."""
+    torch.manual_seed(0)
+    teacher = timm.create_model('mixpath_nb201', num_classes=CLASSES, num_cells=1, width=4)
+    student = timm.create_model('mixpath_nb201_supernet', num_classes=CLASSES, num_cells=1, width=4)
+    plain = TASKS[kind](student, teacher, torch.nn.CrossEntropyLoss(), verbose=False)
+    compiled = copy.deepcopy(plain)
+    compiled.compile('eager')
+    for seed in range(3):
+        losses = []
+        for task in (plain, compiled):
+            task.zero_grad()
+            losses.append(task(*make_batch(seed))['loss'])
+            losses[-1].backward()
+        torch.testing.assert_close(*losses)
+        for (name, p), q in zip(plain.named_parameters(), compiled.parameters()):
+            torch.testing.assert_close(p.grad, q.grad, msg=name)
+
+
 def test_ordinary_students_get_timms_own_tasks() -> None:
     student, teacher = (timm.create_model('mixpath_nano', num_classes=CLASSES) for _ in range(2))
     for task_cls in (LogitDistillationTask, FeatureDistillationTask):
