@@ -23,7 +23,7 @@ from typing import Any
 import timm
 import torch
 import torch.nn.functional as F
-from common import add_common_args, check, median_range, perturb_norms, print_table, setup, timed
+from common import add_common_args, check, median_range, perturb_norms, print_table, setup, timed, turns
 from torch import nn
 
 from timm_mixpath import SupernetTask, get_space, sample
@@ -106,9 +106,8 @@ def main() -> None:
     seconds: list[tuple[float, float]] = []
     for step in range(2 + args.steps):
         choice = their_choice(sample(ours.space, seed=args.seed, step=step))
-        order = ['theirs', 'ours'] if step % 2 else ['ours', 'theirs']
         took: dict[str, float] = {}
-        for side in order:
+        for side in turns(('theirs', 'ours'), step):
             use_cpu_kernels(side == 'ours' and device.type == 'cpu')
             took[side], _ = timed(our_step if side == 'ours' else lambda choice=choice: their_step(choice), device)
         if step >= 2:

@@ -1,4 +1,4 @@
-"""torch.compile for supernets: equal to eager mode to the bit, and no graph behind the warm-up."""
+"""torch.compile for supernets: steps are those of eager mode, and no graph is made behind the warm-up."""
 
 import copy
 import logging

@@ -1,4 +1,3 @@
-import csv
 import sys
 from pathlib import Path
 
@@ -7,11 +6,7 @@ from conftest import small_args
 
 from timm_mixpath.train.loop import train
 from timm_mixpath.utils.errors import UsageError
-
-
-def rows(folder: Path) -> list[dict[str, str]]:
-    with open(folder / 'summary.csv', newline='') as file:
-        return list(csv.DictReader(file))
+from timm_mixpath.utils.tables import read_csv
 
 
 def test_tensorboard_shows_the_summary_also_of_a_run_that_goes_on(digits: Path, tmp_path: Path) -> None:
@@ -22,7 +17,7 @@ def test_tensorboard_shows_the_summary_also_of_a_run_that_goes_on(digits: Path, 
     start = str(folder / 'checkpoint-0.pth.tar')
     train(small_args(digits, tmp_path, epochs=3, resume=start, **options))
     events = accumulator.EventAccumulator(str(folder / 'tensorboard')).Reload()
-    expected = rows(folder)
+    expected = read_csv(folder / 'summary.csv')
     assert [row['epoch'] for row in expected] == ['0', '1', '2']
     assert set(events.Tags()['scalars']) == expected[0].keys() - {'epoch'}
     for name in ('train_loss', 'eval_top1', 'lr'):

@@ -103,7 +103,7 @@ def tables(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize('kind', ['hfds', 'hfids'])
 def test_tables_train_hold_out_and_are_searched(
-    tables: Path, tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch, kind: str
+    tables: Path, tmp_path: Path, capsys: pytest.CaptureFixture, kind: str
 ) -> None:
     cache = tmp_path / 'cache'
     cache.mkdir()

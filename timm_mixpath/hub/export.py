@@ -3,7 +3,6 @@
 import os
 from argparse import Namespace
 from collections.abc import Sequence
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -60,11 +59,11 @@ def export(
             arch = model.space.arch(arch)
         except ValueError as e:
             raise UsageError(str(e)) from None
-        recalibrated = nullcontext()
+        batches = None
         if recalibration_images:
             _, train_set, _ = open_search_split(loaded, data or SearchData())
-            recalibrated = recalibrate_bn(model, arch, recalibration_batches(train_set, loaded, recalibration_images))
-        with recalibrated:
+            batches = recalibration_batches(train_set, loaded, recalibration_images)
+        with recalibrate_bn(model, arch, batches):
             model = model.extract(arch)
     elif recalibration_images:
         raise UsageError('recalibration needs --arch: it is for a sub-network with inherited weights')

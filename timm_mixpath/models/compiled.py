@@ -79,8 +79,13 @@ class CompiledRegions:
         backend: Backend of `torch.compile`.
         mode: Its mode.
 
+    Attributes:
+        num_graphs: Number of graphs that were compiled so far.
+        is_warm: `warm_up` is done.
+
     Raises:
-        UsageError: There is no such backend or mode, or the mode records CUDA graphs, which would be one per arch.
+        UsageError: There is no such backend or mode, or it records CUDA graphs, which would be one per arch; or the
+            supernet has synchronised batch norms.
     """
 
     def __init__(self, supernet: Supernet, backend: str = 'inductor', mode: str | None = None) -> None:
@@ -101,14 +106,9 @@ class CompiledRegions:
         self.is_warm = False
         self._statistics = counters['stats']  # torch's own, of the process
         self._compiled: dict[tuple, Callable] = {}
-        self._num_graphs = 0
+        self.num_graphs = 0
         self._supernet = supernet
         self._attach(supernet)
-
-    @property
-    def num_graphs(self) -> int:
-        """Number of graphs that were compiled so far."""
-        return self._num_graphs
 
     def _attach(self, supernet: Supernet) -> None:
         for region in _regions(supernet):
@@ -139,7 +139,7 @@ class CompiledRegions:
         y = function(module, x)
         new = self._statistics['unique_graphs'] - before
         if new:
-            self._num_graphs += new
+            self.num_graphs += new
             if self.is_warm:
                 _logger.warning(f'{new} graph(s) compiled behind the warm-up, for an input of {list(x.shape)}')
         return y
@@ -172,15 +172,15 @@ class CompiledRegions:
         devices = [x.device] if x.device.type == 'cuda' else []
         with torch.random.fork_rng(devices):
             for index, arch in enumerate(archs):
-                before = self._num_graphs
+                before = self.num_graphs
                 twin._activate(arch)
                 twin.forward_features(x).float().mean().backward()
                 twin.zero_grad()
                 _logger.info(
-                    f'torch.compile: arch {index + 1} of {len(archs)}, {self._num_graphs - before} new graphs, '
+                    f'torch.compile: arch {index + 1} of {len(archs)}, {self.num_graphs - before} new graphs, '
                     f'{time.monotonic() - start:.0f} s'
                 )
-        _logger.info(f'torch.compile: {self._num_graphs} graphs serve all archs')
+        _logger.info(f'torch.compile: {self.num_graphs} graphs serve all archs')
         self.is_warm = True
 
 

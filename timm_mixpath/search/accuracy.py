@@ -86,7 +86,7 @@ def _sums(model: nn.Module, batches: Batches, autocast: Callable[[], Any]) -> li
 def recalibrate_bn(
     supernet: Supernet,
     arch: Arch | str,
-    batches: Batches,
+    batches: Batches | None,
     *,
     ranks: Ranks = _ALONE,
     autocast: Callable[[], Any] = nullcontext,
@@ -99,7 +99,8 @@ def recalibrate_bn(
     Args:
         supernet: Supernet, put into eval mode.
         arch: Arch to recalibrate.
-        batches: Training images [B, C, H, W]; a few hundred suffice, batches should not be small.
+        batches: Training images [B, C, H, W]; a few hundred suffice, batches should not be small. None leaves the
+            statistics as they are.
         ranks: Processes that have a share of the batches each, as in `evaluate`.
         autocast: Makes the context of a forward pass.
 
@@ -108,6 +109,9 @@ def recalibrate_bn(
     """
     supernet.eval()
     supernet.active_arch = arch
+    if batches is None:
+        yield supernet
+        return
     norms = {
         name: module
         for name, module in supernet.named_modules()

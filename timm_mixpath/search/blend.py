@@ -2,7 +2,6 @@
 
 import logging
 import os
-from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -78,23 +77,21 @@ def inherit_blended(
         trained = {key: value.clone() for key, value in supernet.state_dict().items()}
         warm_start(supernet, source.to(process.device))
         first = {key: value.clone() for key, value in supernet.state_dict().items()}
-        arch = supernet.active_arch = supernet.space.arch(arch)
+        arch = supernet.space.arch(arch)
         scores: dict[float, dict[str, float]] = {}
-        best: nn.Module | None = None
+        chosen = SHARES[0]
         for share in SHARES:
             supernet.load_state_dict({
                 key: torch.lerp(value, first[key], share) if value.is_floating_point() else value
                 for key, value in trained.items()
             })  # fmt: skip
-            recalibrated = nullcontext()
-            if images.recalibration is not None:
-                recalibrated = recalibrate_bn(supernet, arch, images.recalibration)
-            with recalibrated:
-                scores[share] = evaluate(supernet, images.batches)
-                if best is None or scores[share]['loss'] < min(s['loss'] for k, s in scores.items() if k != share):
-                    best, chosen = supernet.extract(arch).cpu().to(memory_format=torch.contiguous_format), share
+            with recalibrate_bn(supernet, arch, images.recalibration):
+                score = evaluate(supernet, images.batches)
+                if not scores or score['loss'] < scores[chosen]['loss']:
+                    best, chosen = supernet.extract(arch), share
+            scores[share] = score
             _logger.info(
-                f'{share:.0%} of the first weights: {scores[share]["top1"]:.2f} % top-1 and a loss of '
-                f'{scores[share]["loss"]:.4f} on the search split'
+                f'{share:.0%} of the first weights: {score["top1"]:.2f} % top-1 and a loss of '
+                f'{score["loss"]:.4f} on the search split'
             )
-    return Blend(best, chosen, scores, loaded)
+    return Blend(best.cpu().to(memory_format=torch.contiguous_format), chosen, scores, loaded)

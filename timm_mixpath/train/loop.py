@@ -433,7 +433,12 @@ def _train_all(args: Namespace, run: _Run, result: TrainResult, log: Callable[..
         if saver is not None:
             lrs = [group['lr'] for group in run.optimizer.param_groups]
             utils.update_summary(
-                epoch, train_metrics, val_metrics, filename=output_dir / 'summary.csv', lr=sum(lrs) / len(lrs)
+                epoch,
+                train_metrics,
+                val_metrics,
+                filename=output_dir / 'summary.csv',
+                lr=sum(lrs) / len(lrs),
+                log_wandb=args.log_wandb,
             )
             result.best_metric, result.best_epoch = saver.save_checkpoint(epoch, metric=metric)
         if run.scheduler is not None:

@@ -15,7 +15,10 @@ __all__ = ['open_metrics_log']
 def open_metrics_log(
     args: Namespace, output_dir: Path, start_epoch: int
 ) -> Iterator[Callable[[int, Mapping[str, float]], None]]:
-    """Within the context, what it gives logs the metrics of an epoch, by their names in summary.csv.
+    """Within the context there is a run of Weights & Biases for timm's `update_summary`, if it is asked for.
+
+    What the context gives logs the metrics of an epoch for TensorBoard, if that is asked for, by their names in
+    summary.csv.
 
     Args:
         args: Options of the training.
@@ -26,28 +29,21 @@ def open_metrics_log(
         ImportError: What `--log-wandb` or `--log-tensorboard` needs is not installed.
         RunError: Weights & Biases can't be reached.
     """
-    logs: list[Callable[[int, Mapping[str, float]], None]] = []
+    writer = None
     with ExitStack() as stack:
         if args.log_wandb:
-            run = _open_wandb(args, output_dir)
-            stack.callback(run.finish)
-            logs.append(lambda epoch, metrics: run.log({'epoch': epoch, **metrics}))  # as timm's update_summary does
+            stack.callback(_open_wandb(args, output_dir).finish)
         if args.log_tensorboard:
             with needs('--log-tensorboard needs tensorboard', 'log'):
                 from torch.utils.tensorboard import SummaryWriter
             writer = SummaryWriter(str(output_dir / 'tensorboard'), purge_step=start_epoch or None)
             stack.callback(writer.close)
 
-            def write(epoch: int, metrics: Mapping[str, float]) -> None:
+        def log(epoch: int, metrics: Mapping[str, float]) -> None:
+            if writer is not None:
                 for name, value in metrics.items():
                     writer.add_scalar(name, value, epoch)
                 writer.flush()
-
-            logs.append(write)
-
-        def log(epoch: int, metrics: Mapping[str, float]) -> None:
-            for one in logs:
-                one(epoch, metrics)
 
         yield log
 

@@ -372,14 +372,14 @@ def check_values(args: Namespace) -> None:
         raise UsageError(
             f'--torchcompile-mode {args.torchcompile_mode} has no effect without --torchcompile, give both'
         )
-    bce = [
-        name for name in ('bce_sum', 'bce_target_thresh', 'bce_pos_weight') if getattr(args, name) not in (False, None)
-    ]
-    if bce and not args.bce_loss:
-        raise UsageError(f'--{bce[0].replace("_", "-")} has no effect without --bce-loss, give both or none')
-    wandb = [name for name in ('wandb_project', 'wandb_tags', 'wandb_resume_id') if getattr(args, name)]
-    if wandb and not args.log_wandb:
-        raise UsageError(f'--{wandb[0].replace("_", "-")} has no effect without --log-wandb, give both or none')
+    for switch, names in (
+        ('bce_loss', ('bce_sum', 'bce_target_thresh', 'bce_pos_weight')),
+        ('log_wandb', ('wandb_project', 'wandb_tags', 'wandb_resume_id')),
+    ):
+        given = [name for name in names if getattr(args, name)]
+        if given and not getattr(args, switch):
+            one, other = (f'--{name.replace("_", "-")}' for name in (given[0], switch))
+            raise UsageError(f'{one} has no effect without {other}, give both or none')
     if args.wandb_resume_id and not args.resume:
         raise UsageError(f'--wandb-resume-id {args.wandb_resume_id} goes on with a run and needs --resume')
     if args.warmup_epochs < 0:
