@@ -129,7 +129,8 @@ def _check_keys(reader: Any, name: str) -> None:
         _, label = reader[0]
         int(label)
     except (LookupError, TypeError, ValueError, AssertionError, OSError):
-        columns = ', '.join(reader.dataset.info.features or reader.dataset.column_names)
+        # timm's reader adds an empty column of the name that it was given
+        columns = ', '.join(name for name, value in reader.dataset[0].items() if value is not None)
         raise UsageError(
             f'data set {name!r} has no images at --input-key {reader.image_key} or no class indices at --target-key '
             f'{reader.label_key}, its columns are {columns}'
