@@ -6,10 +6,12 @@ from pathlib import Path
 
 import pytest
 import timm
+import yaml
 
 from timm_mixpath import list_spaces
 from timm_mixpath.cli.entry import _build_parser
-from timm_mixpath.utils.recipes import list_recipes
+from timm_mixpath.models.pretrained import PACKAGED
+from timm_mixpath.utils.recipes import find_recipe, list_recipes
 
 README = Path(__file__).parents[1] / 'README.md'
 BLOCKS = re.findall(r'```(\w+)\n(.*?)```', README.read_text(), re.DOTALL)
@@ -29,6 +31,30 @@ def test_python_block(mark: str) -> None:
         assert shown == known
     if 'my_space' in mark:
         assert 'mine' in list_spaces() and timm.is_model('mixpath_mine_supernet')
+
+
+def test_example_of_a_photograph(capsys: pytest.CaptureFixture) -> None:
+    """The first example prints what it says."""
+    block = next(text for language, text in BLOCKS if language == 'python')
+    exec(block, {})
+    printed = capsys.readouterr().out.splitlines()
+    assert printed and [f'# {line}' for line in printed] == [line for line in block.splitlines() if line[:2] == '# ']
+
+
+def test_list_of_pretrained_is_what_timm_lists() -> None:
+    (block,) = [text for language, text in BLOCKS if language == 'python' and 'timm.list_pretrained(' in text]
+    listed = re.search(r'(?:^# .*\n)+', block, re.MULTILINE)[0]
+    shown = eval(listed.replace('# ', ''))
+    assert shown == timm.list_pretrained('mixpath*')
+
+
+def test_recipe_does_not_depend_on_what_the_packaged_weights_are_for() -> None:
+    """The defaults of a model are those of its weights; a recipe says its own."""
+    packaged = {name.partition('.')[0] for name in PACKAGED}
+    for recipe in list_recipes():
+        options = yaml.safe_load(find_recipe(recipe).read_text())
+        if options['model'] in packaged:
+            assert {'num_classes', 'img_size'} <= options.keys(), recipe
 
 
 @pytest.mark.parametrize(

@@ -35,7 +35,7 @@ def main() -> None:
     versions = {name: version for runtime in args.runtimes for name, version in runtime_versions(runtime).items()}
     print('  ' + ', '.join(f'{name} {version}' for name, version in versions.items()))
 
-    models = {name: timm.create_model(name).eval().to(device) for name in args.models}
+    models = {name: timm.create_model(name, num_classes=1000).eval().to(device) for name in args.models}
     size = (3, args.img_size, args.img_size)
     times: dict[tuple, float] = {}
     for batch_size in args.batch_sizes:

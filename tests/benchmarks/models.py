@@ -55,7 +55,7 @@ VARIANTS = ('plain', 'channels_last', 'folded', 'compiled')
 
 def make_model(name: str, seed: int) -> nn.Module:
     torch.manual_seed(seed)
-    model = timm.create_model(name).eval()
+    model = timm.create_model(name, num_classes=1000).eval()
     perturb_norms(model, seed)
     return model
 
@@ -85,7 +85,7 @@ def check_variants(model: nn.Module, name: str, variants: Sequence[str], img_siz
 def _peak_memory(name: str, batch_size: int, img_size: int, device: str, threads: int, result: Callable) -> None:
     torch.set_num_threads(threads)
     if device == 'cuda':
-        model = timm.create_model(name).eval().cuda()
+        model = timm.create_model(name, num_classes=1000).eval().cuda()
         with torch.inference_mode():
             model(torch.zeros(batch_size, 3, img_size, img_size, device=device))
         result(torch.cuda.max_memory_allocated() / 2**20)
@@ -97,7 +97,7 @@ def _peak_memory(name: str, batch_size: int, img_size: int, device: str, threads
         return
     clear.write_text('5')  # makes the present resident set the peak
     before = _peak_rss_mib(status)
-    model = timm.create_model(name).eval()
+    model = timm.create_model(name, num_classes=1000).eval()
     with torch.inference_mode():
         model(torch.zeros(batch_size, 3, img_size, img_size))
     result(_peak_rss_mib(status) - before)

@@ -8,7 +8,7 @@ import torch
 from safetensors import safe_open
 
 from timm_mixpath import sample
-from timm_mixpath.hub.export import export
+from timm_mixpath.hub.export import export, save_model
 from timm_mixpath.hub.publish import write_repo
 from timm_mixpath.search.accuracy import evaluate
 from timm_mixpath.search.config import SearchConfig
@@ -51,6 +51,60 @@ def test_subnet_of_supernet_with_bn_eps_can_be_saved(tmp_path: Path) -> None:
     timm.models.save_for_hf(model, str(tmp_path / 'm'), safe_serialization=True)
     again = timm.create_model(f'local-dir:{tmp_path / "m"}', pretrained=True)
     assert again.bn1.eps == 1e-3
+
+
+@pytest.mark.parametrize('dtype', ['float16', 'bfloat16'])
+def test_exported_in_half_precision(supernet_run: Path, tmp_path: Path, dtype: str) -> None:
+    arch = sample(load_model(supernet_run / 'last.pth.tar').model.space, seed=0, step=7)
+    model = export(supernet_run / 'last.pth.tar', tmp_path / 'model', arch, dtype=dtype)
+    assert {p.dtype for p in model.parameters()} == {torch.float32}  # the one at hand stays as it was
+    with safe_open(tmp_path / 'model' / 'model.safetensors', 'pt') as f:
+        stored = {key: f.get_tensor(key) for key in f.keys()}  # noqa: SIM118
+    assert {v.dtype for v in stored.values() if v.is_floating_point()} == {getattr(torch, dtype)}
+    again = timm.create_model(f'local-dir:{tmp_path / "model"}', pretrained=True)
+    for key, value in model.state_dict().items():
+        assert torch.equal(again.state_dict()[key], value.to(stored[key].dtype).to(value.dtype))
+
+
+def test_weights_out_of_range_of_the_dtype_are_refused(tmp_path: Path) -> None:
+    model = timm.create_model('mixpath_nano')
+    model.bn1.running_var[3] = 1e6
+    with pytest.raises(UsageError, match=r'bn1.running_var of the MixPath does not fit into float16; store it as bf'):
+        save_model(model, tmp_path / 'm', dtype='float16')
+    assert list(tmp_path.iterdir()) == []
+    save_model(model, tmp_path / 'm', dtype='bfloat16')
+    with pytest.raises(UsageError, match=r"dtype 'half' is none .*: float32, float16, bfloat16"):
+        save_model(model, tmp_path / 'n', dtype='half')
+
+
+def test_new_names_replace_those_of_the_weights_before(tmp_path: Path) -> None:
+    model = timm.create_model('mixpath_lite0', pretrained=True)
+    folder = save_model(model, tmp_path / 'm', label_names=list('abcdefghij'))
+    again = timm.create_model(f'local-dir:{folder}', pretrained=True)
+    assert again.pretrained_cfg['label_names'] == list('abcdefghij')
+    assert not again.pretrained_cfg.get('label_descriptions')
+
+
+def test_classes_of_imagenet_are_described_in_words(tmp_path: Path) -> None:
+    model = timm.create_model('mixpath_nano', num_classes=2)
+    for names, expected in (
+        (['n03028079', 'n03445777'], {'n03028079': 'church, church building', 'n03445777': 'golf ball'}),
+        (['n03028079', 'n99999999'], None),
+        (['n03028079', 'dog'], None),
+    ):
+        folder = save_model(model, tmp_path / '-'.join(names), label_names=names)
+        assert json.loads((folder / 'config.json').read_text()).get('label_descriptions') == expected
+        again = timm.create_model(f'local-dir:{folder}', pretrained=True)
+        assert again.pretrained_cfg['label_names'] == names
+        assert again.pretrained_cfg.get('label_descriptions') == expected
+
+
+def test_model_in_channels_last_is_saved(tmp_path: Path) -> None:
+    model = timm.create_model('mixpath_nano').to(memory_format=torch.channels_last)
+    save_model(model, tmp_path / 'm')
+    again = timm.create_model(f'local-dir:{tmp_path / "m"}', pretrained=True)
+    assert all(torch.equal(value, again.state_dict()[key]) for key, value in model.state_dict().items())
+    assert model.conv_stem.weight.is_contiguous(memory_format=torch.channels_last)
 
 
 def test_recalibrated_export_is_what_the_search_scored(supernet_run: Path, tmp_path: Path) -> None:

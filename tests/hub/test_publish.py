@@ -1,5 +1,6 @@
 """The real huggingface_hub client and the real timm over HTTP, against a Hub-shaped server on 127.0.0.1."""
 
+import hashlib
 import json
 import os
 import random
@@ -14,6 +15,7 @@ from typing import Any
 
 import huggingface_hub
 import pytest
+import safetensors.torch
 import timm
 import torch
 from conftest import small_args
@@ -25,8 +27,9 @@ import timm_mixpath
 from timm_mixpath import cli
 from timm_mixpath.hub.card import CardDetails, make_card
 from timm_mixpath.hub.export import export, save_model
-from timm_mixpath.hub.publish import push, write_repo
+from timm_mixpath.hub.publish import push, push_packaged, write_repo
 from timm_mixpath.models.cost import CostTable
+from timm_mixpath.models.pretrained import PACKAGED, packaged_weights
 from timm_mixpath.search.config import SearchConfig
 from timm_mixpath.search.images import SearchData
 from timm_mixpath.search.run import search_checkpoint
@@ -182,6 +185,83 @@ def test_dry_run_writes_the_folder_and_asks_nobody(
     assert cli.main(words) == 2 and 'exists already' in capsys.readouterr().err
 
 
+def test_pushed_in_half_precision_with_what_validate_measured(hub: Hub, run: Path, tmp_path: Path) -> None:
+    """What timm's validate.py writes, as it writes it."""
+    model = load_model(run / 'last.pth.tar').model
+    params = round(sum(p.numel() for p in model.parameters()) / 1e6, 2)
+    results = tmp_path / 'results.json'
+    content = dict(model='m', top1=91.2345, top1_err=8.7655, top5=99.5, top5_err=0.5, param_count=params)
+    content.update(img_size=24, crop_pct=0.9, interpolation='bicubic')
+    results.write_text(json.dumps(content))
+    details = CardDetails(dataset_id='org/digits', dataset_name='Digits', provenance='Digits are free.')
+    push(run / 'last.pth.tar', NAME, details=details, results=results, dtype='float16', img_size=24)
+    stored = safetensors.torch.load(hub.files(NAME)['model.safetensors'])
+    assert {v.dtype for v in stored.values()} == {torch.float16, torch.int64}
+    loaded = timm.create_model(SOURCE, pretrained=True)
+    assert {p.dtype for p in loaded.parameters()} == {torch.float32}
+    assert timm.data.resolve_model_data_config(loaded)['input_size'] == (3, 24, 24)
+    for key, value in model.state_dict().items():
+        assert torch.equal(loaded.state_dict()[key], value.half().to(value.dtype))
+    card = ModelCard(hub.files(NAME)['README.md'].decode())
+    assert '| the validation images of Digits | 91.23 | 99.50 |' in card.text
+    assert "timm's `validate.py` at 24x24 pixels (crop 0.9), with the weights as stored in float16" in card.text
+    assert 'Digits are free.' in card.text and 'Measured in the training' not in card.text
+    assert [result.metric_value for result in card.data.eval_results] == [91.234, 99.5]
+
+    results.write_text(json.dumps({**content, 'param_count': 7.0}))
+    with pytest.raises(UsageError, match=r'is of a network of 7\.0 M parameters, this one has'):
+        write_repo(run / 'last.pth.tar', NAME, tmp_path / 'other', results=results)
+    for text in ('top1\n5\n', '[]', '{}'):
+        results.write_text(text)
+        with pytest.raises(UsageError, match='--results-format json'):
+            write_repo(run / 'last.pth.tar', NAME, tmp_path / 'other', results=results)
+    assert not (tmp_path / 'other').exists()
+
+
+def test_packaged_weights_are_pushed_in_one_command(hub: Hub, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    """All of them, one repo each; what is there already is not pushed again, and what failed is."""
+    words = ['push', '--packaged', '--org', 'lab']
+    first = next(push_packaged('lab'))  # cut off behind the first repo
+    assert first.created and list(hub.repos) == [f'lab/{min(PACKAGED)}']
+    assert cli.main(words) == 0
+    out = capsys.readouterr().out
+    assert out.count('nothing to push') == 1 and out.count('pushed to') == len(PACKAGED) - 1
+    before = {name: dict(repo.refs) for name, repo in hub.repos.items()}
+    assert set(before) == {f'lab/{name}' for name in PACKAGED}
+    assert cli.main(words) == 0 and capsys.readouterr().out.count('nothing to push') == len(PACKAGED)
+    assert {name: dict(repo.refs) for name, repo in hub.repos.items()} == before
+    for name, folder in packaged_weights().items():
+        card = ModelCard(hub.files(f'lab/{name}')['README.md'].decode())
+        assert f'hf-hub:lab/{name}' in card.text and 'timm-mixpath/' not in card.text
+        card.validate()
+        pushed = timm.create_model(f'hf-hub:lab/{name}', pretrained=True)
+        own = timm.create_model(name, pretrained=True)
+        assert all(torch.equal(value, own.state_dict()[key]) for key, value in pushed.state_dict().items())
+        assert hub.files(f'lab/{name}')['model.safetensors'] == (folder / 'model.safetensors').read_bytes()
+
+    requests = len(hub.requests)
+    assert cli.main([*words, '--dry-run', '--output', str(tmp_path / 'repos')]) == 0
+    assert sorted(path.name for path in (tmp_path / 'repos').iterdir()) == sorted(PACKAGED)
+    assert len(hub.requests) == requests
+
+
+@pytest.mark.parametrize(
+    'words, text',
+    [
+        (['--packaged'], '--packaged needs the organisation or user to publish under: --org ORG'),
+        (['--packaged', '--org', 'a/b'], "'a/b/mixpath_"),
+        (['--packaged', '--org', 'lab', '--checkpoint', 'x'], '--checkpoint is of a push of one model'),
+        (['--packaged', '--org', 'lab', '--license', 'mit'], '--license is of a push of one model'),
+        (['--org', 'lab', '--checkpoint', 'x'], '--org lab is for --packaged'),
+        (['--repo-id', 'lab/x'], '--checkpoint is missing'),
+        (['--checkpoint', 'x'], '--repo-id is missing'),
+    ],
+)
+def test_wrong_push_of_packaged_weights(hub: Hub, capsys: pytest.CaptureFixture, words: list[str], text: str) -> None:
+    assert cli.main(['push', *words]) == 2
+    assert text in capsys.readouterr().err and hub.requests == []
+
+
 def test_averaged_weights_are_pushed_where_there_are_any(run: Path, tmp_path: Path) -> None:
     checkpoint = torch.load(run / 'last.pth.tar', weights_only=False)
     ema = {key: value + 1 if value.is_floating_point() else value for key, value in checkpoint['state_dict'].items()}
@@ -256,6 +336,23 @@ def test_card_says_what_is_recorded_and_nothing_else(run: Path, model_dir: Path,
         assert key not in card.data.to_dict()
     assert '## Training' not in card.text and '## Results' not in card.text and 'is not recorded here' in card.text
     assert 'license' not in timm.create_model(f'local-dir:{tmp_path / "b"}').pretrained_cfg
+
+
+def test_card_names_the_teacher_but_not_where_it_was(run: Path, model_dir: Path, tmp_path: Path) -> None:
+    checkpoint = torch.load(run / 'last.pth.tar', weights_only=False)
+    for teacher, said in (
+        (f'local-dir:{model_dir}', 'distilled from a network in a folder'),
+        ('local-dir:relative', 'distilled from a network in a folder'),
+        ('resnet18.a1_in1k', 'distilled from `resnet18.a1_in1k`'),
+    ):
+        checkpoint['args'].kd_model_name = teacher
+        path = tmp_path / 'last.pth.tar'
+        torch.save(checkpoint, path)
+        folder = tmp_path / teacher.rpartition('/')[2]
+        write_repo(path, NAME, folder)
+        card = (folder / 'README.md').read_text()
+        assert f'- {said}\n' in card and str(model_dir.parent) not in card
+        assert f'kd_model_name: {teacher.replace(str(model_dir.parent) + "/", "")}\n' in card
 
 
 def test_card_is_valid_and_its_links_lead_somewhere(
@@ -347,15 +444,17 @@ def test_summary_of_another_run_is_refused(run: Path, tmp_path: Path) -> None:
 def test_list_pretrained_lists_what_can_be_loaded(hub: Hub, model_dir: Path, tmp_path: Path) -> None:
     """A package with small weights inside and one line for weights on the Hub, as a release would have them."""
     package = tmp_path / 'site' / 'timm_mixpath'
-    shutil.copytree(
-        Path(timm_mixpath.__file__).parent, package, ignore=shutil.ignore_patterns('__pycache__', 'weights')
-    )
+    shutil.copytree(Path(timm_mixpath.__file__).parent, package, ignore=shutil.ignore_patterns('__pycache__'))
     shutil.copytree(model_dir, package / 'weights' / 'mixpath_nano.tiny')
     source = (package / 'models' / 'pretrained.py').read_text()
-    line = 'PUBLISHED: dict[str, dict[str, Any]] = {}'
-    assert line in source
-    replacement = line.replace('{}', "{'mixpath_nano_supernet.digits': {}}")
-    (package / 'models' / 'pretrained.py').write_text(source.replace(line, replacement))
+    digest = hashlib.sha256((model_dir / 'model.safetensors').read_bytes()).hexdigest()
+    for line, entry in (
+        ('PUBLISHED: dict[str, dict[str, Any]] = {', "'mixpath_nano_supernet.digits': {}, "),
+        ('PACKAGED: dict[str, str] = {', f"'mixpath_nano.tiny': '{digest}', "),
+    ):
+        assert line in source
+        source = source.replace(line, line + entry)
+    (package / 'models' / 'pretrained.py').write_text(source)
     supernet = timm.create_model('mixpath_nano_supernet', m=1, num_classes=7)
     for org in ('lab', 'other'):
         save_model(supernet, tmp_path / org)
@@ -364,18 +463,18 @@ def test_list_pretrained_lists_what_can_be_loaded(hub: Hub, model_dir: Path, tmp
         supernet.conv_stem.weight.data += 1
     code = (
         'import timm, timm_mixpath\n'
-        "names = timm.list_pretrained('mixpath*')\n"
-        "assert names == ['mixpath_nano.tiny', 'mixpath_nano_supernet.digits'], names\n"
+        "names = ['mixpath_nano.tiny', 'mixpath_nano_supernet.digits']\n"
+        f"assert timm.list_pretrained('mixpath*') == sorted([*names, *{sorted(PACKAGED)}])\n"
         'models = [timm.create_model(name, pretrained=True) for name in names]\n'
-        "models.append(timm.create_model('mixpath_nano', pretrained=True))\n"
-        f"assert models[0].arch == models[2].arch == '{ARCH}'\n"
+        "models.append(timm.create_model(timm.list_pretrained('mixpath_nano.*')[0], pretrained=True))\n"
+        f"assert models[0].arch == '{ARCH}' and models[2].space == models[0].space\n"
         'assert models[1].num_classes == 7 and models[1].space.max_paths == 1\n'
         'print(float(models[1].conv_stem.weight.mean()))\n'
         "overlay = dict(hf_hub_id='other/mixpath_nano_supernet.digits')\n"
         "model = timm.create_model('mixpath_nano_supernet', pretrained=True, pretrained_cfg_overlay=overlay)\n"
         'print(float(model.conv_stem.weight.mean()))\n'
         "timm.models.save_for_hf(models[2], 'again', safe_serialization=True)\n"
-        "assert timm.create_model('local-dir:again', pretrained=True).arch == models[0].arch\n"
+        "assert timm.create_model('local-dir:again', pretrained=True).arch == models[2].arch\n"
     )
     env = environment(hub, tmp_path / 'home', TIMM_MIXPATH_HUB_ORG='lab', HF_TOKEN=TOKEN)
     env['PYTHONPATH'] = str(tmp_path / 'site')
@@ -406,7 +505,7 @@ def test_weights_of_ones_own(published: Hub, run: Path, model_dir: Path) -> None
     for overlay in ({'file': str(model_dir)}, {'file': str(model_dir / 'model.safetensors')}, {'hf_hub_id': NAME}):
         model = create(overlay)
         assert torch.equal(output_of(model), expected)
-        assert model.pretrained_cfg['input_size'] == [3, 16, 16] and model._model_args['arch'] == ARCH
+        assert model.pretrained_cfg['input_size'] == (3, 16, 16) and model._model_args['arch'] == ARCH
     assert torch.equal(output_of(create({'file': str(run / 'last.pth.tar')}, arch=ARCH)), expected)
     assert torch.equal(
         output_of(create({'state_dict': load_file(model_dir / 'model.safetensors')}, arch=ARCH)), expected
@@ -753,6 +852,8 @@ def test_push_into_a_repo_that_changes_meanwhile_is_refused(published: Hub, run:
         (['--repo-id', NAME, '--output', 'x'], 2, '--output x is the folder of --dry-run'),
         (['--repo-id', NAME, '--checkpoint', '/nowhere'], 2, "'/nowhere' does not exist"),
         (['--repo-id', NAME, '--private'], 2, 'exists and is public'),
+        (['--repo-id', NAME, '--img-size', '0'], 2, 'image size 0 must be positive'),
+        (['--repo-id', NAME, '--results', '/nowhere'], 2, "'/nowhere' does not exist"),
         (['--repo-id', NAME, '--license', 'secret'], 2, '"license" must be one of'),
         (['--repo-id', NAME, '--search', '/nowhere'], 2, "'/nowhere' is not the output folder"),
         (['--repo-id', NAME, '--checkpoint', 'resnet'], 2, 'which is not of timm-mixpath'),

@@ -57,7 +57,7 @@ BUDGETS = {'a': (349e6, 5.0), 'b': (378e6, 5.1)}
 @pytest.mark.parametrize('letter', BUDGETS)
 def test_discovered_models_are_inside_the_published_budgets(letter):
     macs, params = BUDGETS[letter]
-    model = timm.create_model(f'mixpath_{letter}').eval()
+    model = timm.create_model(f'mixpath_{letter}.untrained').eval()
     counter = FlopCounterMode(display=False)
     with torch.no_grad(), counter:
         assert model(make_input(1, 224)).shape == (1, 1000)
@@ -130,7 +130,7 @@ def test_pretrained_is_refused_where_there_are_no_weights():
 
 @pytest.mark.parametrize('name', ['mixpath_s1', 'mixpath_nano'])
 def test_default_cfg(name):
-    cfg = timm.create_model(name, device='meta').default_cfg
+    cfg = timm.create_model(f'{name}.untrained', device='meta').default_cfg
     assert (cfg['input_size'], cfg['num_classes'], cfg['first_conv']) == ((3, 32, 32), 10, 'conv_stem')
     assert cfg['architecture'] == name
 

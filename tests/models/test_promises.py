@@ -237,7 +237,7 @@ def test_unknown_tag_and_missing_weights() -> None:
         with pytest.raises(RuntimeError, match=rf'Invalid pretrained tag \(nope\) for {name}'):
             timm.create_model(f'{name}.nope')
     with pytest.raises(RuntimeError, match='no weights of mixpath_a are published; train it with'):
-        timm.create_model('mixpath_a', pretrained=True)
+        timm.create_model('mixpath_a.untrained', pretrained=True)
     assert timm.create_model('mixpath_a.untrained', device='meta').pretrained_cfg['tag'] == 'untrained'
 
 

@@ -5,9 +5,10 @@ import re
 from pathlib import Path
 
 import pytest
+import timm
 
 from timm_mixpath import get_space
-from timm_mixpath.models.cost import CostTable
+from timm_mixpath.models.cost import CostTable, cost_table
 from timm_mixpath.spaces import genotypes
 
 RECORDS = Path(__file__).parents[2] / 'recipes' / 'genotypes'
@@ -41,7 +42,25 @@ def test_genotype_is_what_the_recorded_search_chose(letter):
     assert (folder / 'pareto.png').read_bytes()[:4] == b'\x89PNG'
 
 
-@pytest.mark.parametrize('letter', SPACES)
+def test_genotype_around_a_backbone_is_what_the_recorded_search_chose():
+    folder = RECORDS / 'mixpath_lite0'
+    front = json.loads((folder / 'front.json').read_text())
+    header, *lines = map(json.loads, (folder / 'archive.jsonl').read_text().splitlines())
+    supernet = timm.create_model('mixpath_supernet', backbone='tf_efficientnet_lite0', num_classes=10, device='meta')
+    assert (front['space'], front['max_paths']) == (supernet.space.name, supernet.space.max_paths)
+    (chosen,) = [c for c in front['front'] if c['chosen']]
+    assert chosen['arch'] == genotypes.MIXPATH_LITE0
+    assert lines[chosen['index']]['arch'] == genotypes.MIXPATH_LITE0
+    assert front['fingerprint'] == header['fingerprint'] and front['config'] == header['config']
+    assert len(lines) == front['num_evaluations']
+    assert chosen['metrics']['top1'] == max(line['metrics']['top1'] for line in lines)
+    table = cost_table(supernet, tuple(header['fingerprint']['cost_input_size']))
+    for line in lines[:: len(lines) // 10]:
+        assert (line['macs'], line['params']) == (table.macs(line['arch']), table.params(line['arch']))
+    assert chosen['macs'] <= table.macs(supernet.space.default_arch)
+
+
+@pytest.mark.parametrize('letter', [*SPACES, 'lite0'])
 def test_record_tells_the_genotype(letter):
     text = (RECORDS / 'README.md').read_text()
     assert getattr(genotypes, f'MIXPATH_{letter.upper()}') in text

@@ -176,6 +176,15 @@ def test_bad_input_is_one_sentence(
     with pytest.raises(error) as info:
         train(small_args(digits, tmp_path, **overrides))
     assert text in str(info.value) and '\n' not in str(info.value)
+    assert list(tmp_path.iterdir()) == []  # no empty folder that looks like a run
+
+
+def test_failed_start_leaves_folders_as_they_were(digits: Path, tmp_path: Path) -> None:
+    (tmp_path / 'mine' / 'run').mkdir(parents=True)
+    for output in ('mine', 'new/deep'):
+        with pytest.raises(UsageError, match='mixpath_mega'):
+            train(small_args(digits, tmp_path / output, model='mixpath_mega'))
+    assert sorted(tmp_path.rglob('*')) == [tmp_path / 'mine', tmp_path / 'mine' / 'run']
 
 
 def test_empty_and_unreadable_data(tmp_path: Path) -> None:

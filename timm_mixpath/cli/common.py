@@ -45,10 +45,10 @@ def from_args(cls: type, args: argparse.Namespace) -> Any:
     return cls(**{field.name: getattr(args, field.name) for field in dataclasses.fields(cls)})
 
 
-def add_checkpoint_options(parser: argparse.ArgumentParser, what: str) -> None:
+def add_checkpoint_options(parser: argparse.ArgumentParser, what: str, required: bool = True) -> None:
     """Add `--checkpoint`, of `what`, and the options that `like` reads."""
     add = parser.add_argument
-    add('--checkpoint', required=True, metavar='PATH', help=f'{what}, a model folder, or hf-hub:ORG/NAME')
+    add('--checkpoint', required=required, metavar='PATH', help=f'{what}, a model folder, or hf-hub:ORG/NAME')
     add_model_options(
         parser, "what weights alone are of (timm's clean_checkpoint.py and avg_checkpoints.py write such files)"
     )

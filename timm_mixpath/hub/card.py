@@ -6,6 +6,8 @@ search, or was given. What is not known is left out.
 
 from argparse import Namespace
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
@@ -20,7 +22,7 @@ from ..spaces.catalog import get_space
 from ..train.checkpoint import LoadedModel
 from ..train.options import LOCAL_OPTIONS, default_args
 from ..utils.recipes import model_recipes
-from .records import PLOT, SearchRecord, TrainingRecord
+from .records import PLOT, SearchRecord, TrainingRecord, ValidationRecord
 
 __all__ = ['CardDetails', 'make_card']
 
@@ -63,12 +65,14 @@ class CardDetails:
         dataset_id: Data set by its name on the Hub, for example uoft-cs/cifar10.
         dataset_name: Its name for readers, for example CIFAR-10.
         commit: Commit of timm-mixpath that trained the model.
+        provenance: Sentences on what the weights come from, and what the licences of that allow.
     """
 
     license: str | None = None
     dataset_id: str | None = None
     dataset_name: str | None = None
     commit: str | None = None
+    provenance: str | None = None
 
 
 def make_card(
@@ -77,6 +81,9 @@ def make_card(
     details: CardDetails,
     training: TrainingRecord | None = None,
     searched: SearchRecord | None = None,
+    validated: ValidationRecord | None = None,
+    *,
+    dtype: str | None = None,
     revision: str | None = None,
 ) -> ModelCard:
     """Write the card.
@@ -87,6 +94,8 @@ def make_card(
         details: What its owner tells.
         training: How it was trained, if known.
         searched: How its arch was found, if known.
+        validated: What timm's validate.py measured, in the place of what the training did.
+        dtype: What the weights are stored as, if not as they are.
         revision: Branch of the repo that the card is for, the main one if None.
     """
     model = loaded.model
@@ -100,22 +109,28 @@ def make_card(
         f'# {name}',
         _what(model, loaded, training, dataset_name),
         _notes(model),
+        details.provenance or '',
         '## Use\n\n' + _usage(model, source, training),
         '## Architecture\n\n' + _architecture(model, loaded),
     ]
+    metrics = validated.metrics if validated is not None else training.metrics if training is not None else {}
+    if metrics:
+        sections.append('## Results\n\n' + _results(model, metrics, training, validated, dtype, dataset_name))
     if training is not None:
-        if training.metrics:
-            sections.append('## Results\n\n' + _results(model, training, dataset_name))
         sections.append('## Training\n\n' + _training(training, details, dataset_name))
     elif details.commit:
         sections.append(f'## Training\n\nTrained with timm-mixpath at commit `{details.commit}`.')
     if searched is not None:
         sections.append('## Search\n\n' + _search(searched))
-    sections += ['## Limits\n\n' + _limits(model, loaded, training), f'## Citation\n\n```bibtex\n{_CITATION}\n```']
+    sections += [
+        '## Limits\n\n' + _limits(model, loaded, training, metrics),
+        f'## Citation\n\n```bibtex\n{_CITATION}\n```',
+    ]
 
     results = []
     if training is not None and dataset_id and not is_supernet:  # a supernet is not one model with one accuracy
-        results = _eval_results(training, dataset_id, dataset_name)
+        split = str(training.args.val_split).partition('.')[0] if validated is None else 'validation'
+        results = _eval_results(metrics, split, dataset_id, dataset_name)
     data = ModelCardData(
         library_name='timm',
         pipeline_tag=None if is_supernet else 'image-classification',
@@ -263,18 +278,39 @@ def _cells(model: CellNet) -> str:
     )
 
 
-def _results(model: nn.Module, training: TrainingRecord, dataset_name: str | None) -> str:
-    split = f'split `{training.args.val_split}`' + (f' of {dataset_name}' if dataset_name else '')
+def _results(
+    model: nn.Module,
+    metrics: dict[str, float],
+    training: TrainingRecord | None,
+    validated: ValidationRecord | None,
+    dtype: str | None,
+    dataset_name: str | None,
+) -> str:
+    split = 'the validation images' + (f' of {dataset_name}' if dataset_name else '')
+    if validated is None:
+        split = f'split `{training.args.val_split}`' + (f' of {dataset_name}' if dataset_name else '')
     names = {'top1': 'top-1 (%)', 'top5': 'top-5 (%)', 'loss': 'cross-entropy'}
-    metrics = {names[name]: f'{value:.2f}' for name, value in training.metrics.items()}
-    text = f'| measured on | {" | ".join(metrics)} |\n|---|{"---|" * len(metrics)}\n'
-    text += f'| {split} | {" | ".join(metrics.values())} |\n\n'
-    text += 'Measured in the training'
-    if training.epoch is not None:
-        text += f' after epoch {training.epoch + 1} of {training.args.epochs}'
-    text += ', one run.'
-    if training.is_best:
-        text += ' The epoch was chosen by its score on this very split, so the figure is a little too good.'
+    shown = {names[name]: f'{value:.2f}' for name, value in metrics.items()}
+    text = f'| measured on | {" | ".join(shown)} |\n|---|{"---|" * len(shown)}\n'
+    text += f'| {split} | {" | ".join(shown.values())} |\n\n'
+    if validated is not None:
+        size = f'{validated.img_size}x{validated.img_size} pixels'
+        text += (
+            f"Measured with timm's `validate.py` at {size} (crop {validated.crop_pct:g}), with the weights as stored"
+        )
+        text += f' in {dtype}.' if dtype else '.'
+    else:
+        text += 'Measured in the training'
+        if training.epoch is not None:
+            text += f' after epoch {training.epoch + 1} of {training.args.epochs}'
+        text += ', one run.'
+        if dtype:
+            text += f' The weights were stored in {dtype} after that.'
+    if training is not None and training.is_best:
+        text += (
+            f' The epoch was chosen by its score on split `{training.args.val_split}`, so a figure measured there is a '
+            'little too good.'
+        )
     if isinstance(model, Supernet):
         text += f' It is the score of one network, `{model.active_arch}`, with the weights that it inherits.'
     return text
@@ -293,6 +329,10 @@ def _training(training: TrainingRecord, details: CardDetails, dataset_name: str 
     facts.append(f'{args.epochs} epochs, seed {args.seed}')
     if any(getattr(args, name, '') for name in ('initial_checkpoint', 'pretrained', 'warm_start')):
         facts.append('started from other weights, not from scratch')
+    if teacher := getattr(args, 'kd_model_name', None):
+        facts.append(
+            'distilled from ' + ('a network in a folder' if teacher.startswith('local-dir:') else f'`{teacher}`')
+        )
     if getattr(args, 'world_size', 1) > 1:
         facts.append(f'{args.world_size} processes, each with the batch size below')
     if training.is_ema:
@@ -302,7 +342,7 @@ def _training(training: TrainingRecord, details: CardDetails, dataset_name: str 
     text = '\n'.join(f'- {fact}' for fact in facts)
     defaults = vars(default_args())
     options = {
-        key: value
+        key: _without_place(value)
         for key, value in vars(args).items()
         if key in defaults and key not in _LOCAL_OPTIONS and value != defaults[key]
     }
@@ -310,6 +350,12 @@ def _training(training: TrainingRecord, details: CardDetails, dataset_name: str 
         f'{text}\n\nOptions that differ from the defaults of `timm-mixpath train`, as a recipe for its `-c`:\n\n'
         f'```yaml\n{yaml.safe_dump(options, sort_keys=True).strip()}\n```'
     )
+
+
+def _without_place(value: Any) -> Any:
+    """An option without the place of a folder on the machine of the training."""
+    kind, _, path = value.partition(':') if isinstance(value, str) else ('', '', '')
+    return f'{kind}:{Path(path).name}' if kind == 'local-dir' else value
 
 
 def _recipe(args: Namespace) -> str | None:
@@ -386,20 +432,24 @@ def _search(searched: SearchRecord) -> str:
     return text
 
 
-def _limits(model: nn.Module, loaded: LoadedModel, training: TrainingRecord | None) -> str:
+def _limits(model: nn.Module, loaded: LoadedModel, training: TrainingRecord | None, metrics: dict[str, float]) -> str:
     text = (
         f'It knows the {model.num_classes} classes that it was trained on and images of {_size(loaded)} as they were '
         'prepared for the training. Its robustness, its calibration and its behaviour on other images have not been '
         'measured.'
     )
     if training is None:
-        text += ' How it was trained, and how accurate it is, is not recorded here.'
-    elif not training.metrics:
+        text += (
+            ' How it was trained is not recorded here.'
+            if metrics
+            else (' How it was trained, and how accurate it is, is not recorded here.')
+        )
+    elif not metrics:
         text += ' Its accuracy was not measured in the training.'
     return text
 
 
-def _eval_results(training: TrainingRecord, dataset_id: str, dataset_name: str | None) -> list[EvalResult]:
+def _eval_results(metrics: dict[str, float], split: str, dataset_id: str, dataset_name: str | None) -> list[EvalResult]:
     names = {'top1': 'Top-1 accuracy (%)', 'top5': 'Top-5 accuracy (%)'}
     return [
         EvalResult(
@@ -407,13 +457,13 @@ def _eval_results(training: TrainingRecord, dataset_id: str, dataset_name: str |
             task_name='Image Classification',
             dataset_type=dataset_id,
             dataset_name=dataset_name or dataset_id,
-            dataset_split=str(training.args.val_split).partition('.')[0],
+            dataset_split=split,
             metric_type='accuracy',
             metric_name=text,
-            metric_value=round(training.metrics[name], 3),
+            metric_value=round(metrics[name], 3),
         )
         for name, text in names.items()
-        if name in training.metrics
+        if name in metrics
     ]
 
 

@@ -3,6 +3,7 @@
 import json
 import logging
 import math
+import os
 from argparse import Namespace
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,7 +17,7 @@ from ..train.data import HOLDOUT_SPLIT, class_names, open_dataset
 from ..utils.errors import RunError, UsageError
 from ..utils.tables import read_csv
 
-__all__ = ['PLOT', 'SearchRecord', 'TrainingRecord', 'read_search', 'read_training']
+__all__ = ['PLOT', 'SearchRecord', 'TrainingRecord', 'ValidationRecord', 'read_results', 'read_search', 'read_training']
 
 
 _logger = logging.getLogger(__name__)
@@ -58,6 +59,21 @@ class SearchRecord:
     candidate: dict[str, Any] | None = None
 
 
+@dataclass
+class ValidationRecord:
+    """What timm's validate.py measured of a model, with the weights as they are stored.
+
+    Attributes:
+        metrics: `top1` and `top5`, percent.
+        img_size: Height and width of the images, pixels.
+        crop_pct: Share of the resized image that was the centre crop.
+    """
+
+    metrics: dict[str, float]
+    img_size: int
+    crop_pct: float
+
+
 def read_training(checkpoint: Path, loaded: LoadedModel) -> TrainingRecord | None:
     """Collect what a training checkpoint and its folder hold, None for a model folder or a Hub repo.
 
@@ -83,6 +99,34 @@ def read_training(checkpoint: Path, loaded: LoadedModel) -> TrainingRecord | Non
                 f'checkpoint itself {loaded.metric}: they are not of the same run; copy the checkpoint elsewhere or '
                 'restore the file'
             )
+    return record
+
+
+def read_results(path: str | os.PathLike, model: nn.Module) -> ValidationRecord:
+    """Read what timm's validate.py wrote with `--results-file FILE --results-format json`.
+
+    Args:
+        path: The file.
+        model: The model that was measured.
+
+    Raises:
+        UsageError: It is no such file, or is of a model with another number of parameters.
+    """
+    if not Path(path).is_file():
+        raise UsageError(f'file of results {str(path)!r} does not exist')
+    try:
+        content = json.loads(Path(path).read_text())
+        metrics = {name: float(content[name]) for name in ('top1', 'top5')}
+        record = ValidationRecord(metrics, int(content['img_size']), float(content['crop_pct']))
+        params = float(content['param_count'])
+    except (OSError, ValueError, KeyError, TypeError):
+        raise UsageError(
+            f"{str(path)!r} is not a result of timm's validate.py; it writes one with `--results-file {path} "
+            '--results-format json`'
+        ) from None
+    own = round(sum(p.numel() for p in model.parameters()) / 1e6, 2)
+    if own != params:
+        raise UsageError(f'{str(path)!r} is of a network of {params} M parameters, this one has {own} M')
     return record
 
 

@@ -30,12 +30,13 @@ from torch import nn
 
 from ..spaces.arch import Arch, BlockChoice
 from ..spaces.backbone import BackboneSpace
+from ..spaces.genotypes import MIXPATH_LITE0
 from ..spaces.space import BlockSpec
 from ..utils.errors import RunError, UsageError, concise
 from ..utils.hub_client import hub_errors
 from .backbone_blocks import SEARCHED_BLOCKS, BackboneChoice, BlockSite, fixed_block
 from .layers import run_out_of_place
-from .pretrained import SOURCE_KEYS, build_model, check_state_dict, readable
+from .pretrained import SOURCE_KEYS, add_weights, build_model, check_state_dict, readable
 from .supernet import Supernet
 
 __all__ = [
@@ -57,6 +58,9 @@ DEFAULT_BACKBONE = 'mobilenetv3_large_100'
 _KERNEL_SIZES = (3, 5, 7)
 
 _EXPANSIONS = (0.5, 0.75, 1.0)
+
+# Networks of a fixed arch: their backbone and the arch
+_DISCOVERED = {'mixpath_lite0': ('tf_efficientnet_lite0', MIXPATH_LITE0)}
 
 
 class BackboneNet(nn.Module):
@@ -433,6 +437,8 @@ def _create(variant: str, pretrained: bool, backbone: str = DEFAULT_BACKBONE, **
     if isinstance(cfg, PretrainedCfg):
         cfg = cfg.to_dict()
     is_own = isinstance(cfg, str) or any((cfg or {}).get(key) for key in SOURCE_KEYS)
+    if variant in _DISCOVERED:  # whose weights are not the backbone's, unless such are named
+        is_own = not sources
     num_classes = None
     if pretrained and sources and not is_own:
         is_own, num_classes = _look_into(sources, backbone)
@@ -441,6 +447,8 @@ def _create(variant: str, pretrained: bool, backbone: str = DEFAULT_BACKBONE, **
     from_backbone = pretrained and not is_own
     network_cfg: dict[str, Any] = {}
     if from_backbone:
+        if variant in _DISCOVERED:
+            cfg = _backbone_cfg(backbone, variant)
         network_cfg = {**({} if num_classes is None else {'num_classes': num_classes}), **overlay}
         where = next((str(value) for value in sources.values() if isinstance(value, str | Path)), '')
         cfg = {**cfg, 'notes': (describe_origin(backbone, where),)}
@@ -540,7 +548,10 @@ def describe_origin(name: str, path: str = '') -> str:
     """
     cfg = None if ':' in name else get_pretrained_cfg(name)
     if path or cfg is None:
-        base = name if ':' in name else name.partition('.')[0]
+        base = name.partition('.')[0]
+        if ':' in name:  # of a folder its name, not where it is
+            kind, _, place = name.partition(':')
+            base = f'the folder {Path(place).name}' if kind == 'local-dir' else name
         return f'warm start from weights of {base}' + (f' in {Path(path).name}' if path else '')
     tagged = name if '.' in name or not cfg.tag else f'{name}.{cfg.tag}'
     return origin_sentence(tagged, cfg.license or 'unknown')
@@ -568,8 +579,23 @@ def _backbone_cfg(backbone: str, variant: str) -> dict[str, Any]:
     return {**cfg, 'architecture': variant}
 
 
+def _create_discovered(variant: str, pretrained: bool, **kwargs: Any) -> nn.Module:
+    backbone, genotype = _DISCOVERED[variant]
+    for name in ('backbone', 'arch'):
+        if name in kwargs:
+            raise ValueError(f'{variant} has a fixed {name}; use mixpath with {name}={kwargs[name]!r}')
+    cfg = kwargs.pop('pretrained_cfg', None) or get_pretrained_cfg(variant)
+    return _create(variant, pretrained, backbone=backbone, arch=genotype, pretrained_cfg=cfg, **kwargs)
+
+
 default_cfgs = generate_default_cfgs(
-    {f'{name}.untrained': _backbone_cfg(DEFAULT_BACKBONE, name) for name in ('mixpath', 'mixpath_supernet')}
+    add_weights(
+        {
+            'mixpath.untrained': _backbone_cfg(DEFAULT_BACKBONE, 'mixpath'),
+            'mixpath_supernet.untrained': _backbone_cfg(DEFAULT_BACKBONE, 'mixpath_supernet'),
+            **{f'{name}.untrained': _backbone_cfg(backbone, name) for name, (backbone, _) in _DISCOVERED.items()},
+        }
+    )
 )
 
 
@@ -590,3 +616,11 @@ def mixpath_supernet(pretrained: bool = False, **kwargs: Any) -> nn.Module:
     `sum_norm`, `seed`, `sampling` and `share_widths` as in `BackboneSupernet`.
     """
     return _create('mixpath_supernet', pretrained, **kwargs)
+
+
+@register_model
+def mixpath_lite0(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """EfficientNet-Lite0 with the depthwise kernels and expansions that a search around it chose, on Imagenette at the
+    backbone's cost. Not in the paper; found by `timm-mixpath adapt`.
+    """
+    return _create_discovered('mixpath_lite0', pretrained, **kwargs)

@@ -3,6 +3,7 @@
 timm loads what it finds; here tensors have to have the names and shapes of the model before any is used.
 """
 
+import hashlib
 import json
 import math
 import os
@@ -13,6 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import timm
 import torch
 from safetensors import SafetensorError
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
@@ -28,25 +30,34 @@ from ..utils.recipes import model_recipes
 
 __all__ = [
     'HUB_ORG',
+    'OFFICIAL_ORG',
     'SOURCE_KEYS',
     'add_weights',
     'build_model',
+    'check_packaged',
     'check_state_dict',
     'locate_weights',
+    'packaged_weights',
     'readable',
     'space_cfg',
 ]
 
 
-# The organisation on the Hub under which the official weights live, read once, at import
-HUB_ORG = os.environ.get('TIMM_MIXPATH_HUB_ORG') or 'timm-mixpath'
+OFFICIAL_ORG = 'timm-mixpath'
+
+# The organisation on the Hub under which the published weights live, read once, at import
+HUB_ORG = os.environ.get('TIMM_MIXPATH_HUB_ORG') or OFFICIAL_ORG
 
 # Weights that exist on the Hub as HUB_ORG/<model>.<tag>: {'<model>.<tag>': what differs from the model's own cfg}.
 # The repo's config.json says the rest when it is loaded. None are published yet.
 PUBLISHED: dict[str, dict[str, Any]] = {}
 
-# Small weights that ship inside the package: <model>.<tag>/config.json and model.safetensors, as `export` writes them
-_PACKAGED = Path(__file__).parents[1] / 'weights'
+# Small weights that ship inside the package, <model>.<tag>/ as `push --dry-run` writes it. The SHA-256 of their
+# model.safetensors stands here, so that a file that an installation or a mirror damaged is noticed.
+PACKAGED: dict[str, str] = {
+    'mixpath_lite0.in1k_ft_imagenette': '8d963fba38eda000c5790dcd08d09ed8a9beba86113eee4998acd2d4e108795b',
+}
+_WEIGHTS_DIR = Path(__file__).parents[1] / 'weights'
 
 # What in a pretrained cfg says where weights are
 SOURCE_KEYS = ('url', 'file', 'state_dict', 'hf_hub_id', 'hf_hub_filename', 'source')
@@ -67,13 +78,42 @@ def add_weights(cfgs: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
         base = bases.get(name.partition('.')[0])
         if base is not None:
             cfgs[name] = {**base, 'hf_hub_id': f'{HUB_ORG}/{name}', **overrides}
-    for config_path in sorted(_PACKAGED.glob(f'*.*/{CONFIG_NAME}')):
-        if config_path.parent.name.partition('.')[0] not in bases:
-            continue
-        cfg = dict(json.loads(config_path.read_text())['pretrained_cfg'])
-        cfg.pop('tag', None)
-        cfgs[config_path.parent.name] = {**cfg, 'file': str(config_path.with_name(WEIGHTS_NAME))}
+    for name, folder in packaged_weights().items():
+        base = bases.get(name.partition('.')[0])
+        if base is not None:
+            try:
+                cfg = _with_tuples(json.loads((folder / CONFIG_NAME).read_text())['pretrained_cfg'])
+            except (OSError, ValueError, KeyError, TypeError, AttributeError):
+                cfg = {}  # an import must not fail by it; whoever loads the weights is told
+            cfg.pop('tag', None)
+            # Also where they are on the Hub: an installation needs no connection for what it holds
+            cfgs[name] = {**base, **cfg, 'file': str(folder / WEIGHTS_NAME)}
     return cfgs
+
+
+def _with_tuples(cfg: dict[str, Any]) -> dict[str, Any]:
+    """A pretrained cfg from JSON as timm's own are."""
+    return {key: tuple(value) if isinstance(value, list) else value for key, value in cfg.items()}
+
+
+def packaged_weights() -> dict[str, Path]:
+    """Return the folders of the weights that ship inside the package, by `<model>.<tag>`."""
+    return {name: _WEIGHTS_DIR / name for name in sorted(PACKAGED)}
+
+
+def check_packaged(name: str) -> Path:
+    """Return the folder of weights that ship inside the package.
+
+    Raises:
+        RunError: They are missing or not what was packaged.
+    """
+    path = _WEIGHTS_DIR / name / WEIGHTS_NAME
+    problem = f'{str(path)!r} is missing'
+    if path.is_file():
+        if hashlib.sha256(path.read_bytes()).hexdigest() == PACKAGED[name]:
+            return path.parent
+        problem = f'{str(path)!r} has another SHA-256'
+    raise RunError(f'the weights of {name} inside the installed timm-mixpath are damaged ({problem}); install it again')
 
 
 def space_cfg(space: Space, reduction: int, **kwargs: Any) -> dict[str, Any]:
@@ -183,6 +223,8 @@ def locate_weights(variant: str, kwargs: dict[str, Any]) -> dict[str, Any]:
         where = f'hf-hub:{cfg.hf_hub_id}'
     elif cfg.file:
         path = Path(cfg.file)
+        if path.parent.parent == _WEIGHTS_DIR and path.parent.name in PACKAGED:
+            check_packaged(path.parent.name)
         if not path.exists():
             raise UsageError(f'weights file {str(path)!r} does not exist')
         folder = path if path.is_dir() else path.parent
@@ -203,7 +245,7 @@ def locate_weights(variant: str, kwargs: dict[str, Any]) -> dict[str, Any]:
             model_args = dict(config.get('model_args') or {})
             given = {key: value for key, value in overlay.items() if key not in SOURCE_KEYS}
             own = {key: config[key] for key in ('num_classes', 'label_names', 'label_descriptions') if key in config}
-            values = {**values, **config['pretrained_cfg'], **own, **given}
+            values = {**values, **_with_tuples(config['pretrained_cfg']), **own, **given}
             kwargs['pretrained_model_args'] = dict(model_args)
             for key, value in model_args.items():
                 kwargs.setdefault(key, value)
@@ -226,6 +268,8 @@ def _read_config(path: Path, where: str) -> dict[str, Any]:
 def _no_weights(variant: str) -> str:
     recipe = next(iter(model_recipes(variant)), None)
     command = f'timm-mixpath train -c {recipe}' if recipe else f'timm-mixpath train --model {variant}'
+    if others := timm.list_models(f'{variant}.*', pretrained=True):
+        return f'these are no weights of {variant}; there are {", ".join(others)}'
     return (
         f'no weights of {variant} are published; train it with `{command}`, or name weights of your own: '
         "pretrained_cfg_overlay=dict(file='model.safetensors') or dict(hf_hub_id='ORG/NAME'), "

@@ -4,7 +4,7 @@ The paper draws the genotypes of MixPath-A, -B and -c in figures only. These are
 package's own search, inside the budgets that were published. `recipes/genotypes/` tells how each was found.
 """
 
-__all__ = ['MIXPATH_A', 'MIXPATH_B', 'MIXPATH_C']
+__all__ = ['MIXPATH_A', 'MIXPATH_B', 'MIXPATH_C', 'MIXPATH_LITE0']
 
 
 # S3, m = 1
@@ -18,11 +18,11 @@ MIXPATH_A = (
 
 # S2, m = 2
 MIXPATH_B = (
-    'k3_e6,k3+5_e3,'
-    'k5+9_e6,k5+7_e6,k3+9_e6,k3_e6,'
-    'k9_e6,k5_e6,k3_e6,k3+5_e6,'
-    'k5+7_e6,k3_e3,k9_e3,k5_e3,'
-    'k3+5_e6,k7_e6,k3+5_e6,k9_e6'
+    'k5+7_e6,k5+7_e3,'
+    'k3_e6,k3_e6,k3_e6,k5_e6,'
+    'k7+9_e6,k3+7_e6,k5_e6,k3_e6,'
+    'k3_e6,k3_e3,k3+5_e3,k9_e3,'
+    'k3+9_e6,k3+7_e6,k3_e6,k5+7_e6'
 )
 
 # S1
@@ -33,3 +33,6 @@ MIXPATH_C = (
     'k5_e6,k3+5+9_e6,'
     'k7+9_e6,k3+5+7+9_e3'
 )
+
+# Around tf_efficientnet_lite0, m = 2; not in the paper
+MIXPATH_LITE0 = 'k3_e1,k3_e4.5,k3_e6,k5_e6,k5_e6,k3_e6,k3_e3,k3_e6,k5_e4.5,k5_e6,k5+7_e6,k5_e6,k5_e6,k3_e6,k5_e6,k3_e6'

@@ -17,7 +17,8 @@ from timm.models import adapt_input_conv, clean_state_dict, get_model_args, load
 from timm.utils import CheckpointSaver
 from torch import nn
 
-from ..models.backbone import DEFAULT_BACKBONE, BackboneNet, BackboneSupernet, describe_origin
+from ..models.backbone import BackboneNet, BackboneSupernet, describe_origin
+from ..models.pretrained import SOURCE_KEYS
 from ..models.supernet import Supernet
 from ..utils.errors import RunError, UsageError, as_usage_error, concise
 from ..utils.hub_client import fetch_model
@@ -176,6 +177,9 @@ def load_model(path: str | os.PathLike, *, use_ema: bool = True, like: Namespace
     checkpoint = _read_any(path, like)
     args = checkpoint['args']
     model = create_model(args)
+    # What the cfg of its name says of weights is of those that are published, not of these
+    of_others = {'tag', 'license', 'label_names', 'label_descriptions', 'notes', *SOURCE_KEYS}
+    model.pretrained_cfg = {key: value for key, value in model.pretrained_cfg.items() if key not in of_others}
     note_origin(model, args)
     key = 'state_dict_ema' if use_ema and checkpoint.get('state_dict_ema') is not None else 'state_dict'
     try:
@@ -193,8 +197,13 @@ def note_origin(model: nn.Module, args: Namespace) -> None:
     """Keep with a model from which weights its training started, as the licence of those goes on to be theirs."""
     path = getattr(args, 'pretrained_path', '')
     name = getattr(args, 'warm_start', '')
-    if getattr(args, 'pretrained', False) and isinstance(model, BackboneNet | BackboneSupernet):
-        name = args.model_kwargs.get('backbone', DEFAULT_BACKBONE)
+    if getattr(args, 'pretrained', False):
+        source = getattr(args, 'model_source', '') or args.model
+        cfg = None if ':' in source else timm.get_pretrained_cfg(source)
+        if ':' in source or (cfg is not None and cfg.has_weights and not path):
+            name = source  # weights of its own
+        elif isinstance(model, BackboneNet | BackboneSupernet):
+            name = args.model_kwargs.get('backbone', model.space.name)
     if name:
         model.pretrained_cfg['notes'] = (describe_origin(name, path),)
 

@@ -37,7 +37,7 @@ from ..models.supernet import Supernet
 from ..models.warm_start import warm_start
 from ..utils.distributed import open_process
 from ..utils.errors import RunError, UsageError, as_usage_error, concise
-from ..utils.files import make_output_dir, write_atomic
+from ..utils.files import new_output_dir, write_atomic
 from ..utils.progress import progress_bar
 from ..utils.tables import read_csv
 from .checkpoint import (
@@ -236,8 +236,13 @@ def _init_head(model: nn.Module, args: Namespace) -> None:
 
 
 def _set_up(args: Namespace, stop: StopSignal, progress: dict[str, Any]) -> _Run:
+    # Before anything that takes time, as it may be of another run, or not writable
+    with new_output_dir(_output_dir(args)) if utils.is_primary(args) else nullcontext() as output_dir:
+        return _make_run(args, stop, progress, output_dir)
+
+
+def _make_run(args: Namespace, stop: StopSignal, progress: dict[str, Any], output_dir: Path | None) -> _Run:
     device, primary = torch.device(args.device), utils.is_primary(args)
-    output_dir = _output_dir(args) if primary else None
 
     # Model, task, optimizer, in the order of timm's train.py
     utils.random_seed(args.seed, args.rank)
@@ -534,7 +539,7 @@ def _output_dir(args: Namespace) -> Path:
             f'{str(output_dir)!r} holds a run already and is not overwritten; go on with it by --resume {last}, or '
             'choose another --experiment or --output'
         )
-    return make_output_dir(output_dir)
+    return output_dir
 
 
 def _resolve_lr(args: Namespace) -> None:

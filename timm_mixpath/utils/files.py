@@ -4,13 +4,13 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO
 
 from .errors import RunError, UsageError
 
-__all__ = ['lock_file', 'make_output_dir', 'write_atomic', 'write_dir_atomic', 'write_text']
+__all__ = ['lock_file', 'make_output_dir', 'new_output_dir', 'write_atomic', 'write_dir_atomic', 'write_text']
 
 
 @contextmanager
@@ -102,3 +102,24 @@ def make_output_dir(path: str | os.PathLike) -> Path:
     except OSError as e:
         raise RunError(f'output folder {str(path)!r} can not be written: {e.strerror}; choose another one') from None
     return path
+
+
+@contextmanager
+def new_output_dir(path: str | os.PathLike) -> Iterator[Path]:
+    """Make a folder and its parents; after an exception those that it made are removed, as far as they are empty.
+
+    Args:
+        path: Folder to make; it may exist.
+
+    Raises:
+        RunError: It can't be made or written to.
+    """
+    path = Path(path)
+    missing = [folder for folder in (path, *path.parents) if not folder.exists()]
+    try:
+        yield make_output_dir(path)
+    except BaseException:
+        with suppress(OSError):  # it holds something
+            for folder in missing:
+                folder.rmdir()
+        raise

