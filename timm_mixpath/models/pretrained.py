@@ -55,6 +55,8 @@ PUBLISHED: dict[str, dict[str, Any]] = {}
 # Small weights that ship inside the package, <model>.<tag>/ as `push --dry-run` writes it. The SHA-256 of their
 # model.safetensors stands here, so that a file that an installation or a mirror damaged is noticed.
 PACKAGED: dict[str, str] = {
+    'mixpath_a.imagenette': '12299d2dce2f1ada355d836d72666289678c98caa7819f9ed8c6541bcd9b241e',
+    'mixpath_b.imagenette': 'e68cf9fa80e19da0aecb942e7f042a7e99f2d63baf1d854cb43d24dd33fed937',
     'mixpath_lite0.in1k_ft_imagenette': '8d963fba38eda000c5790dcd08d09ed8a9beba86113eee4998acd2d4e108795b',
 }
 _WEIGHTS_DIR = Path(__file__).parents[1] / 'weights'
