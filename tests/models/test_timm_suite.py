@@ -72,7 +72,7 @@ def run_timm_tests(sdist: Path, folder: Path, select: str) -> dict[str, dict[str
     assert done.returncode == 0, done.stdout[-10_000:]
     outcomes: dict[str, dict[str, str]] = {}
     for case in ET.parse(folder / 'results.xml').iter('testcase'):
-        test, model = re.fullmatch(r'(\w+)\[(?:\d+-)?(\w+)(?:\.untrained)?\]', case.get('name')).groups()
+        test, model = re.fullmatch(r'(\w+)\[(?:\d+-)?(\w+)(?:\.\w+)?\]', case.get('name')).groups()
         outcome = 'passed'
         if len(case):
             outcome = 'skipped' if case.find('skipped') is not None else 'failed'
@@ -102,6 +102,6 @@ def test_timm_tests_of_every_model(timm_sdist: Path, tmp_path: Path) -> None:
     outcomes = run_timm_tests(timm_sdist, tmp_path, 'mixpath')
     spaces = ('s1', 's2', 's3', 'nano', 'nb101', 'nb201')
     names = {f'mixpath_{space}{suffix}' for space in spaces for suffix in ('', '_supernet')}
-    names |= {'mixpath_a', 'mixpath_b', 'mixpath_c', 'mixpath', 'mixpath_supernet'}
+    names |= {'mixpath_a', 'mixpath_b', 'mixpath_c', 'mixpath_lite0', 'mixpath', 'mixpath_supernet'}
     assert set(outcomes) >= names | set(ON_BACKBONES)
     check(outcomes)

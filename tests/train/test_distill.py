@@ -159,7 +159,7 @@ def test_torchrun_with_a_teacher(digits: Path, teacher: Path, tmp_path: Path) ->
     'options, message',
     [
         (dict(kd_model_name='resnet999'), 'resnet999'),
-        (dict(kd_model_name='mixpath_nano'), 'no weights of mixpath_nano'),
+        (dict(kd_model_name='mixpath_s1'), 'no weights of mixpath_s1'),
         (dict(distill_loss_weight=2.0), r'--distill-loss-weight 2.0 has no effect without --kd-model-name'),
         (dict(kd_model_name='resnet18', kd_temperature=0.0), '--kd-temperature 0.0 must be positive'),
         (dict(kd_model_name='resnet18', task_loss_weight=-1.0), '--task-loss-weight -1.0 must not be negative'),
