@@ -68,6 +68,7 @@ def test_packaged_weights_load_and_are_used_in_other_ways(name: str) -> None:
         assert data_config[key] == (tuple(expected) if isinstance(expected, list) else expected)
 
     x = torch.randn(2, *data_config['input_size'], generator=torch.Generator().manual_seed(0))
+    assert model.forward_features(x).shape[2:] == timm.get_pretrained_cfg(name).pool_size
     by_default = timm.create_model(name.partition('.')[0], pretrained=True).eval()
     with torch.inference_mode():
         assert torch.equal(model(x), by_default(x))

@@ -30,7 +30,9 @@ TASKS = {'logit': SupernetLogitDistillationTask, 'feature': SupernetFeatureDisti
 
 def make_task(kind: str):
     torch.manual_seed(0)
-    teacher = timm.create_model('mixpath_nano', num_classes=CLASSES, width_mult=0.5 if kind == 'feature' else 1.0)
+    teacher = timm.create_model(
+        'mixpath_nano.untrained', num_classes=CLASSES, width_mult=0.5 if kind == 'feature' else 1.0
+    )
     student = timm.create_model('mixpath_nano_supernet', num_classes=CLASSES, seed=3)
     return TASKS[kind](student, teacher, torch.nn.CrossEntropyLoss(), verbose=False)
 
@@ -79,7 +81,7 @@ def test_two_processes_train_what_one_would(tmp_path: Path) -> None:
 def test_loss_is_that_of_the_formula() -> None:
     task = SupernetLogitDistillationTask(
         timm.create_model('mixpath_nano_supernet', num_classes=CLASSES),
-        timm.create_model('mixpath_nano', num_classes=CLASSES),
+        timm.create_model('mixpath_nano.untrained', num_classes=CLASSES),
         torch.nn.CrossEntropyLoss(),
         task_loss_weight=0.3,
         temperature=2.0,
@@ -115,7 +117,7 @@ def test_compiled_steps_are_those_of_eager_mode(kind: str) -> None:
 
 
 def test_ordinary_students_get_timms_own_tasks() -> None:
-    student, teacher = (timm.create_model('mixpath_nano', num_classes=CLASSES) for _ in range(2))
+    student, teacher = (timm.create_model('mixpath_nano.untrained', num_classes=CLASSES) for _ in range(2))
     for task_cls in (LogitDistillationTask, FeatureDistillationTask):
         task = STAND_INS[task_cls](student_model=student, teacher_model=teacher, verbose=False)
         assert type(task) is task_cls
@@ -127,7 +129,7 @@ def teacher(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Model folder of a network that was trained on the digits."""
     output = tmp_path_factory.mktemp('teacher')
     run = train(small_args(digits, output, model='mixpath_nano', epochs=3)).output_dir
-    model = timm.create_model('mixpath_nano', num_classes=CLASSES)
+    model = timm.create_model('mixpath_nano.untrained', num_classes=CLASSES)
     model.load_state_dict(read_checkpoint(run / 'last.pth.tar')['state_dict'])
     save_for_hf(model, output / 'folder', safe_serialization=True)
     return output / 'folder'

@@ -58,6 +58,7 @@ PACKAGED: dict[str, str] = {
     'mixpath_a.imagenette': '12299d2dce2f1ada355d836d72666289678c98caa7819f9ed8c6541bcd9b241e',
     'mixpath_b.imagenette': 'e68cf9fa80e19da0aecb942e7f042a7e99f2d63baf1d854cb43d24dd33fed937',
     'mixpath_lite0.in1k_ft_imagenette': '8d963fba38eda000c5790dcd08d09ed8a9beba86113eee4998acd2d4e108795b',
+    'mixpath_nano.cifar10': '17cf171e05b1c00fdc75b45e41615c4736cf6d78c6a68204afcfe16cc467bed2',
 }
 _WEIGHTS_DIR = Path(__file__).parents[1] / 'weights'
 
@@ -88,6 +89,9 @@ def add_weights(cfgs: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
             except (OSError, ValueError, KeyError, TypeError, AttributeError):
                 cfg = {}  # an import must not fail by it; whoever loads the weights is told
             cfg.pop('tag', None)
+            if cfg.get('input_size') and not cfg.get('pool_size'):  # timm leaves it out for another size
+                sizes = zip(cfg['input_size'][1:], base['input_size'][1:], base['pool_size'])
+                cfg['pool_size'] = tuple(math.ceil(size * pool / full) for size, full, pool in sizes)
             # Also where they are on the Hub: an installation needs no connection for what it holds
             cfgs[name] = {**base, **cfg, 'file': str(folder / WEIGHTS_NAME)}
     return cfgs
