@@ -236,7 +236,9 @@ def test_unknown_tag_and_missing_weights() -> None:
     for name in ('mixnet_m', 'mixpath_a'):
         with pytest.raises(RuntimeError, match=rf'Invalid pretrained tag \(nope\) for {name}'):
             timm.create_model(f'{name}.nope')
-    with pytest.raises(RuntimeError, match='no weights of mixpath_a are published; train it with'):
+    with pytest.raises(RuntimeError, match='no weights of mixpath_c are published; train it with'):
+        timm.create_model('mixpath_c', pretrained=True)
+    with pytest.raises(RuntimeError, match=r'no weights of mixpath_a; there are mixpath_a\.imagenette'):
         timm.create_model('mixpath_a.untrained', pretrained=True)
     assert timm.create_model('mixpath_a.untrained', device='meta').pretrained_cfg['tag'] == 'untrained'
 
