@@ -4,9 +4,8 @@
 #   recipes/weights/run.sh IMAGENETTE CIFAR10 OUTPUT VALIDATE [JOB ...]
 #
 # IMAGENETTE and CIFAR10 hold Imagenette (the 160 px version) and the images of CIFAR-10 as class folders in train/ and
-# validation/; VALIDATE is validate.py of timm's repository. Jobs, all of them by default:
-# lite0, nano, mixpath_a, mixpath_b, and package, which writes OUTPUT/weights/MODEL.TAG for timm_mixpath/weights from what is
-# trained, with the accuracy that VALIDATE measures of it. Each is one process of one thread (OMP_NUM_THREADS).
+# validation/; VALIDATE is validate.py of timm's repository. Jobs, all of them by default: lite0, nano, mixpath_a,
+# mixpath_b, and package, which writes OUTPUT/weights/MODEL.TAG for timm_mixpath/weights from what is trained, with the accuracy that VALIDATE measures of it. Each is one process of one thread (OMP_NUM_THREADS).
 set -euo pipefail
 : "${4:?usage: run.sh IMAGENETTE CIFAR10 OUTPUT VALIDATE [JOB ...]}"
 imagenette=$1 cifar10=$2 output=$3 validate=$4
@@ -40,9 +39,8 @@ step() {
 
 # supernet_start MODEL SUPERNET: the weights that the genotype inherits from the supernet that it was searched in
 supernet_start() {
-    local supernet=$output/$2
-    train "$2" -c "$2_imagenette" --data-dir "$imagenette" --epochs 40 --val-interval 10
-    [ -e "$output/$1-inherited" ] || timm-mixpath export --checkpoint "$supernet/last.pth.tar" \
+    train "$2" -c "$2_imagenette" --data-dir "$imagenette"
+    [ -e "$output/$1-inherited" ] || timm-mixpath export --checkpoint "$output/$2/last.pth.tar" \
         --arch "$(python -c "from timm_mixpath.spaces import genotypes; print(genotypes.${1^^})")" \
         --recalibration-images 512 --output "$output/$1-inherited"
 }
@@ -63,8 +61,8 @@ package() {
     local push=(timm-mixpath push --dry-run --checkpoint "$checkpoint" --repo-id "timm-mixpath/$name" --dtype float16
         --img-size "$pixels")
     [ -e "$stored" ] || "${push[@]}" --output "$stored"
-    [ -e "$results" ] || timm-mixpath run "$validate" --data-dir "$images" --model "local-dir:$stored" --pretrained --device cpu -j 1 -b 128 \
-        --channels-last --results-file "$results" --results-format json
+    [ -e "$results" ] || timm-mixpath run "$validate" --data-dir "$images" --model "local-dir:$stored" \
+        --pretrained --device cpu -j 1 -b 128 --channels-last --results-file "$results" --results-format json
     rm -rf "$stored.whole"
     "${push[@]}" --output "$stored.whole" --results "$results" "$@"
     cp "$(dirname "$checkpoint")/summary.csv" "$stored.whole/"
@@ -92,8 +90,12 @@ for job in "$@"; do
             train nano -c nano_cifar10 --data-dir "$cifar10" --cache-images --model-kwargs "arch=$nano" --epochs 5 \
                 --img-size 48 --lr 0.05 --initial-checkpoint "$output/nano-32/last.pth.tar"
             ;;
-        mixpath_a) warm_start && supernet_start mixpath_a s3_supernet && progressive mixpath_a ;;
-        mixpath_b) warm_start && supernet_start mixpath_b s2_supernet && progressive mixpath_b ;;
+        mixpath_a | mixpath_b)
+            # Not joined by &&, which would let a failure within the functions pass
+            warm_start
+            supernet_start "$job" "$([ "$job" = mixpath_a ] && echo s3 || echo s2)_supernet"
+            progressive "$job"
+            ;;
         package)
             package mixpath_lite0.in1k_ft_imagenette "$output/lite0/last.pth.tar" 224 --license other \
                 --search "$here/../genotypes/mixpath_lite0" --dataset-name Imagenette \

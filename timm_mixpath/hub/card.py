@@ -95,7 +95,7 @@ def make_card(
         training: How it was trained, if known.
         searched: How its arch was found, if known.
         validated: What timm's validate.py measured, in the place of what the training did.
-        dtype: What the weights are stored as, if not as they are.
+        dtype: What the weights are stored as, for the results; None says nothing of it.
         revision: Branch of the repo that the card is for, the main one if None.
     """
     model = loaded.model
@@ -286,9 +286,8 @@ def _results(
     dtype: str | None,
     dataset_name: str | None,
 ) -> str:
-    split = 'the validation images' + (f' of {dataset_name}' if dataset_name else '')
-    if validated is None:
-        split = f'split `{training.args.val_split}`' + (f' of {dataset_name}' if dataset_name else '')
+    split = f'split `{training.args.val_split}`' if validated is None else 'the validation images'
+    split += f' of {dataset_name}' if dataset_name else ''
     names = {'top1': 'top-1 (%)', 'top5': 'top-5 (%)', 'loss': 'cross-entropy'}
     shown = {names[name]: f'{value:.2f}' for name, value in metrics.items()}
     text = f'| measured on | {" | ".join(shown)} |\n|---|{"---|" * len(shown)}\n'
@@ -439,11 +438,8 @@ def _limits(model: nn.Module, loaded: LoadedModel, training: TrainingRecord | No
         'measured.'
     )
     if training is None:
-        text += (
-            ' How it was trained is not recorded here.'
-            if metrics
-            else (' How it was trained, and how accurate it is, is not recorded here.')
-        )
+        accuracy = '' if metrics else ', and how accurate it is,'
+        text += f' How it was trained{accuracy} is not recorded here.'
     elif not metrics:
         text += ' Its accuracy was not measured in the training.'
     return text

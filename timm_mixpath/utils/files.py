@@ -115,7 +115,8 @@ def new_output_dir(path: str | os.PathLike) -> Iterator[Path]:
         RunError: It can't be made or written to.
     """
     path = Path(path)
-    missing = [folder for folder in (path, *path.parents) if not folder.exists()]
+    # Path.exists would raise in a folder that can not be entered, of which make_output_dir tells
+    missing = [folder for folder in (path, *path.parents) if not os.path.exists(folder)]
     try:
         yield make_output_dir(path)
     except BaseException:
