@@ -83,8 +83,10 @@ def test_job_is_cut_off_and_goes_on(
 
     # A second limit takes what is trained
     other = tmp_path / 'other'
-    reuse = replace(tiny, reuse=str(tmp_path), max_macs=600_000)
+    reuse = replace(tiny, reuse=str(tmp_path), max_macs=600_000, winner_epochs=2)
     run_adapt(reuse, other)
+    assert 'the backbone was fine-tuned for 1 epochs, the winner for 2 behind 1' in capsys.readouterr().out
+    assert (other / 'winner' / 'summary.csv').read_text().splitlines()[-1].startswith('1,')  # the second epoch
     assert [(tmp_path / name).read_bytes() for name in kept] == before
     assert not (other / 'backbone').exists() and not (other / 'supernet').exists()
     rows = json.loads((other / 'summary.json').read_text())['rows']
@@ -113,6 +115,7 @@ def test_job_is_cut_off_and_goes_on(
         (dict(max_latency=5.0), 'needs a latency table'),
         (dict(latency_table='none.json'), "latency table 'none.json' can not be read"),
         (dict(m=9), 'm=9 is out of range'),
+        (dict(winner_epochs=0), '--winner-epochs 0 must be at least 1'),
         (dict(supernet_epochs=0), '--supernet-epochs 0 must be at least 1'),
         (dict(train_split='nope'), 'nope'),
     ],

@@ -61,6 +61,8 @@ class AdaptConfig:
         latency_table: File of a `LatencyTable` of the space around the backbone.
         m: Largest number of paths that are summed.
         finetune_epochs: Epochs of the backbone, and of the winner.
+        winner_epochs: Epochs of the winner, if not `finetune_epochs`; one that costs much less than the backbone is
+            further from it and needs more.
         supernet_epochs: Epochs of the supernet.
         batch_size: Images per step.
         generations: Generations of the search.
@@ -90,6 +92,7 @@ class AdaptConfig:
     latency_table: str | None = None
     m: int = 2
     finetune_epochs: int = 3
+    winner_epochs: int | None = None
     supernet_epochs: int = 5
     batch_size: int = 32
     generations: int = 10
@@ -129,9 +132,9 @@ def run_adapt(config: AdaptConfig, output: str | os.PathLike) -> Path:
         raise UsageError(f'--backbone-weights {config.backbone_weights!r} is not a file')
     if config.data_dir is None and not config.dataset:
         raise UsageError('no images: pass --data-dir DIR with train/ and validation/, or --dataset NAME')
-    for option in ('finetune_epochs', 'supernet_epochs'):
-        if getattr(config, option) < 1:
-            raise UsageError(f'--{option.replace("_", "-")} {getattr(config, option)} must be at least 1')
+    for option in ('finetune_epochs', 'winner_epochs', 'supernet_epochs'):
+        if (epochs := getattr(config, option)) is not None and epochs < 1:
+            raise UsageError(f'--{option.replace("_", "-")} {epochs} must be at least 1')
     search_config = SearchConfig(
         population=24,
         offspring=12,
@@ -147,7 +150,8 @@ def run_adapt(config: AdaptConfig, output: str | os.PathLike) -> Path:
     size = config.img_size or pretrained_cfg.input_size[1]
     name = config.backbone.partition('.')[0]
     kwargs = dict(backbone=name, m=config.m)
-    finetuning = dict(epochs=config.finetune_epochs, lr=config.lr / 4)
+    winner_epochs = config.winner_epochs or config.finetune_epochs
+    finetuning = dict(lr=config.lr / 4)
     # A new classifier of timm's usual size sends large gradients into what is pretrained
     head = {} if len(classes) == pretrained_cfg.num_classes else dict(head_init_scale=0.01, head_init_bias=0.0)
     with as_usage_error(f'image size {size} is out of range'):
@@ -174,7 +178,15 @@ def run_adapt(config: AdaptConfig, output: str | os.PathLike) -> Path:
     with stages('Fine-tuning the backbone'):
         # A file of weights is of no tag
         model, weights = (name, config.backbone_weights) if config.backbone_weights else (config.backbone, '')
-        backbone = job.train('backbone', model=model, pretrained=True, pretrained_path=weights, **finetuning, **head)
+        backbone = job.train(
+            'backbone',
+            model=model,
+            pretrained=True,
+            pretrained_path=weights,
+            epochs=config.finetune_epochs,
+            **finetuning,
+            **head,
+        )
         teacher = job.save('backbone')
     with stages('Training the supernet, which starts as a copy of it'):
         job.train(
@@ -216,6 +228,7 @@ def run_adapt(config: AdaptConfig, output: str | os.PathLike) -> Path:
             model='mixpath',
             model_kwargs=dict(backbone=name, arch=arch),
             initial_checkpoint=str(inherited / 'model.safetensors'),
+            epochs=winner_epochs,
             **finetuning,
             **job.distillation,
         )
@@ -236,7 +249,7 @@ def run_adapt(config: AdaptConfig, output: str | os.PathLike) -> Path:
 # What may differ between a job and the one whose supernet it uses
 _OF_THE_SEARCH = frozenset({
     'max_macs', 'max_params', 'max_latency', 'latency_table', 'generations', 'num_images', 'recalibration_images',
-    'reuse', 'workers', 'device', 'cpu_kernels',
+    'reuse', 'workers', 'device', 'cpu_kernels', 'winner_epochs',
 })  # fmt: skip
 
 
@@ -366,7 +379,7 @@ def _shares(config: AdaptConfig, num_images: int) -> list[float]:
         config.finetune_epochs * num_images * 3,
         config.supernet_epochs * num_images * (3 + teaching),
         evaluations * per_arch,
-        config.finetune_epochs * num_images * (3 + teaching),
+        (config.winner_epochs or config.finetune_epochs) * num_images * (3 + teaching),
     ]
 
 
@@ -386,8 +399,8 @@ def _format(rows: list[dict[str, Any]], size: int, config: AdaptConfig, latency:
     return (
         f'{format_table([header, *cells], "<>")}\n'
         f'top-1 on the validation split; MACs for one image of {size}x{size} pixels; ms measured on this machine, '
-        f'{where}. Each was fine-tuned for {config.finetune_epochs} epochs on the same '
-        f'images, the winner behind {config.supernet_epochs} epochs of its supernet.'
+        f'{where}. On the same images the backbone was fine-tuned for {config.finetune_epochs} epochs, the winner for '
+        f'{config.winner_epochs or config.finetune_epochs} behind {config.supernet_epochs} epochs of its supernet.'
     )
 
 
@@ -407,6 +420,7 @@ def add_adapt(parser: argparse.ArgumentParser) -> None:
     add_latency_limit(parser)
     add('--m', type=int, default=2, metavar='N', help='largest number of paths that are summed (default: 2)')
     add('--finetune-epochs', type=int, default=3, metavar='N', help='of the backbone and of the winner (default: 3)')
+    add('--winner-epochs', type=int, metavar='N', help='of the winner, if not those of the backbone')
     add('--supernet-epochs', type=int, default=5, metavar='N', help='(default: 5)')
     add('-b', '--batch-size', type=int, default=32, metavar='N', help='images per step (default: 32)')
     add('--generations', type=int, default=10, metavar='N', help='generations of the search (default: 10)')

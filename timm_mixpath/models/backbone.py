@@ -34,6 +34,7 @@ from ..spaces.genotypes import MIXPATH_LITE0
 from ..spaces.space import BlockSpec
 from ..utils.errors import RunError, UsageError, concise
 from ..utils.hub_client import hub_errors
+from ..utils.modes import without_memory
 from .backbone_blocks import SEARCHED_BLOCKS, BackboneChoice, BlockSite, fixed_block
 from .layers import run_out_of_place
 from .pretrained import SOURCE_KEYS, add_weights, build_model, check_state_dict, readable
@@ -178,7 +179,7 @@ class BackboneSupernet(Supernet):
             num_classes: Number of classes.
         """
         kwargs = self.subnet_kwargs(num_classes)
-        with torch.device('meta'):
+        with without_memory():
             network = timm.create_model(self.space.name, **kwargs)
             return type(self)(network, self.space, kwargs, sum_norm='bn', share_widths=False).eval()
 
@@ -369,7 +370,7 @@ def _problem(name: str) -> str | None:
 @cache
 def plain_network(name: str) -> nn.Module:
     """Return a network as timm builds it, on the meta device; only to look at."""
-    with torch.device('meta'):
+    with without_memory():
         return timm.create_model(name)
 
 

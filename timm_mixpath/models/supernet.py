@@ -11,6 +11,7 @@ from timm.models import get_model_args
 
 from ..spaces.sampling import check_strategy, sample
 from ..spaces.space import Space
+from ..utils.modes import without_memory
 
 __all__ = ['SumSite', 'Supernet']
 
@@ -163,7 +164,7 @@ class Supernet(nn.Module):
         if self.is_folded:
             raise ValueError('the batch norms of this supernet are folded; extract from the supernet it was made of')
         kwargs = self.subnet_kwargs()
-        with torch.device('meta'):  # what it would be initialised with is overwritten, and nothing random is drawn
+        with without_memory():  # what it would be initialised with is overwritten
             model = self.subnet_cls(self.space, arch, **kwargs)
         self._prune_like_this(model)
         model.load_state_dict(self._inherited(model), assign=True)

@@ -1,11 +1,14 @@
-"""Training and eval mode of a model."""
+"""Training and eval mode of a model, and models without memory."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
+import torch
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
-__all__ = ['eval_mode']
+__all__ = ['eval_mode', 'without_memory']
 
 
 @contextmanager
@@ -18,3 +21,25 @@ def eval_mode(model: nn.Module) -> Iterator[None]:
     finally:
         for module, training in modes:
             module.training = training
+
+
+@contextmanager
+def without_memory() -> Iterator[None]:
+    """Within the context models are built on the meta device: no memory for their weights, and nothing is drawn.
+
+    What initialises weights is not even called, which would take half of the time.
+    """
+    with torch.device('meta'), _NoInit():
+        yield
+
+
+class _NoInit(TorchFunctionMode):
+    """Functions of `torch.nn.init` return the tensor as it is."""
+
+    def __torch_function__(
+        self, func: Callable, types: tuple[type, ...], args: tuple = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if getattr(func, '__module__', None) == nn.init.__name__:
+            return args[0] if args else kwargs['tensor']
+        return func(*args, **kwargs)
