@@ -4,10 +4,11 @@
 #   recipes/warm_start/run.sh DATA OUTPUT [JOB ...]
 #
 # DATA holds Imagenette (the 160 px version) as train/ and validation/. Jobs, all of them by default: half, p80 and full
-# (`adapt` for 0.5, 0.8 and 1.0 times the backbone's MACs, at 160 pixels; the first makes the supernet of the others), and
-# trainings of a supernet at 128 pixels, scored after every epoch: sbn-SEED, bn-SEED (one batch norm in the place of SBN),
+# (`adapt` for 0.5, 0.8 and 1.0 times the backbone's MACs, at 160 pixels; the first makes the supernet of the others),
+# half-10 and p80-10 (10 epochs of the winner in the place of 3), and trainings of a supernet at 128 pixels, scored after
+# some epochs: sbn-SEED, long-SEED (12 epochs in the place of 5), bn-SEED (one batch norm in the place of SBN),
 # frozen-SEED (the statistics of SBN's batch norms stay as they are), own-SEED (expansions with weights of their own),
-# scratch-SEED. Each is one process of one thread (OMP_NUM_THREADS); two calls for different jobs can run side by side
+# scratch-SEED, scratchlong-SEED (20 epochs). Each is one process of one thread (OMP_NUM_THREADS); two calls for different jobs can run side by side
 # when lite0.safetensors and teacher/ are there.
 set -euo pipefail
 : "${2:?usage: run.sh DATA OUTPUT [JOB ...]}"
@@ -15,7 +16,7 @@ data=$1 output=$2
 shift 2
 here=$(cd "$(dirname "$0")" && pwd)
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
-[ $# -gt 0 ] || set -- half p80 full {sbn,bn}-{0,1,2} frozen-0 own-0 scratch-0
+[ $# -gt 0 ] || set -- half p80 full half-10 p80-10 {sbn,bn}-{0,1,2} long-0 frozen-0 own-0 scratch-0 scratchlong-0
 
 recipe=$here/../warm_start_lite0_imagenette.yaml weights=$output/lite0.safetensors teacher=$output/teacher/model
 
@@ -49,18 +50,20 @@ supernet() {
     local options=(--pretrained-path "$teacher/model.safetensors" --kd-model-name "local-dir:$teacher")
     case $name in
         sbn-*) ;;
+        long-*) options+=(--epochs 12) ;;
         bn-*) options+=(--model-kwargs backbone=tf_efficientnet_lite0 sum_norm=bn) ;;
         frozen-*) options+=(--frozen-bn) ;;
         own-*) options+=(--model-kwargs backbone=tf_efficientnet_lite0 share_widths=False) ;;
-        scratch-*)
-            grep -v '^pretrained:' "$recipe" > "$output/scratch.yaml"
-            recipe=$output/scratch.yaml options=()
+        scratch-* | scratchlong-*)
+            grep -v '^pretrained:' "$recipe" > "$output/$name.yaml"
+            recipe=$output/$name.yaml options=()
+            [[ $name == scratch-* ]] || options=(--epochs 20)
             ;;
         *) echo "no job is called $name" >&2; return 2 ;;
     esac
     train "$name" --seed "${name#*-}" "${options[@]}"
-    [[ $name == scratch-* ]] || start=(--start "$teacher")
-    python "$here/measure.py" "$output/measure.jsonl" "$output/$name" "${start[@]}" --epochs 1 2 5 \
+    [[ $name == scratch* ]] || start=(--start "$teacher")
+    python "$here/measure.py" "$output/measure.jsonl" "$output/$name" "${start[@]}" --epochs 1 2 5 12 20 \
         --num-images 500 --num-archs 10 --recalibration-images 256 --data-dir "$data"
 }
 
@@ -69,6 +72,8 @@ for job in "$@"; do
         half) adapt --max-macs 97.9M --output "$output/half" ;;
         p80) adapt --max-macs 156.7M --output "$output/p80" --reuse "$output/half" ;;
         full) adapt --max-macs 195.9M --output "$output/full" --reuse "$output/half" ;;
+        half-10) adapt --max-macs 97.9M --output "$output/half-10" --reuse "$output/half" --winner-epochs 10 ;;
+        p80-10) adapt --max-macs 156.7M --output "$output/p80-10" --reuse "$output/half" --winner-epochs 10 ;;
         *) supernet "$job" ;;
     esac
 done

@@ -118,12 +118,27 @@ def test_job_is_cut_off_and_goes_on(
         (dict(winner_epochs=0), '--winner-epochs 0 must be at least 1'),
         (dict(supernet_epochs=0), '--supernet-epochs 0 must be at least 1'),
         (dict(train_split='nope'), 'nope'),
+        # which the search or the first training would find
+        (dict(num_images=0), '--num-images 0 must be at least 1'),
+        (dict(recalibration_images=-1), '--recalibration-images -1 must be at least 0'),
+        (dict(img_size=0), '--img-size 0 must be at least 1'),
+        (dict(batch_size=0), 'batch size 0|batch-size 0'),
+        (dict(val_split='nope'), 'nope'),
+        (dict(device='foo'), 'foo'),
     ],
 )
 def test_wrong_values_end_before_any_training(tiny: AdaptConfig, tmp_path: Path, changes: dict, message: str) -> None:
     with pytest.raises(UsageError, match=message):
         run_adapt(replace(tiny, **changes), tmp_path)
-    assert not (tmp_path / 'backbone').exists()
+    assert not list(tmp_path.iterdir())  # so the same folder takes the right value
+
+
+def test_weights_of_another_backbone_leave_nothing(tiny: AdaptConfig, tmp_path: Path) -> None:
+    other = tmp_path / 'other.safetensors'
+    save_file(timm.create_model('mobilenetv3_small_075').state_dict(), other)
+    with pytest.raises(UsageError, match='size mismatch for') as info:
+        run_adapt(replace(tiny, backbone_weights=str(other)), tmp_path / 'job')
+    assert '\n' not in str(info.value) and not (tmp_path / 'job').exists()
 
 
 def test_command_line(capsys: pytest.CaptureFixture, tmp_path: Path, digits: Path) -> None:

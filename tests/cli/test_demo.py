@@ -46,3 +46,10 @@ def test_demo_on_ones_own_images(
 
     with pytest.raises(UsageError, match='another seed \\(0, now 1\\)'):
         run_demo(replace(config, seed=1), tmp_path)
+
+
+@pytest.mark.parametrize('changes', [dict(img_size=0), dict(batch_size=0), dict(device='foo'), dict(train_split='x')])
+def test_wrong_value_can_be_mended_in_the_same_folder(digits: Path, tmp_path: Path, changes: dict) -> None:
+    with pytest.raises(UsageError):
+        run_demo(replace(TINY, data_dir=str(digits), **changes), tmp_path / 'job')
+    assert not (tmp_path / 'job').exists()

@@ -22,6 +22,7 @@ from conftest import small_args
 from hub_server import READ_TOKEN, TOKEN, Fault, Hub
 from huggingface_hub import ModelCard, constants
 from safetensors.torch import load_file, save_file
+from timm.data import resolve_model_data_config
 
 import timm_mixpath
 from timm_mixpath import cli
@@ -336,6 +337,19 @@ def test_card_says_what_is_recorded_and_nothing_else(run: Path, model_dir: Path,
         assert key not in card.data.to_dict()
     assert '## Training' not in card.text and '## Results' not in card.text and 'is not recorded here' in card.text
     assert 'license' not in timm.create_model(f'local-dir:{tmp_path / "b"}').pretrained_cfg
+
+
+def test_card_of_a_network_around_a_backbone(tmp_path: Path) -> None:
+    backbone = timm.create_model('mobilenetv3_small_050', num_classes=10)
+    for name, start in (('mixpath', 'An image classifier (`mixpath`)'), ('mixpath_supernet', 'A one-shot supernet')):
+        model = timm.create_model(name, backbone='mobilenetv3_small_050', num_classes=10)
+        timm_mixpath.warm_start(model, backbone)
+        save_model(model, tmp_path / name, resolve_model_data_config(model))
+        write_repo(tmp_path / name, f'org/{name}', tmp_path / f'{name}-repo')
+        text = ModelCard.load(tmp_path / f'{name}-repo' / 'README.md').text
+        assert start in text and ',.' not in text and "around timm's `mobilenetv3_small_050`" in text
+        assert 'from a mobilenetv3_small_050 at hand; if its weights go back to mobilenetv3_small_050.lamb_in1k' in text
+        assert 'apache-2.0' in text
 
 
 def test_card_names_the_teacher_but_not_where_it_was(run: Path, model_dir: Path, tmp_path: Path) -> None:

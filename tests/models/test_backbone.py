@@ -44,6 +44,10 @@ FAMILIES = [
             'fbnetv3_b',
             'hardcorenas_a',
             'mixnet_s',
+            'efficientnet_blur_b0',
+            'mobilenetv4_conv_blur_medium',
+            'mobilenetv4_hybrid_medium_075',
+            'efficientnet_b1_pruned',
         )
     ],
 ]
@@ -291,12 +295,19 @@ def test_pretrained_file_is_that_of_the_backbone_or_of_the_supernet(tmp_path: Pa
 @pytest.mark.parametrize(
     'kwargs, message',
     [
-        (dict(backbone='resnet50'), "'resnet50' can not be a backbone: a ResNet is not made of"),
+        (
+            dict(backbone='resnet50'),
+            "'resnet50' can not be a backbone: timm builds it as ResNet, and only networks of its classes EfficientNet "
+            'and MobileNetV3 can be searched',
+        ),
         (dict(backbone='efficientnet_b00'), r"'efficientnet_b00' can not be a backbone: timm has no such model"),
         (dict(backbone='mixpath_nano'), 'a network of this package'),
         (dict(backbone='efficientnet_b0_gn'), 'GroupNormAct is no batch norm'),
         (dict(backbone='efficientnet_b0_g8_gn'), 'grouped, not depthwise'),
         (dict(backbone='hf-hub:timm/x'), 'must be the name of a network in timm'),
+        (dict(backbone='efficientnet_b0.'), "no weights with the tag '', there are"),
+        (dict(skip='false'), "skip='false' must be True or False"),
+        (dict(share_widths=0), 'share_widths=0 must be True or False'),
         (dict(backbone='efficientnet_b0.nope'), r"no weights with the tag 'nope', there are .*ra_in1k"),
         (dict(kernel_sizes=(3, 4, 5)), 'kernel 4 is not an odd'),
         (dict(kernel_sizes=(3, 7)), r'kernel_sizes=\(3, 7\) lack the 5 that blocks.2.0'),
@@ -340,6 +351,44 @@ def test_list_backbones() -> None:
     assert 'efficientnet_b0_gn' not in list_backbones('efficientnet_b0*')
     assert list_backbones('resnet*') == []
     assert 'mobilenetv3_small_100.lamb_in1k' in list_backbones('mobilenetv3_small*', pretrained=True)
+
+
+@pytest.mark.slow
+def test_every_backbone_on_the_list_can_be_searched() -> None:
+    """On the meta device: a supernet, what its archs cost, and the smallest of them."""
+    for name in list_backbones():
+        supernet = timm.create_model('mixpath_supernet', backbone=name, device='meta').eval()
+        table = cost_table(supernet)
+        arch = table.smallest('macs')
+        net = timm.create_model('mixpath', backbone=name, arch=str(arch), device='meta').eval()
+        assert sum(p.numel() for p in net.parameters()) == table.params(arch), name
+        assert sum(count_macs(net, table.input_size).values()) == table.macs(arch), name
+
+
+def test_pruned_widths_stay_as_they_are() -> None:
+    space = backbone_space('efficientnet_b1_pruned')
+    network = timm.create_model('efficientnet_b1_pruned', device='meta')
+    widths = {f'blocks.{i}.{j}': b.conv_pw.out_channels for i in (1, 2) for j, b in enumerate(network.blocks[i])}
+    assert widths['blocks.1.0'] == 48 and widths['blocks.1.1'] == 62  # behind 16 and 12 channels
+    assert 'blocks.1.0' in space.block_names and 'blocks.1.1' not in space.block_names
+
+
+def test_blur_is_as_narrow_as_what_it_blurs() -> None:
+    network = make_backbone('efficientnet_blur_b0').double()
+    supernet = make_supernet(network, m=1)
+    x = torch.randn(1, 3, 48, 48, dtype=torch.double)
+    arch = cost_table(supernet).smallest('macs')
+    supernet.active_arch = arch
+    with torch.inference_mode():
+        assert torch.equal(supernet(x), supernet.extract()(x))
+    # The filter is in no state dict
+    assert all(not b.is_meta and b.dtype in (torch.double, torch.long) for b in supernet.extract().buffers())
+
+
+def test_attention_costs_the_same_on_every_device() -> None:
+    network = timm.create_model('mobilenetv4_hybrid_medium_075', num_classes=10).eval()
+    macs = count_macs(network, (3, 64, 64))
+    assert macs == count_macs(network.to('meta'), (3, 64, 64))
 
 
 def test_space_reaches_from_less_than_half_to_more_than_the_backbone() -> None:

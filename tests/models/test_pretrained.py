@@ -84,7 +84,9 @@ def test_packaged_weights_load_and_are_used_in_other_ways(name: str) -> None:
 def test_no_such_tag() -> None:
     with pytest.raises(RuntimeError, match='Invalid pretrained tag'):
         timm.create_model('mixpath_lite0.nowhere', pretrained=True)
-    with pytest.raises(RunError, match=r'no weights of mixpath_lite0; there are mixpath_lite0\.in1k_ft_imagenette'):
+    with pytest.raises(
+        RunError, match=r'mixpath_lite0 has no weights of this tag; there are mixpath_lite0\.in1k_ft_imagenette'
+    ):
         timm.create_model('mixpath_lite0.untrained', pretrained=True)
 
 

@@ -238,7 +238,7 @@ def test_unknown_tag_and_missing_weights() -> None:
             timm.create_model(f'{name}.nope')
     with pytest.raises(RuntimeError, match='no weights of mixpath_c are published; train it with'):
         timm.create_model('mixpath_c', pretrained=True)
-    with pytest.raises(RuntimeError, match=r'no weights of mixpath_a; there are mixpath_a\.imagenette'):
+    with pytest.raises(RuntimeError, match=r'mixpath_a has no weights of this tag; there are mixpath_a\.imagenette'):
         timm.create_model('mixpath_a.untrained', pretrained=True)
     assert timm.create_model('mixpath_a.untrained', device='meta').pretrained_cfg['tag'] == 'untrained'
 

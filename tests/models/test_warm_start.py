@@ -36,8 +36,31 @@ def test_weights_of_another_network_change_nothing(source: str, kwargs: dict, me
     with pytest.raises(UsageError, match=message):
         warm_start(supernet, timm.create_model(source, **kwargs))
     assert all(torch.equal(value, before[key]) for key, value in supernet.state_dict().items())
+    for strange, message in (
+        (timm.create_model('mobilenetv3_small_050', device='meta'), 'has no weights, it is a mobilenetv3_small_050'),
+        ('mobilenetv3_small_050', r"must be a network, such as timm.create_model\('mobilenetv3_small_050'\) makes"),
+        (before, 'must be a network'),
+    ):
+        with pytest.raises(UsageError, match=message):
+            warm_start(supernet, strange)
     with pytest.raises(UsageError, match='ResNet stands on no network of timm'):
         warm_start(timm.create_model('resnet18'), supernet)
+
+
+@pytest.mark.parametrize(
+    'backbone, source, message',
+    [
+        ('mobilenetv3_large_100', 'tf_mobilenetv3_large_100', 'the class of its conv_stem is Conv2dSame, not Conv2d'),
+        ('tf_mobilenetv3_large_100', 'mobilenetv3_large_100', 'the class of its conv_stem is Conv2d, not Conv2dSame'),
+    ],
+)
+def test_network_of_the_same_shapes_that_computes_otherwise(backbone: str, source: str, message: str) -> None:
+    supernet = timm.create_model('mixpath_supernet', backbone=backbone)
+    with pytest.raises(UsageError, match=f'computes otherwise than {backbone}: {message}'):
+        warm_start(supernet, timm.create_model(source))
+    plain = timm.create_model(backbone, bn_eps=0.5)
+    with pytest.raises(UsageError, match=r'the eps of its bn1 is 0\.5, not'):
+        warm_start(supernet, plain)
 
 
 @pytest.fixture(scope='module')
@@ -95,7 +118,9 @@ def test_discovered_models_inherit(mixnet: torch.nn.Module, name: str) -> None:
     warm_start(net, mixnet)
     assert torch.equal(net.conv_stem.weight, mixnet.conv_stem.weight)
     assert torch.equal(net.blocks[3][0].conv_pwl.weight, mixnet.blocks[3][0].conv_pwl.weight)
-    assert net.pretrained_cfg['notes'][0].startswith('warm start from mixnet_m.ft_in1k, whose weights are under')
+    # timm names weights of every network, loaded or not
+    (note,) = net.pretrained_cfg['notes']
+    assert note.startswith('warm start from a mixnet_m at hand; if its weights go back to mixnet_m.ft_in1k of timm,')
     x = torch.randn(1, 3, 48, 48, dtype=torch.double)
     assert net.eval()(x).isfinite().all()
 

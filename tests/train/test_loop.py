@@ -17,10 +17,12 @@ import torch
 import torch.distributed as dist
 from commands import assert_equal, command, environment, torchrun
 from conftest import small_args
+from timm.data import resolve_model_data_config
 from timm.models._helpers import _torch_load
 from timm.optim import create_optimizer_v2
 
 from timm_mixpath import get_space, sample
+from timm_mixpath.hub.export import save_model
 from timm_mixpath.train.checkpoint import load_model
 from timm_mixpath.train.data import hold_out, open_dataset, targets
 from timm_mixpath.train.loaders import create_loaders
@@ -47,6 +49,28 @@ def test_training_learns(digits: Path, tmp_path: Path) -> None:
     )
     result = train(args)
     assert result.metrics['eval_top1'] > 60  # chance is 10
+
+
+@pytest.mark.parametrize(
+    'model, kwargs, source',
+    [
+        ('mixpath_supernet', dict(backbone='mobilenetv3_small_050'), 'mobilenetv3_small_050'),
+        pytest.param('mixpath_s2_supernet', {}, 'mixnet_m', marks=pytest.mark.slow),
+    ],
+)
+def test_training_starts_from_a_network_of_timm(
+    digits: Path, tmp_path: Path, model: str, kwargs: dict[str, Any], source: str
+) -> None:
+    """`--warm-start`: the weights, and what is kept of where they are from."""
+    torch.manual_seed(0)
+    network = timm.create_model(source, num_classes=10)
+    save_model(network, tmp_path / 'network', resolve_model_data_config(network))
+    options = dict(model=model, model_kwargs=kwargs, epochs=1, lr=1e-12, weight_decay=0.0, search_holdout=0.5)
+    run = train(small_args(digits, tmp_path, warm_start=f'local-dir:{tmp_path / "network"}', **options))
+    trained = load_model(run.output_dir / 'last.pth.tar').model
+    torch.testing.assert_close(trained.conv_stem.weight, network.conv_stem.weight)
+    torch.testing.assert_close(trained.classifier.weight, network.classifier.weight)
+    assert trained.pretrained_cfg['notes'] == ('warm start from weights of the folder network',)
 
 
 def test_second_run_does_not_overwrite(digits: Path, supernet_run: Path) -> None:

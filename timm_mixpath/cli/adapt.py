@@ -32,10 +32,9 @@ from ..train.checkpoint import load_model
 from ..train.loop import train_or_resume
 from ..train.options import CPU_KERNELS_HELP, default_args
 from ..utils.errors import UsageError, as_usage_error
-from ..utils.files import make_output_dir
 from ..utils.numbers import parse_count, parse_float
 from ..utils.tables import format_table, write_json
-from .common import add_latency_limit, check_same_run, from_args, setup_logging, user_images
+from .common import add_latency_limit, from_args, job_folder, setup_logging, user_images
 
 __all__ = ['AdaptConfig', 'add_adapt', 'run_adapt', 'run_adapt_command']
 
@@ -132,9 +131,11 @@ def run_adapt(config: AdaptConfig, output: str | os.PathLike) -> Path:
         raise UsageError(f'--backbone-weights {config.backbone_weights!r} is not a file')
     if config.data_dir is None and not config.dataset:
         raise UsageError('no images: pass --data-dir DIR with train/ and validation/, or --dataset NAME')
-    for option in ('finetune_epochs', 'winner_epochs', 'supernet_epochs'):
-        if (epochs := getattr(config, option)) is not None and epochs < 1:
-            raise UsageError(f'--{option.replace("_", "-")} {epochs} must be at least 1')
+    # The search would find its own only behind hours of training
+    at_least_1 = ('img_size', 'finetune_epochs', 'winner_epochs', 'supernet_epochs', 'num_images')
+    for option, least in (*((option, 1) for option in at_least_1), ('recalibration_images', 0)):
+        if (number := getattr(config, option)) is not None and number < least:
+            raise UsageError(f'--{option.replace("_", "-")} {number} must be at least {least}')
     search_config = SearchConfig(
         population=24,
         offspring=12,
@@ -147,15 +148,15 @@ def run_adapt(config: AdaptConfig, output: str | os.PathLike) -> Path:
     )
     images, classes, num_images = user_images(config, config.data_dir)
     pretrained_cfg = get_pretrained_cfg(config.backbone)
-    size = config.img_size or pretrained_cfg.input_size[1]
+    size = pretrained_cfg.input_size[1] if config.img_size is None else config.img_size
     name = config.backbone.partition('.')[0]
     kwargs = dict(backbone=name, m=config.m)
     winner_epochs = config.winner_epochs or config.finetune_epochs
     finetuning = dict(lr=config.lr / 4)
     # A new classifier of timm's usual size sends large gradients into what is pretrained
     head = {} if len(classes) == pretrained_cfg.num_classes else dict(head_init_scale=0.01, head_init_bias=0.0)
+    supernet = timm.create_model('mixpath_supernet', num_classes=len(classes), device='meta', **kwargs)
     with as_usage_error(f'image size {size} is out of range'):
-        supernet = timm.create_model('mixpath_supernet', num_classes=len(classes), device='meta', **kwargs)
         table = cost_table(supernet, (3, size, size))
     own_macs = table.macs(supernet.space.default_arch)
     low, high = table.bounds('macs')
@@ -166,84 +167,83 @@ def run_adapt(config: AdaptConfig, output: str | os.PathLike) -> Path:
     check_limits(search_config, table)
     if config.reuse:
         _check_reuse(config, Path(config.reuse))
-    output = make_output_dir(output)
-    check_same_run(config, output / 'adapt.json')
     _logger.info(
         f'{config.backbone} has {own_macs / 1e6:.1f} M MACs at {size}x{size} pixels, the networks around it '
         f'{low / 1e6:.1f} to {high / 1e6:.1f} M'
     )
 
-    job = _Job(config, output, {**images, 'num_classes': len(classes), 'img_size': size}, latency)
-    stages = _Stages(_shares(config, num_images))
-    with stages('Fine-tuning the backbone'):
-        # A file of weights is of no tag
-        model, weights = (name, config.backbone_weights) if config.backbone_weights else (config.backbone, '')
-        backbone = job.train(
-            'backbone',
-            model=model,
-            pretrained=True,
-            pretrained_path=weights,
-            epochs=config.finetune_epochs,
-            **finetuning,
-            **head,
-        )
-        teacher = job.save('backbone')
-    with stages('Training the supernet, which starts as a copy of it'):
-        job.train(
-            'supernet',
-            model='mixpath_supernet',
-            model_kwargs=kwargs,
-            pretrained=True,
-            pretrained_path=str(teacher / 'model.safetensors'),
-            epochs=config.supernet_epochs,
-            **job.distillation,
-        )
-    with stages('Searching'):
-        result = search_checkpoint(
-            job.folder('supernet') / 'last.pth.tar',
-            output / 'search',
-            search_config,
-            SearchData(num_images=config.num_images),
-            recalibration_images=config.recalibration_images,
-            workers=config.workers,
-            device=config.device,
-            latency_table=config.latency_table,
-        )
-    arch = str(result.chosen.arch)
-    with stages('Fine-tuning the winner'):
-        inherited = output / 'inherited'
-        if not inherited.exists():
-            blend = inherit_blended(
+    with job_folder(output, config, 'adapt.json') as output:
+        job = _Job(config, output, {**images, 'num_classes': len(classes), 'img_size': size}, latency)
+        stages = _Stages(_shares(config, num_images))
+        with stages('Fine-tuning the backbone'):
+            # A file of weights is of no tag
+            model, weights = (name, config.backbone_weights) if config.backbone_weights else (config.backbone, '')
+            backbone = job.train(
+                'backbone',
+                model=model,
+                pretrained=True,
+                pretrained_path=weights,
+                epochs=config.finetune_epochs,
+                **finetuning,
+                **head,
+            )
+            teacher = job.save('backbone')
+        with stages('Training the supernet, which starts as a copy of it'):
+            job.train(
+                'supernet',
+                model='mixpath_supernet',
+                model_kwargs=kwargs,
+                pretrained=True,
+                pretrained_path=str(teacher / 'model.safetensors'),
+                epochs=config.supernet_epochs,
+                **job.distillation,
+            )
+        with stages('Searching'):
+            result = search_checkpoint(
                 job.folder('supernet') / 'last.pth.tar',
-                arch,
-                timm.create_model(f'local-dir:{teacher}', pretrained=True),
-                data=SearchData(num_images=config.num_images),
+                output / 'search',
+                search_config,
+                SearchData(num_images=config.num_images),
                 recalibration_images=config.recalibration_images,
                 workers=config.workers,
                 device=config.device,
+                latency_table=config.latency_table,
             )
-            save_model(blend.model, inherited, blend.loaded.data_config, blend.loaded.label_names)
-        winner = job.train(
-            'winner',
-            model='mixpath',
-            model_kwargs=dict(backbone=name, arch=arch),
-            initial_checkpoint=str(inherited / 'model.safetensors'),
-            epochs=winner_epochs,
-            **finetuning,
-            **job.distillation,
-        )
-        folder = job.save('winner', 'model')
+        arch = str(result.chosen.arch)
+        with stages('Fine-tuning the winner'):
+            inherited = output / 'inherited'
+            if not inherited.exists():
+                blend = inherit_blended(
+                    job.folder('supernet') / 'last.pth.tar',
+                    arch,
+                    timm.create_model(f'local-dir:{teacher}', pretrained=True),
+                    data=SearchData(num_images=config.num_images),
+                    recalibration_images=config.recalibration_images,
+                    workers=config.workers,
+                    device=config.device,
+                )
+                save_model(blend.model, inherited, blend.loaded.data_config, blend.loaded.label_names)
+            winner = job.train(
+                'winner',
+                model='mixpath',
+                model_kwargs=dict(backbone=name, arch=arch),
+                initial_checkpoint=str(inherited / 'model.safetensors'),
+                epochs=winner_epochs,
+                **finetuning,
+                **job.distillation,
+            )
+            folder = job.save('winner', 'model')
 
-    rows = [
-        job.row(f'{config.backbone}, fine-tuned', 'backbone', backbone),
-        job.row('winner', 'winner', winner),
-    ]
-    write_json(output / 'summary.json', dict(arch=arch, input_size=[3, size, size], rows=rows))
-    print()
-    print_result(result, output / 'search')
-    print(f'\n{_format(rows, size, config, latency)}')
-    print(f"\ntimm.create_model('local-dir:{folder}', pretrained=True)  # after `import timm, timm_mixpath`")
-    return folder
+        rows = [
+            job.row(f'{config.backbone}, fine-tuned', 'backbone', backbone),
+            job.row('winner', 'winner', winner),
+        ]
+        write_json(output / 'summary.json', dict(arch=arch, input_size=[3, size, size], rows=rows))
+        print()
+        print_result(result, output / 'search')
+        print(f'\n{_format(rows, size, config, latency)}')
+        print(f"\ntimm.create_model('local-dir:{folder}', pretrained=True)  # after `import timm, timm_mixpath`")
+        return folder
 
 
 # What may differ between a job and the one whose supernet it uses

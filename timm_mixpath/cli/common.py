@@ -3,11 +3,14 @@
 import argparse
 import dataclasses
 import json
-from collections.abc import Iterable
+import os
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from ..utils.errors import UsageError, as_usage_error
+from ..utils.files import new_output_dir
 from ..utils.numbers import parse_count, parse_milliseconds, parse_share
 from ..utils.tables import write_json
 
@@ -17,11 +20,11 @@ __all__ = [
     'add_image_options',
     'add_latency_limit',
     'add_model_options',
-    'check_same_run',
     'create_supernet',
     'format_size',
     'from_args',
     'is_first_process',
+    'job_folder',
     'like',
     'setup_logging',
     'user_images',
@@ -154,16 +157,34 @@ def is_first_process() -> bool:
     return not is_distributed_env() or world_info_from_env()[1] == 0
 
 
-def check_same_run(config: Any, path: Path) -> None:
-    """Keep what a job is beside its results, and check that the job of this folder is this one.
+@contextmanager
+def job_folder(output: str | os.PathLike, config: Any, name: str) -> Iterator[Path]:
+    """Make the folder of a job, keep there what the job is, and check that it is the one that the folder holds.
+
+    A job that ends before it has left anything else leaves nothing, so that a wrong value can be mended.
 
     Args:
+        output: Folder; it may exist.
         config: Dataclass of what to do. `workers`, `device` and `cpu_kernels` may change.
-        path: JSON file.
+        name: Name of the JSON file.
 
     Raises:
         UsageError: The folder holds another job.
+        RunError: The folder can't be made or written to.
     """
+    with new_output_dir(output) as folder:
+        path = folder / name
+        is_new = not path.exists()
+        _check_same_run(config, path)
+        try:
+            yield folder
+        except BaseException:
+            if is_new and list(folder.iterdir()) == [path]:
+                path.unlink()
+            raise
+
+
+def _check_same_run(config: Any, path: Path) -> None:
     content = json.loads(json.dumps(dataclasses.asdict(config)))  # tuples become lists, as in the file
     if path.exists():
         try:

@@ -22,9 +22,9 @@ from ..train.checkpoint import load_model
 from ..train.loop import train_or_resume
 from ..train.options import default_args
 from ..utils.errors import UsageError, as_usage_error
-from ..utils.files import make_output_dir, write_dir_atomic
+from ..utils.files import write_dir_atomic
 from ..utils.numbers import parse_count
-from .common import check_same_run, from_args, setup_logging, user_images
+from .common import from_args, job_folder, setup_logging, user_images
 
 __all__ = ['DemoConfig', 'add_demo', 'digits_folder', 'run_demo', 'run_demo_command']
 
@@ -120,8 +120,11 @@ def run_demo(config: DemoConfig, output: str | os.PathLike) -> Path:
         population=24, offspring=12, generations=config.generations, max_macs=config.max_macs, seed=config.seed
     )
     require_pymoo()  # not after minutes of training
-    output = make_output_dir(output)
-    check_same_run(config, output / 'demo.json')
+    with job_folder(output, config, 'demo.json') as folder:
+        return _run(config, search_config, folder)
+
+
+def _run(config: DemoConfig, search_config: SearchConfig, output: Path) -> Path:
     data_dir = config.data_dir
     if data_dir is None and not config.dataset:
         data_dir = str(digits_folder())

@@ -161,9 +161,11 @@ def _what(model: nn.Module, loaded: LoadedModel, training: TrainingRecord | None
     architecture = model.pretrained_cfg['architecture']
     size = _size(loaded)
     on = f' on {dataset_name}' if dataset_name else ''
+    trained = f' trained{on}' if training and on else ''
     space, after = f'search space `{model.space.name}`', f' of [MixPath]({_PAPER})'
     if isinstance(model.space, BackboneSpace):
-        space, after = f"the search space around timm's `{model.space.name}`", f', after [MixPath]({_PAPER}),'
+        space, after = f"the search space around timm's `{model.space.name}`", f', after [MixPath]({_PAPER})'
+        after += ',' if trained else ''
     if isinstance(model, Supernet):
         bn = {
             'sbn': 'Shadow Batch Normalization',
@@ -176,7 +178,6 @@ def _what(model: nn.Module, loaded: LoadedModel, training: TrainingRecord | None
             f'{" Trained" + on + "." if training and on else ""} It is made to be searched, not to classify images as '
             f'it is. {model.num_classes} classes, images of {size}.'
         )
-    trained = f' trained{on}' if training and on else ''
     return (
         f'An image classifier (`{architecture}`) of {space}{after}{trained}. {model.num_classes} classes, images of '
         f'{size}.'

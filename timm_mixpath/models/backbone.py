@@ -336,11 +336,11 @@ def check_backbone(backbone: str) -> None:
             f'backbone={backbone!r} must be the name of a network in timm; weights from elsewhere come in with '
             'timm_mixpath.warm_start(supernet, model)'
         )
-    name, _, tag = backbone.partition('.')
+    name, dot, tag = backbone.partition('.')
     if problem := _problem(name):
         raise UsageError(f'{name!r} can not be a backbone: {problem}')
     tags = [full.partition('.')[2] for full in timm.list_models(f'{name}.*', pretrained=True)]
-    if tag and tag not in tags:
+    if dot and tag not in tags:
         known = f'there are {", ".join(tags)}' if tags else 'timm has none'
         raise UsageError(f'{name} has no weights with the tag {tag!r}, {known}')
 
@@ -359,7 +359,10 @@ def _problem(name: str) -> str | None:
     except Exception as e:  # whatever a model of somebody else raises on the meta device
         return f'it can not be built without memory for its weights ({concise(e)})'
     if type(network) not in _SUPERNETS:
-        return f'a {type(network).__name__} is not made of the depthwise-separable blocks of EfficientNet and MobileNet'
+        return (
+            f'timm builds it as {type(network).__name__}, and only networks of its classes '
+            f'{" and ".join(cls.__name__ for cls in _SUPERNETS)} can be searched'
+        )
     if next(_sites(network), None) is None:
         reasons = {type(block): site for _, block, site in _all_sites(network)}
         nearest = next((reason for kind, reason in reasons.items() if kind in SEARCHED_BLOCKS), None)
@@ -451,7 +454,7 @@ def _create(variant: str, pretrained: bool, backbone: str = DEFAULT_BACKBONE, **
         if variant in _DISCOVERED:
             cfg = _backbone_cfg(backbone, variant)
         network_cfg = {**({} if num_classes is None else {'num_classes': num_classes}), **overlay}
-        where = next((str(value) for value in sources.values() if isinstance(value, str | Path)), '')
+        where = next((str(v) if isinstance(v, str | Path) else 'a state dict' for v in sources.values()), '')
         cfg = {**cfg, 'notes': (describe_origin(backbone, where),)}
         overlay = {key: value for key, value in overlay.items() if key not in SOURCE_KEYS}
 
@@ -473,6 +476,9 @@ def _create(variant: str, pretrained: bool, backbone: str = DEFAULT_BACKBONE, **
         share_widths: bool = True,
         **network_kwargs: Any,
     ) -> nn.Module:
+        for name, value in (('skip', skip), ('share_widths', share_widths)):
+            if not isinstance(value, bool):
+                raise UsageError(f'{name}={value!r} must be True or False')
         space = backbone_space(backbone, kernel_sizes, expansions, skip, m)
         if not variant.endswith('_supernet'):
             space = _including(space, arch)

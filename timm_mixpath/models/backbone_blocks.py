@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from timm.layers import Conv2dSame, ConvNormAct, MixedConv2d, get_padding, make_divisible
+from timm.layers import BlurPool2d, Conv2dSame, ConvNormAct, MixedConv2d, get_padding, make_divisible
 from timm.models import register_notrace_module
 from torch import nn
 from torch.func import functional_call
@@ -101,6 +101,9 @@ class BlockSite:
                 return f'its norm {type(norm).__name__} is no batch norm with statistics'
         if not isinstance(block.se, nn.Identity | SqueezeExcite):
             return f'its attention is {type(block.se).__name__}, not squeeze-and-excite'
+        if self._ratio(block) is None:
+            expand = block.get_submodule(self.expand)
+            return f'no expansion of {expand.in_channels} channels gives its {expand.out_channels}, they were pruned'
         return None
 
     def kernel_sizes(self, block: nn.Module) -> tuple[int, ...]:
@@ -109,6 +112,11 @@ class BlockSite:
 
     def expand_ratio(self, block: nn.Module) -> int | float:
         """Expansion of the block, with as many decimals as it takes to give its width."""
+        ratio = self._ratio(block)
+        assert ratio is not None  # `of` makes no site of such a block
+        return ratio
+
+    def _ratio(self, block: nn.Module) -> int | float | None:
         if self.expand is None:
             return 1
         expand = block.get_submodule(self.expand)
@@ -116,7 +124,7 @@ class BlockSite:
             ratio = round(expand.out_channels / expand.in_channels, decimals)
             if ratio > 0 and make_divisible(expand.in_channels * ratio) == expand.out_channels:
                 return int(ratio) if ratio == int(ratio) else ratio
-        raise ValueError(f'{expand.out_channels} channels are no expansion of {expand.in_channels} as timm makes them')
+        return None
 
     def can_narrow(self, block: nn.Module) -> bool:
         """Whether the block may have fewer expanded channels: they must not be dealt out to several convolutions."""
@@ -449,6 +457,9 @@ def _narrow(block: nn.Module, site: BlockSite, width: int) -> torch.Tensor | Non
         for conv, part in zip(convs, kept):
             _narrow_conv(conv, outputs=part)
         set_module(block, site.conv_norm, _narrowed_norm(block.get_submodule(site.conv_norm), index))
+        for module in block.modules():
+            if isinstance(module, BlurPool2d) and module.channels is not None:
+                module.channels, module.filt = len(index), module.filt[index]
     if isinstance(block.se, SqueezeExcite):
         _narrow_conv(block.se.conv_reduce, inputs=index)
         _narrow_conv(block.se.conv_expand, outputs=index)

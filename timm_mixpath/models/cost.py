@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 import torch.nn as nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from ..spaces.arch import SKIP, Arch, BlockChoice
@@ -418,7 +419,7 @@ def _single_path_archs(space: BlockSpace) -> list[Arch]:
 
 
 def count_macs(model: nn.Module, input_size: tuple[int, int, int]) -> dict[str, int]:
-    """Count the multiply-adds of convolutions and linear layers for one image.
+    """Count the multiply-adds of convolutions and linear layers, and of attention where there is any, for one image.
 
     Args:
         model: Model in eval mode, on any device; on the meta device nothing is computed.
@@ -430,7 +431,7 @@ def count_macs(model: nn.Module, input_size: tuple[int, int, int]) -> dict[str, 
     parameter = next(model.parameters())
     x = torch.zeros(1, *input_size, device=parameter.device, dtype=parameter.dtype)
     counter = FlopCounterMode(display=False)
-    with torch.no_grad(), counter:
+    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), counter:  # fused attention is not counted on every device
         model(x)
     # The counter calls the model by its class, and gives every module what the ones inside it have, too
     root = type(model).__name__

@@ -275,7 +275,7 @@ def _no_weights(variant: str) -> str:
     recipe = next(iter(model_recipes(variant)), None)
     command = f'timm-mixpath train -c {recipe}' if recipe else f'timm-mixpath train --model {variant}'
     if others := timm.list_models(f'{variant}.*', pretrained=True):
-        return f'this tag is of no weights of {variant}; there are {", ".join(others)}, and files of your own'
+        return f'{variant} has no weights of this tag; there are {", ".join(others)}, or files of your own'
     return (
         f'no weights of {variant} are published; train it with `{command}`, or name weights of your own: '
         "pretrained_cfg_overlay=dict(file='model.safetensors') or dict(hf_hub_id='ORG/NAME'), "

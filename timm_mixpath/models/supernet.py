@@ -168,6 +168,7 @@ class Supernet(nn.Module):
             model = self.subnet_cls(self.space, arch, **kwargs)
         self._prune_like_this(model)
         model.load_state_dict(self._inherited(model), assign=True)
+        _fill_buffers(model)
         cfg = getattr(self, 'pretrained_cfg', None) or timm.models.resolve_pretrained_cfg(name).to_dict()
         model.pretrained_cfg = model.default_cfg = dict(cfg, architecture=name)
         # What timm writes into config.json: the supernet's own in the form that it was given, JSON-ready
@@ -220,3 +221,15 @@ class Supernet(nn.Module):
         raise RuntimeError(
             'a supernet can not be scripted, it chooses its modules when it runs; script extract() instead'
         )
+
+
+def _fill_buffers(model: nn.Module) -> None:
+    """Compute the buffers that no state dict holds, such as the filter of a blur, in a model that was built on meta."""
+    like = next(model.parameters())
+    for module in model.modules():
+        empty = {name: buffer for name, buffer in module.named_buffers(recurse=False) if buffer.is_meta}
+        for name, buffer in empty.items():
+            dtype = like.dtype if buffer.is_floating_point() else buffer.dtype
+            setattr(module, name, torch.empty_like(buffer, device=like.device, dtype=dtype))
+        if empty:
+            module.init_non_persistent_buffers()

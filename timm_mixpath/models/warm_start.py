@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from ..utils.errors import UsageError
-from .backbone import BackboneNet, BackboneSupernet, inherited, origin_sentence, plain_network
+from .backbone import BackboneNet, BackboneSupernet, inherited, plain_network
 from .blocks import GroupedPaths, MultiPathResidual, PathSum
 from .choice_blocks import ChoiceBlock, GroupNorms
 from .layers import ShadowBatchNorm2d, sum_statistics
@@ -46,8 +46,11 @@ def warm_start(model: nn.Module, source: nn.Module) -> None:
             f'{type(model).__name__} stands on no network of timm that it could start from; mixpath_supernet and '
             'mixpath do, and the models of S2 and S3'
         )
+    if not isinstance(source, nn.Module):
+        raise UsageError(f'the source must be a network, such as timm.create_model({name!r}) makes, not {source!r:.60}')
     own, classifier = model.state_dict(), f'{plain_network(name).pretrained_cfg["classifier"]}.'
     _check_source(source, name, own, classifier)
+    _check_computation(source, model, name)
     weights = inherited(model, source) if name == model.space.name else _inherited_mixnet(model, source)
     if any(weights[key].shape != own[key].shape for key in weights if key.startswith(classifier) and key in own):
         weights = {key: value for key, value in weights.items() if not key.startswith(classifier)}
@@ -72,12 +75,37 @@ def _check_source(source: nn.Module, name: str, own: dict[str, torch.Tensor], cl
             raise UsageError(f'the weights are not those of {name}: they have {found} at {key}, it has {needed}')
 
 
+def _check_computation(source: nn.Module, model: nn.Module, name: str) -> None:
+    """Names of timm may have the same shapes and other padding, activations or epsilons."""
+    if any(tensor.is_meta for tensor in source.state_dict().values()):
+        raise UsageError(f'the source has no weights, it is a {name} on the meta device')
+    theirs, blocks = dict(source.named_modules()), tuple(f'{block}.' for block in model.get_choice_blocks())
+    for key, ours in model.named_modules():
+        other = theirs.get(key)
+        if other is None or key.startswith(blocks):
+            continue
+        if isinstance(ours, nn.Conv2d):
+            what, mine, given = 'class', type(ours).__name__, type(other).__name__
+        elif isinstance(ours, nn.BatchNorm2d):
+            what, mine, given = 'eps', ours.eps, getattr(other, 'eps', None)
+        else:
+            continue
+        if mine != given:
+            raise UsageError(
+                f'the weights are those of a network that computes otherwise than {name}: the {what} of its {key} is '
+                f'{given}, not {mine}'
+            )
+
+
 def _origin(source: nn.Module, name: str) -> str:
-    """What a model card says about the weights."""
+    """What a model card says about the weights: timm names weights of every network, loaded or not."""
     cfg: dict[str, Any] = getattr(source, 'pretrained_cfg', None) or {}
-    tag = f'.{cfg["tag"]}' if cfg.get('tag') else ''
-    tagged = f'{cfg.get("architecture") or name}{tag}'
-    return origin_sentence(tagged, cfg['license']) if cfg.get('license') else f'warm start from {tagged}'
+    name = cfg.get('architecture') or name
+    origin = f'warm start from a {name} at hand'
+    if cfg.get('tag') and cfg.get('license'):
+        tagged = f'{name}.{cfg["tag"]}'
+        origin += f'; if its weights go back to {tagged} of timm, these are under the licence {cfg["license"]}'
+    return origin
 
 
 def _inherited_mixnet(model: MixPath, source: nn.Module) -> dict[str, torch.Tensor]:

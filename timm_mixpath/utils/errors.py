@@ -29,8 +29,13 @@ class Stopped(BaseException):
 
 
 def concise(error: BaseException) -> str:
-    """Return the first line of an error's message, with its type where that says more."""
-    lines = str(error).strip().splitlines()
+    """Return the first line of an error's message, with its type where that says more.
+
+    A line that ends with a colon says what the next one is about, as that of `load_state_dict` does.
+    """
+    lines = [line.strip() for line in str(error).strip().splitlines()]
+    while len(lines) > 1 and lines[0].endswith(':'):
+        lines[:2] = [' '.join(filter(None, lines[:2]))]
     if lines and isinstance(error, (AssertionError, OSError, RuntimeError, ValueError)):
         return lines[0]
     return f'{type(error).__name__}: {lines[0]}' if lines else type(error).__name__
