@@ -34,12 +34,17 @@ train() {
 }
 
 mkdir -p "$output"
-[ -e "$weights" ] || python "$here/lite_weights.py" lite0 "$weights"
+
+# Weights of lite0 or lite1 as timm has them
+lite() {
+    [ -e "$output/$1.safetensors" ] || python "$here/lite_weights.py" "$1" "$output/$1.safetensors"
+}
+lite lite0
 
 adapt() {
     local size=$1
     shift
-    [ -e "$output/$size.safetensors" ] || python "$here/lite_weights.py" "$size" "$output/$size.safetensors"
+    lite "$size"
     timm-mixpath adapt --backbone "tf_efficientnet_$size" --backbone-weights "$output/$size.safetensors" \
         --data-dir "$data" --img-size 160 --cpu-kernels --workers 1 "$@"
 }

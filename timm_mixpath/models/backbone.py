@@ -48,7 +48,6 @@ __all__ = [
     'describe_origin',
     'inherited',
     'list_backbones',
-    'origin_sentence',
     'plain_network',
 ]
 
@@ -561,11 +560,7 @@ def describe_origin(name: str, path: str = '') -> str:
             base = f'the folder {Path(place).name}' if kind == 'local-dir' else name
         return f'warm start from weights of {base}' + (f' in {Path(path).name}' if path else '')
     tagged = name if '.' in name or not cfg.tag else f'{name}.{cfg.tag}'
-    return origin_sentence(tagged, cfg.license or 'unknown')
-
-
-def origin_sentence(name: str, license: str) -> str:
-    return f'warm start from {name}, whose weights are under the licence {license}'
+    return f'warm start from {tagged}, whose weights are under the licence {cfg.license or "unknown"}'
 
 
 def inherited(model: BackboneNet | BackboneSupernet, source: nn.Module) -> dict[str, torch.Tensor]:

@@ -76,7 +76,7 @@ def _check_source(source: nn.Module, name: str, own: dict[str, torch.Tensor], cl
 
 
 def _check_computation(source: nn.Module, model: nn.Module, name: str) -> None:
-    """Names of timm may have the same shapes and other padding, activations or epsilons."""
+    """Check what shapes do not tell, outside the searched blocks: how it pads, and the epsilons of its batch norms."""
     if any(tensor.is_meta for tensor in source.state_dict().values()):
         raise UsageError(f'the source has no weights, it is a {name} on the meta device')
     theirs, blocks = dict(source.named_modules()), tuple(f'{block}.' for block in model.get_choice_blocks())
