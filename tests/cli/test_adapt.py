@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 from timm_mixpath import backbone_space, cli
 from timm_mixpath.cli.adapt import AdaptConfig, run_adapt
 from timm_mixpath.models.cost import count_macs
+from timm_mixpath.train.checkpoint import load_model
 from timm_mixpath.utils.errors import UsageError
 
 BACKBONE = 'mobilenetv3_small_050'
@@ -100,6 +101,24 @@ def test_job_is_cut_off_and_goes_on(
         with pytest.raises(UsageError, match=message):
             run_adapt(replace(reuse, **changes), tmp_path / 'third')
     assert not (tmp_path / 'third').exists()
+
+
+def test_all_stages_see_images_as_the_tag_does(tiny: AdaptConfig, tmp_path: Path) -> None:
+    name = 'mobilenetv4_conv_small.e3600_r256_in1k'  # the other tags have another mean, std and crop
+    backbone = timm.create_model(name)
+    save_file(backbone.state_dict(), tmp_path / 'backbone.safetensors')
+    changes = dict(backbone=name, backbone_weights=str(tmp_path / 'backbone.safetensors'), max_macs=None)
+    folder = run_adapt(replace(tiny, **changes), tmp_path / 'job')
+    expected = timm.data.resolve_model_data_config(backbone) | dict(input_size=(3, 32, 32))
+
+    def with_tuples(config: dict) -> dict:  # JSON and YAML know lists only
+        return {key: tuple(value) if isinstance(value, list) else value for key, value in config.items()}
+
+    assert expected['mean'] == (0.5, 0.5, 0.5)
+    for stage in ('backbone', 'supernet', 'winner'):
+        assert with_tuples(load_model(tmp_path / 'job' / stage / 'last.pth.tar').data_config) == expected, stage
+    winner = timm.create_model(f'local-dir:{folder}', pretrained=True)
+    assert with_tuples(timm.data.resolve_model_data_config(winner)) == expected
 
 
 @pytest.mark.parametrize(

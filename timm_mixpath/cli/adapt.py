@@ -173,7 +173,11 @@ def run_adapt(config: AdaptConfig, output: str | os.PathLike) -> Path:
     )
 
     with job_folder(output, config, 'adapt.json') as output:
-        job = _Job(config, output, {**images, 'num_classes': len(classes), 'img_size': size}, latency)
+        # The supernet and the winner know the name of the backbone only, not the tag, whose preprocessing may differ
+        preprocessing = {key: getattr(pretrained_cfg, key) for key in ('mean', 'std', 'interpolation', 'crop_pct')}
+        preprocessing.update(mean=list(pretrained_cfg.mean), std=list(pretrained_cfg.std))
+        images |= {'num_classes': len(classes), 'img_size': size, **preprocessing}
+        job = _Job(config, output, images, latency)
         stages = _Stages(_shares(config, num_images))
         with stages('Fine-tuning the backbone'):
             # A file of weights is of no tag
