@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from commands import assert_equal, command, torchrun
 from conftest import CLASSES, small_args
 from timm.models import save_for_hf
-from timm.task import FeatureDistillationTask, LogitDistillationTask, TokenDistillationTask
+from timm.task import DistillationTeacher, FeatureDistillationTask, LogitDistillationTask, TokenDistillationTask
 from timm.utils import unwrap_model
 
 from timm_mixpath.train.checkpoint import read_checkpoint
@@ -178,3 +178,29 @@ def test_teacher_of_other_classes_is_refused(digits: Path, teacher: Path, tmp_pa
         train(small_args(digits, tmp_path, kd_model_name=f'local-dir:{tmp_path / "four"}'))
     with pytest.raises(UsageError, match=r'--kd-distill-type token does not work for mixpath_nano_supernet'):
         train(small_args(digits, tmp_path, kd_model_name=f'local-dir:{teacher}', kd_distill_type='token'))
+
+
+@pytest.mark.parametrize('kind', ['logit', 'feature'])
+@pytest.mark.parametrize('in_chans', [3, 1])
+def test_teacher_gets_images_as_it_was_trained(
+    digits: Path, teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, in_chans: int
+) -> None:
+    # The student's images are normalised as the options say, not as its name does
+    given = dict(mean=[0.2, 0.4, 0.6][:in_chans], std=[0.5, 0.25, 0.125][:in_chans], in_chans=in_chans)
+    inputs: dict[str, torch.Tensor] = {}
+    made = DistillationTeacher.normalize_input
+
+    def spy(self: DistillationTeacher, input: torch.Tensor, *args: torch.Tensor) -> torch.Tensor:
+        inputs['student'], inputs['teacher'] = input.clone(), made(self, input, *args)
+        return inputs['teacher']
+
+    monkeypatch.setattr(DistillationTeacher, 'normalize_input', spy)
+    train(small_args(digits, tmp_path, epochs=1, kd_model_name=f'local-dir:{teacher}', kd_distill_type=kind, **given))
+    cfg = timm.create_model(f'local-dir:{teacher}').pretrained_cfg
+    pixels = inputs['student'] * column(given['std']) + column(given['mean'])
+    mean, std = (v if in_chans == 3 else [sum(v) / 3] for v in (cfg['mean'], cfg['std']))
+    torch.testing.assert_close(inputs['teacher'], (pixels - column(mean)) / column(std), atol=1e-5, rtol=1e-5)
+
+
+def column(values: list[float]) -> torch.Tensor:
+    return torch.tensor(values).view(1, -1, 1, 1)

@@ -2,6 +2,8 @@
 
 import argparse
 from argparse import Namespace
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import timm
@@ -58,13 +60,16 @@ def check_distillation(args: Namespace) -> None:
             raise UsageError(f'--{name.replace("_", "-")} {getattr(args, name)} must not be negative')
 
 
-def create_distillation_task(model: nn.Module, criterion: nn.Module, args: Namespace, **kwargs: Any) -> TrainingTask:
+def create_distillation_task(
+    model: nn.Module, criterion: nn.Module, args: Namespace, data_config: dict[str, Any], **kwargs: Any
+) -> TrainingTask:
     """Create the task of timm that `--kd-distill-type` names, one for supernets where the student is a supernet.
 
     Args:
         model: Student.
         criterion: Loss against the labels.
         args: Training options with a `kd_model_name`.
+        data_config: How the student's images are prepared; the teacher gets them with its own mean and std.
         **kwargs: `device` and `verbose` of the task.
 
     Raises:
@@ -84,10 +89,22 @@ def create_distillation_task(model: nn.Module, criterion: nn.Module, args: Names
             dict(distill_type=args.kd_token_distill_type, temperature=args.kd_temperature),
         ),
     }[args.kd_distill_type]
-    with as_usage_error(f'--kd-distill-type {args.kd_distill_type} does not work for {args.model}'):
+    works = as_usage_error(f'--kd-distill-type {args.kd_distill_type} does not work for {args.model}')
+    with works, _normalised(model, data_config['mean'], data_config['std']):
         return STAND_INS.get(task_cls, task_cls)(
             student_model=model, teacher_model=teacher, criterion=criterion, **weights, **options, **kwargs
         )
+
+
+@contextmanager
+def _normalised(model: nn.Module, mean: Sequence[float], std: Sequence[float]) -> Iterator[None]:
+    """Say in a model's pretrained cfg how its images are normalised, which is where timm's tasks look."""
+    own = model.pretrained_cfg
+    model.pretrained_cfg = {**own, 'mean': tuple(mean), 'std': tuple(std)}
+    try:
+        yield
+    finally:
+        model.pretrained_cfg = own
 
 
 def _create_teacher(model: nn.Module, args: Namespace, device: Any) -> DistillationTeacher:
@@ -100,4 +117,11 @@ def _create_teacher(model: nn.Module, args: Namespace, device: Any) -> Distillat
             'is nothing to match: fine-tune it on these images and name its folder, local-dir:DIR, or take '
             '--kd-distill-type feature'
         )
-    return DistillationTeacher(teacher, device=device)
+    cfg = teacher.pretrained_cfg
+    # Those of RGB, of which other inputs take the average, as for the student
+    mean, std = (
+        values if len(values) == model.in_chans else [sum(values) / len(values)] * model.in_chans
+        for values in (cfg['mean'], cfg['std'])
+    )
+    with _normalised(teacher, mean, std):
+        return DistillationTeacher(teacher, device=device)

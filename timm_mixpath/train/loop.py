@@ -304,7 +304,7 @@ def _make_run(args: Namespace, stop: StopSignal, progress: dict[str, Any], outpu
         criterion = create_classification_loss(smoothing=args.smoothing, soft_targets=mixup_active(args), **bce)
         criterion.to(device)  # it may hold the weight of the positive targets
     if args.kd_model_name:
-        task = create_distillation_task(model, criterion, args, device=device, verbose=primary)
+        task = create_distillation_task(model, criterion, args, data_config, device=device, verbose=primary)
     else:
         task = create_task(model, criterion, device=device, verbose=primary)
     with as_usage_error(f'optimizer {args.opt!r} can not be created'):
