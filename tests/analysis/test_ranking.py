@@ -25,6 +25,7 @@ from timm_mixpath.analysis.rank_statistics import (
     _spearman,
     partial_tau,
     rank_correlation,
+    seed_agreement,
     tau_at_equal_cost,
     tau_difference,
 )
@@ -412,6 +413,30 @@ def test_costs_have_to_be_costs() -> None:
             tau_at_equal_cost([1, 2], [1, 2], costs)
 
 
+@pytest.mark.parametrize('num_seeds', [2, 3, 5])
+@pytest.mark.parametrize('noise', [0.3, 1.0, 2.0])
+def test_ceiling_is_what_the_truth_reaches(num_seeds: int, noise: float) -> None:
+    rng = np.random.default_rng(0)
+    truth = rng.normal(size=1500)
+    by_seed = [truth + noise * rng.normal(size=1500) for _ in range(num_seeds)]
+    found = seed_agreement(by_seed)
+    reached = rank_correlation(np.mean(by_seed, axis=0), truth, num_resamples=5).kendall_tau.value
+    assert found.tau < found.ceiling == pytest.approx(reached, abs=0.05)
+    # Where costs explain everything else, so do pairs of equal cost
+    costs = rng.uniform(1, 2, 1500)
+    classes = costs // 0.02
+    band = seed_agreement([series + 1000 * classes for series in by_seed], classes, tolerance=0.0)
+    assert band.tau == pytest.approx(found.tau, abs=0.05)
+
+
+def test_seeds_that_agree_on_nothing() -> None:
+    assert seed_agreement([[1, 2, 3, 4], [1, 2, 3, 4]]).ceiling == pytest.approx(1)
+    assert seed_agreement([[1, 2, 3, 4], [4, 3, 2, 1]]).ceiling == 0
+    assert math.isnan(seed_agreement([[1, 2, 3], [5, 5, 5]]).ceiling)
+    with pytest.raises(ValueError, match='1 seeds agree with nothing'):
+        seed_agreement([[1, 2]])
+
+
 @pytest.mark.parametrize(
     ('band', 'message'),
     [(('flops', 0.03), "unknown cost 'flops' of a band, known are macs, params"), (('macs', 3.0), 'band 3.0 is not')],
@@ -421,9 +446,9 @@ def test_bad_bands(band: tuple, message: str) -> None:
         RankConfig(band=band)
 
 
-def test_band_and_ceiling_are_reported(tmp_path: Path) -> None:
+def test_band_and_seeds_are_reported(tmp_path: Path) -> None:
     result = make_result()
-    assert result.ceiling is None and not result.equal_cost
+    assert not result.seeds and not result.equal_cost
     config = replace(result.config, band=('macs', 0.03))
     rng = np.random.default_rng(0)
     by_seed = tuple((a + rng.normal(0, 5), a + rng.normal(0, 5)) for a in result.table.accuracies)
@@ -433,11 +458,16 @@ def test_band_and_ceiling_are_reported(tmp_path: Path) -> None:
     macs = [r.macs for r in result.archs]
     expected = sum(max(a, b) <= 1.03 * min(a, b) for a, b in itertools.combinations(macs, 2))
     assert all(band.num_pairs == expected for band in result.equal_cost.values())
-    assert result.ceiling == pytest.approx(slow_tau(*map(list, zip(*by_seed))))
+    assert result.seeds['all'].tau == pytest.approx(slow_tau(*map(list, zip(*by_seed))))
+    at_equal_cost = tau_at_equal_cost(*zip(*by_seed), macs, num_resamples=5).tau.value
+    assert result.seeds['equal_cost'].tau == pytest.approx(at_equal_cost)
     write_ranking_json(result, tmp_path / 'r.json')
     content = json.loads((tmp_path / 'r.json').read_text())
-    assert content['equal_cost']['trained']['num_pairs'] == expected and content['tau_between_seeds'] == result.ceiling
+    assert (
+        content['equal_cost']['trained']['num_pairs'] == expected
+        and content['seeds']['all']['tau'] == result.seeds['all'].tau
+    )
     assert content['partial_taus']['trained'].keys() == {'macs', 'params'}
     text = format_ranking(result)
     assert f'{expected} pairs of archs within 0.03' in text and 'partial Kendall tau given' in text
-    assert 'between single seeds of the table' in text
+    assert 'between single seeds of the table: ' in text and 'single seeds of the table, at equal cost: ' in text

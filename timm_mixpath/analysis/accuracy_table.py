@@ -8,14 +8,10 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import combinations
-from math import isfinite
 from pathlib import Path
-from statistics import fmean
 from typing import TYPE_CHECKING, TextIO
 
 from ..utils.errors import UsageError, concise
-from .rank_statistics import require_scipy
 
 if TYPE_CHECKING:
     from ..spaces.space import Space
@@ -99,27 +95,20 @@ class AccuracyTable:
     def __len__(self) -> int:
         return len(self.archs)
 
-    def seed_tau(self, archs: Sequence[str]) -> float | None:
-        """Return Kendall's tau-b between the accuracies of two seeds, the mean over all pairs of seeds.
+    def series(self, archs: Sequence[str]) -> list[tuple[float, ...]]:
+        """Return the accuracies of archs of the table by seed, a series per seed.
 
         Args:
-            archs: Archs of the table to compute it over.
+            archs: Archs of the table.
 
         Returns:
-            None if not all of them have the same number of seeds, two or more.
-
-        Raises:
-            ImportError: scipy is not installed.
+            Nothing if not all of them have the same number of seeds, two or more.
         """
         known = dict(zip(self.archs, self.by_seed))
         rows = [known.get(arch, ()) for arch in archs]
         if len({len(row) for row in rows}) != 1 or len(rows[0]) < 2:
-            return None
-        require_scipy()
-        from scipy.stats import kendalltau
-
-        taus = [kendalltau(first, second).statistic for first, second in combinations(zip(*rows), 2)]
-        return float(fmean(taus)) if all(map(isfinite, taus)) else None
+            return []
+        return list(zip(*rows))
 
     def choose(self, num_archs: int | None = None, *, seed: int = 0) -> list[tuple[str, float]]:
         """Draw archs at random.

@@ -8,6 +8,7 @@ not in them. Kendall tau and Spearman rho need `pip install 'timm-mixpath[rank]'
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
+from itertools import combinations
 from typing import Any
 
 import numpy as np
@@ -18,9 +19,11 @@ __all__ = [
     'BandTau',
     'Estimate',
     'RankStatistics',
+    'SeedAgreement',
     'partial_tau',
     'rank_correlation',
     'require_scipy',
+    'seed_agreement',
     'tau_at_equal_cost',
     'tau_difference',
 ]
@@ -103,6 +106,25 @@ class BandTau:
     def to_dict(self) -> dict[str, Any]:
         """Return a JSON-ready dict, without the samples."""
         return dict(num_pairs=self.num_pairs, tau=self.tau.to_dict())
+
+
+@dataclass(frozen=True)
+class SeedAgreement:
+    """How well two trainings of the same archs agree, and what their noise leaves of a ranking.
+
+    Attributes:
+        num_seeds: Trainings of every arch, whose mean accuracy is what scores are compared with.
+        tau: Kendall's tau-b between the accuracies of two seeds, the mean over pairs of seeds. NaN if a seed ties all.
+        ceiling: Kendall's tau that scores without any error would have with the mean over the seeds, estimated.
+    """
+
+    num_seeds: int
+    tau: float
+    ceiling: float
+
+    def to_dict(self) -> dict[str, float | None]:
+        """Return a JSON-ready dict, with None for NaN."""
+        return {name: value if math.isfinite(value) else None for name, value in asdict(self).items()}
 
 
 def require_scipy() -> None:
@@ -229,21 +251,65 @@ def tau_at_equal_cost(
     costs = np.asarray(costs, dtype=float)
     if costs.shape != places.shape or not (costs > 0).all() or not tolerance >= 0:
         raise ValueError('costs have to be positive, one of each arch, and the tolerance at least 0')
-    larger, smaller = np.maximum(costs[:, None], costs), np.minimum(costs[:, None], costs)
-    pairs = (larger <= smaller * (1 + tolerance)).astype(float)  # [n, n]
-    np.fill_diagonal(pairs, 0)
-    x, y = (np.sign(p[:, None] - p[None]) * pairs for p in (places, places_by_score))
-    products = x * y, x * x, y * y
+    first, second = _pairs_of_equal_cost(costs, tolerance)
+    x, y = (np.sign(p[first] - p[second]) for p in (places, places_by_score))
+    products = np.stack([x * y, x * x, y * y], axis=1).astype(float)  # [pairs, 3]
 
-    def tau(weights: np.ndarray) -> np.ndarray:
+    def tau(weights: np.ndarray) -> float:
         # Sums over pairs of how often both are drawn
-        both, of_x, of_y = (((weights @ m) * weights).sum(axis=1) for m in products)
-        defined = (of_x > 0) & (of_y > 0)
-        return np.divide(both, np.sqrt(of_x * of_y), out=np.full(len(weights), np.nan), where=defined)
+        both, of_x, of_y = (weights[first] * weights[second]) @ products
+        return float(both / math.sqrt(of_x * of_y)) if of_x > 0 and of_y > 0 else math.nan
 
-    samples = np.concatenate([tau(weights) for weights in _resamples(len(places), num_resamples, seed)])
-    value = float(tau(np.ones((1, len(places))))[0])
-    return BandTau(int(pairs.sum()) // 2, _estimate(value, samples, level), samples)
+    drawn = (weights for part in _resamples(len(places), num_resamples, seed) for weights in part)
+    samples = np.array([tau(weights) for weights in drawn])
+    return BandTau(len(first), _estimate(tau(np.ones(len(places))), samples, level), samples)
+
+
+def _pairs_of_equal_cost(costs: np.ndarray, tolerance: float) -> tuple[np.ndarray, np.ndarray]:
+    """The indices of both archs of every pair, each pair once: a table of 15,000 archs has no room for a matrix."""
+    order = np.argsort(costs, kind='stable')
+    ordered = costs[order]
+    numbers = np.arange(len(costs))
+    counts = np.searchsorted(ordered, ordered * (1 + tolerance), side='right') - numbers - 1
+    first = np.repeat(numbers, counts)
+    starts = np.cumsum(counts) - counts
+    second = first + 1 + np.arange(counts.sum()) - np.repeat(starts, counts)
+    return order[first], order[second]
+
+
+def seed_agreement(
+    by_seed: Sequence[Sequence[float]], costs: Sequence[float] | None = None, *, tolerance: float = 0.03
+) -> SeedAgreement:
+    """Return how well the accuracies of two seeds rank alike, and what no ranking of their mean can exceed by much.
+
+    The ceiling takes accuracies for normal and the noise of the seeds for independent. Then Kendall's tau of two seeds
+    stands for their correlation, r = sin(pi tau / 2) (Greiner 1909); the mean over S seeds has the reliability
+    R = S r / (1 + (S - 1) r) (Spearman 1910, Brown 1910), and scores without error the correlation sqrt(R) with it.
+
+    Args:
+        by_seed: Accuracies of the archs, one series per seed, at least two.
+        costs: Costs of the archs, to look only at the pairs of equal cost, as `tau_at_equal_cost` does; None for all.
+        tolerance: Share up to which two costs are equal.
+
+    Raises:
+        ImportError: scipy is not installed.
+        ValueError: There are fewer than two seeds, or as `tau_at_equal_cost`.
+    """
+    if len(by_seed) < 2:
+        raise ValueError(f'{len(by_seed)} seeds agree with nothing, two or more are needed')
+    require_scipy()
+    from scipy.stats import kendalltau
+
+    def tau(first: Sequence[float], second: Sequence[float]) -> float:
+        if costs is not None:
+            return tau_at_equal_cost(first, second, costs, tolerance=tolerance, num_resamples=0).tau.value
+        tied = min(np.ptp(first), np.ptp(second)) == 0  # of which scipy warns
+        return math.nan if tied else float(kendalltau(first, second).statistic)
+
+    mean = float(np.mean([tau(first, second) for first, second in combinations(by_seed, 2)]))
+    r = max(math.sin(math.pi / 2 * mean), 0.0) if math.isfinite(mean) else math.nan
+    reliability = len(by_seed) * r / (1 + (len(by_seed) - 1) * r)
+    return SeedAgreement(len(by_seed), mean, 2 / math.pi * math.asin(math.sqrt(reliability)))
 
 
 def partial_tau(

@@ -18,8 +18,10 @@ from .rank_statistics import (
     BandTau,
     Estimate,
     RankStatistics,
+    SeedAgreement,
     partial_tau,
     rank_correlation,
+    seed_agreement,
     tau_at_equal_cost,
     tau_difference,
 )
@@ -230,8 +232,8 @@ class RankResult:
             all archs.
         partial_taus: {'trained' or 'recalibrated': {yardstick: Kendall's partial tau given it}}, over all archs.
         equal_cost: {what ranks: tau over the pairs of archs of equal cost}, empty without a band.
-        ceiling: Kendall's tau between the accuracies of two seeds of the table, the mean over pairs of seeds: what
-            noise leaves of any ranking. None if the table has one seed.
+        seeds: {'all': how well the seeds of the table agree, 'equal_cost': the same over the pairs of equal cost},
+            without the latter without a band, empty if the table has one seed.
     """
 
     table: AccuracyTable
@@ -242,7 +244,7 @@ class RankResult:
     tau_gains: dict[str, dict[str, Estimate]] = field(default_factory=dict)
     partial_taus: dict[str, dict[str, Estimate]] = field(default_factory=dict)
     equal_cost: dict[str, BandTau] = field(default_factory=dict)
-    ceiling: float | None = None
+    seeds: dict[str, SeedAgreement] = field(default_factory=dict)
 
     def scores(self, name: str) -> list[float]:
         """Return the scores of the archs by an entry of `statistics`, more is better."""
@@ -270,7 +272,7 @@ def summarize(
     Raises:
         ImportError: scipy is not installed.
     """
-    result = RankResult(table, config, dict(fingerprint), list(archs), ceiling=table.seed_tau([r.arch for r in archs]))
+    result = RankResult(table, config, dict(fingerprint), list(archs))
     bootstrap = dict(num_resamples=config.num_resamples, level=config.level, seed=config.seed)
     accuracies = np.array([r.accuracy for r in archs])
     parts = {'all': np.full(len(archs), True), 'top_half': accuracies >= np.median(accuracies)}
@@ -291,6 +293,10 @@ def summarize(
             result.equal_cost[name] = tau_at_equal_cost(
                 accuracies, result.scores(name), costs, tolerance=tolerance, **bootstrap
             )
+    if by_seed := table.series([r.arch for r in archs]):
+        result.seeds['all'] = seed_agreement(by_seed)
+        if config.band is not None:
+            result.seeds['equal_cost'] = seed_agreement(by_seed, costs, tolerance=tolerance)
     for name in supernet:
         result.partial_taus[name] = {
             yardstick: partial_tau(

@@ -61,7 +61,7 @@ def write_ranking_json(result: RankResult, path: str | os.PathLike) -> None:
             name: {given: tau.to_dict() for given, tau in taus.items()} for name, taus in result.partial_taus.items()
         },
         equal_cost={name: tau.to_dict() for name, tau in result.equal_cost.items()},
-        tau_between_seeds=result.ceiling,
+        seeds={name: agreement.to_dict() for name, agreement in result.seeds.items()},
     )
     write_json(path, content)
 
@@ -103,9 +103,11 @@ def format_ranking(result: RankResult) -> str:
         if name in result.statistics and math.isnan(result.statistics[name]['all'].kendall_tau.value)
     ]
     config = result.config
-    if result.ceiling is not None:
+    for name, agreement in result.seeds.items():
         notes.append(
-            f'Kendall tau between single seeds of the table: {result.ceiling:.3f}, all that their noise leaves'
+            f'Kendall tau between single seeds of the table{", at equal cost" if name == "equal_cost" else ""}: '
+            f'{agreement.tau:.3f}; a ranking without error would have about {agreement.ceiling:.3f} with the mean of '
+            f'its {agreement.num_seeds}'
         )
     notes.append(
         f'[low, high]: {100 * config.level:g} % bootstrap interval over the archs, {config.num_resamples} resamples; '
