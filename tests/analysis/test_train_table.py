@@ -289,6 +289,17 @@ def test_archs_inside_a_band_of_macs() -> None:
         draw_archs('mixpath_nano', 5, macs=(1, 2), input_size=(3, 16, 16))
 
 
+def test_band_is_of_the_network_that_is_trained(digits: Path, tmp_path: Path) -> None:
+    # Of a width, number of cells and classes that are not the supernet's own
+    words = ['table', '--model', 'mixpath_nb201', '--model-kwargs', 'width=4', 'num_cells=1', '--num-classes', '10']
+    words += ['--data-dir', str(digits), '--img-size', '16', '--archs-macs', '200k', '--archs-band', '10%']
+    words += ['--num-archs', '2', '--table-dir', str(tmp_path), '--epochs', '1', '--device', 'cpu', '-j', '0']
+    assert cli.main(words) == 0
+    with open(tmp_path / 'table.csv', newline='') as f:
+        macs = [int(row['macs']) for row in csv.DictReader(f)]
+    assert len(macs) == 2 and all(180_000 <= m <= 220_000 for m in macs)
+
+
 @pytest.mark.parametrize('sampling, reached', [('paths', False), ('uniform', True), ('fair', True)])
 def test_sampling_that_reaches_nodes_without_inputs(sampling: str, reached: bool) -> None:
     def without_inputs(node: str) -> bool:

@@ -5,6 +5,7 @@ import os
 from argparse import Namespace
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import timm
 
@@ -65,9 +66,9 @@ def draw_archs(
     seed: int = 0,
     m: int | None = None,
     sampling: str = 'paths',
-    backbone: str | None = None,
     macs: tuple[float, float] | None = None,
     input_size: tuple[int, int, int] | None = None,
+    **model_kwargs: Any,
 ) -> list[str]:
     """Draw distinct archs of a space, by default as the training of its supernet does.
 
@@ -78,9 +79,9 @@ def draw_archs(
         m: Largest number of paths, the default of the supernet if None.
         sampling: One of `timm_mixpath.spaces.sampling.STRATEGIES`. 'paths' does not reach all archs of every space: in
             nb201 none with a node that has no inputs.
-        backbone: Backbone of the model `mixpath`.
-        macs: Smallest and largest multiply-adds of an archs that is taken, all if None.
+        macs: Smallest and largest multiply-adds of an arch that is taken, all if None.
         input_size: Input (channels, height, width) that they are counted for, the space's own if None.
+        **model_kwargs: Arguments of the model, such as `backbone` of `mixpath`, or those that change what it costs.
 
     Raises:
         UsageError: A value is out of range, or the sampling does not find as many archs.
@@ -90,8 +91,9 @@ def draw_archs(
     # A sub-network may have more paths than the m its supernet is trained for, which could not rank it then
     supernet = f'{_base_name(model)}_supernet'
     with as_usage_error(f'archs of {model!r} can not be drawn'):
-        kwargs = {key: value for key, value in (('m', m), ('backbone', backbone)) if value is not None}
-        network = timm.create_model(supernet if timm.is_model(supernet) else model, device='meta', **kwargs)
+        if m is not None:
+            model_kwargs['m'] = m
+        network = timm.create_model(supernet if timm.is_model(supernet) else model, device='meta', **model_kwargs)
         space = network.space
         check_strategy(sampling)
     cost = cost_table(network, input_size) if macs is not None else None

@@ -68,8 +68,7 @@ def run_table(args: argparse.Namespace) -> None:
             seed=args.archs_seed,
             m=args.archs_m,
             sampling=args.archs_sampling,
-            backbone=options.model_kwargs.get('backbone'),
-            **_band(args, options),
+            **{**options.model_kwargs, **_band(args, options)},
         )
     train_table(
         options,
@@ -89,4 +88,5 @@ def _band(args: argparse.Namespace, options: argparse.Namespace) -> dict[str, An
         return {}
     model = create_model(options, device='meta')
     band = args.archs_macs * (1 - args.archs_band), args.archs_macs * (1 + args.archs_band)
-    return dict(macs=band, input_size=tuple(resolve_data(options, model)['input_size']))
+    input_size = tuple(resolve_data(options, model)['input_size'])
+    return dict(macs=band, input_size=input_size, num_classes=model.num_classes, in_chans=input_size[0])
