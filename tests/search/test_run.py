@@ -3,12 +3,14 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 from commands import fails, torchrun
 from conftest import small_args
 from PIL import Image
 
 from timm_mixpath import cli
-from timm_mixpath.models.cost import cost_table
+from timm_mixpath.models.cost import cost_table, count_macs
+from timm_mixpath.models.latency import measure_latency
 from timm_mixpath.search.accuracy import evaluate
 from timm_mixpath.search.config import SearchConfig
 from timm_mixpath.search.images import SearchData, load_batches
@@ -52,6 +54,23 @@ def test_search_respects_limits_and_recalibrates(supernet_run: Path, tmp_path: P
     for result in (plain, recalibrated):
         assert all(c.macs <= limit for c in result.evaluations)
     assert [c.loss for c in plain.evaluations[:6]] != [c.loss for c in recalibrated.evaluations[:6]]
+
+
+@pytest.mark.parametrize('options', [{}, dict(cost_input_size=(3, 24, 24), cost_num_classes=7)])
+def test_latency_is_of_the_networks_whose_costs_are_counted(
+    supernet_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: dict
+) -> None:
+    measured = []
+
+    def measure(model: torch.nn.Module, *, input_size: tuple[int, int, int], **kwargs: bool) -> float:
+        measured.append(sum(count_macs(model, input_size).values()))
+        return measure_latency(model, input_size=input_size, **kwargs)
+
+    monkeypatch.setattr('timm_mixpath.search.run.measure_latency', measure)
+    config = SearchConfig(population=3, offspring=3, generations=0)
+    result = search_checkpoint(supernet_run / 'last.pth.tar', tmp_path, config, workers=0, latency=True, **options)
+    assert measured == [c.macs for c in result.front]
+    assert all(c.extra['latency_ms'] > 0 for c in result.front)
 
 
 def test_other_checkpoint_does_not_continue_an_archive(digits: Path, supernet_run: Path, tmp_path: Path) -> None:

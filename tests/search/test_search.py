@@ -88,6 +88,10 @@ def run(setup, path: Path, evaluate=formula, *, fingerprint=FINGERPRINT, progres
     ('kwargs', 'message'),
     [
         (dict(algorithm='annealing'), "unknown algorithm 'annealing', known are nsga2, random"),
+        (
+            dict(algorithm='random', near='none'),
+            "near='none' says where nsga2 begins, and random draws all archs alike",
+        ),
         (dict(population=0), 'population=0 is not an integer of at least 1'),
         (dict(offspring=2.5), 'offspring=2.5 is not an integer of at least 1'),
         (dict(generations=-1), 'generations=-1 is not an integer of at least 0'),

@@ -66,6 +66,10 @@ class SearchConfig:
     def __post_init__(self) -> None:
         if self.algorithm not in ALGORITHMS:
             raise UsageError(f'unknown algorithm {self.algorithm!r}, known are {", ".join(ALGORITHMS)}')
+        if self.near is not None and self.algorithm != 'nsga2':
+            raise UsageError(
+                f'near={self.near!r} says where nsga2 begins, and {self.algorithm} draws all archs alike; leave it out'
+            )
         for name, least in (('population', 1), ('offspring', 1), ('generations', 0), ('seed', 0)):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < least:

@@ -238,7 +238,7 @@ def search_checkpoint(
                     f'{MIN_TAU} is wanted; measure it again on an idle machine or with more networks'
                 )
         check_limits(config, cost)
-        if config.near is None and isinstance(supernet, BackboneSupernet):
+        if config.near is None and config.algorithm == 'nsga2' and isinstance(supernet, BackboneSupernet):
             config = replace(config, near=str(supernet.space.default_arch))
         batch_size, autocast = prepare_device(process.device, batch_size, amp_dtype)
         ranks = Ranks(rank, process.world_size, together=True)
@@ -273,7 +273,7 @@ def search_checkpoint(
             if table is not None:
                 _measure_as_predicted(result, supernet, table)
             elif latency:
-                _measure_front(result, supernet)
+                _measure_front(result, supernet, cost)
             write_front_csv(result, output / 'front.csv')
             write_front_json(result, output / 'front.json')
             plot_or_warn(plot_pareto, result, output / 'pareto.png')
@@ -291,11 +291,16 @@ def _search_progress(total: int) -> Progress:
     return Progress('Search', total, lambda c: f'error {c.error:.2f} %  {c.arch}', status)
 
 
-def _measure_front(result: SearchResult, supernet: Supernet) -> None:
+def _measure_front(result: SearchResult, supernet: Supernet, cost: 'CostTable') -> None:
+    """Measure the networks that the costs are of: for that input and as many classes."""
+    size = 'x'.join(map(str, cost.input_size))
     for candidate in result.front:
         model = supernet.extract(candidate.arch)
-        candidate.extra['latency_ms'] = round(measure_latency(model, channels_last=True), 4)
-        _logger.info(f'{candidate.extra["latency_ms"]:.2f} ms per image  {candidate.arch}')
+        if model.num_classes != cost.num_classes:
+            model.reset_classifier(cost.num_classes)
+        latency = measure_latency(model, input_size=cost.input_size, channels_last=True)
+        candidate.extra['latency_ms'] = round(latency, 4)
+        _logger.info(f'{latency:.2f} ms per image of {size}  {candidate.arch}')
 
 
 def _measure_as_predicted(result: SearchResult, supernet: Supernet, table: LatencyTable) -> None:
