@@ -56,6 +56,14 @@ def test_from_a_table_to_a_measured_front(
     assert status == 2 and 'was' in message and 'in the archive' in message
 
 
+def test_recipe_in_the_place_of_a_checkpoint(supernet_run: Path, table: Path, tmp_path: Path) -> None:
+    words = ['latency', '--config', str(supernet_run / 'args.yaml'), '--output', str(tmp_path / 'r.json'), *QUICK]
+    assert cli.main(words) == 0
+    mine, known = LatencyTable.load(tmp_path / 'r.json'), LatencyTable.load(table)
+    assert (mine.space, mine.input_size, mine.num_classes) == (known.space, known.input_size, known.num_classes)
+    assert {row['arch'] for row in mine.measured} == {row['arch'] for row in known.measured}
+
+
 def test_table_of_another_device_measures_nothing(
     supernet_run: Path, table: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -7,7 +7,7 @@ import timm
 import torch
 from safetensors import safe_open
 
-from timm_mixpath import sample
+from timm_mixpath import cli, sample
 from timm_mixpath.hub.export import export, save_model
 from timm_mixpath.hub.publish import write_repo
 from timm_mixpath.search.accuracy import evaluate
@@ -118,6 +118,28 @@ def test_recalibrated_export_is_what_the_search_scored(supernet_run: Path, tmp_p
     batches = load_batches(search_set, loaded.data_config, workers=0)
     recalibrated, plain = (evaluate(load_model(tmp_path / n).model, batches)['loss'] for n in 'ab')
     assert recalibrated == pytest.approx(chosen.loss, rel=1e-4) and plain != pytest.approx(chosen.loss, rel=1e-4)
+
+
+def test_recalibrated_export_of_a_folder_takes_the_images_of_the_search(
+    digits: Path, supernet_run: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    # A folder does not tell its images, and the search took others than the training
+    assert (
+        cli.main(['export', '--checkpoint', str(supernet_run / 'last.pth.tar'), '--output', str(tmp_path / 'm')]) == 0
+    )
+    images = ['--data-dir', str(digits), '--train-split', 'validation', '--search-holdout', '0.3']
+    common = ['--checkpoint', str(tmp_path / 'm'), '--recalibration-images', '30', *images]
+    sizes = ['--population', '2', '--offspring', '1', '--generations', '0', '-j', '0']
+    assert cli.main(['search', *common, *sizes, '--output', str(tmp_path / 's')]) == 0
+    chosen = next(c for c in json.loads((tmp_path / 's' / 'front.json').read_text())['front'] if c['chosen'])
+    caplog.clear()
+    assert cli.main(['export', *common, '--arch', chosen['arch'], '--output', str(tmp_path / 'a')]) == 0
+    assert 'errors will look too low' not in caplog.text  # nothing is scored
+    loaded = load_model(tmp_path / 'a')
+    data = SearchData(data_dir=str(digits), train_split='validation', search_holdout=0.3)
+    search_set, _, _ = open_search_split(loaded, data, warn=False)
+    found = evaluate(loaded.model, load_batches(search_set, loaded.data_config, workers=0))['loss']
+    assert found == pytest.approx(chosen['metrics']['loss'], rel=1e-4)
 
 
 def test_existing_output_is_not_overwritten(supernet_run: Path, tmp_path: Path) -> None:

@@ -76,6 +76,10 @@ def test_weights_alone_with_what_they_are_of(supernet_run: Path, tmp_path: Path,
         model = timm.create_model(f'local-dir:{folder}', pretrained=True)
         assert model.num_classes == 10
         assert all(torch.equal(v, expected.model.state_dict()[k]) for k, v in model.state_dict().items())
+        # A card tells of the training what is known of it, not what a parser would have taken
+        push = ['push', '--checkpoint', str(path), '--repo-id', 'me/net', '--dry-run', '--output', f'{folder}-card']
+        assert cli.main([*push, *words]) == 0
+        assert ('epochs' in Path(f'{folder}-card', 'README.md').read_text()) == (words[0] == '--config')
     # args.yaml tells the images too, so it can be searched as it could before
     words = ['search', '--checkpoint', str(path), '--config', str(supernet_run / 'args.yaml'), '--num-images', '10']
     words += ['--population', '4', '--offspring', '2', '--generations', '1', '-j', '0']
@@ -98,6 +102,16 @@ def test_classifier_of_another_size_is_left_out(supernet_run: Path, caplog: pyte
     load_weights(model, path, default_args(model='mixpath_nano_supernet'))
     assert 'is for 10 classes and not for 4' in caplog.text
     assert torch.equal(model.classifier.weight, own) and torch.equal(model.conv_stem.weight, before.conv_stem.weight)
+
+
+@pytest.mark.parametrize('scale, num_classes, warned', [(0.05, 10, True), (1.0, 10, False), (0.05, 4, False)])
+def test_trained_classifier_that_is_scaled_is_told(
+    supernet_run: Path, caplog: pytest.LogCaptureFixture, scale: float, num_classes: int, warned: bool
+) -> None:
+    args = default_args(model='mixpath_nano_supernet', head_init_scale=scale)
+    model = timm.create_model('mixpath_nano_supernet', num_classes=num_classes)
+    load_weights(model, str(supernet_run / 'last.pth.tar'), args)
+    assert ('--head-init-scale 1 leaves it as it is' in caplog.text) == warned
 
 
 def test_first_convolution_is_adapted(supernet_run: Path) -> None:

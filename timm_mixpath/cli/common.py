@@ -79,6 +79,7 @@ def like(args: argparse.Namespace) -> argparse.Namespace | None:
             raise UsageError('--model-kwargs say nothing without --model NAME')
         return None
     options = read_config(find_recipe(args.model_config) if args.model_config else None)
+    options.is_model_only = not args.model_config  # the rest are defaults, not options of a training
     if args.model:
         options.model, options.model_kwargs = args.model, {}
     options.model_kwargs = {**options.model_kwargs, **args.model_kwargs}
@@ -116,7 +117,8 @@ def format_size(input_size: Iterable[int]) -> str:
     return 'x'.join(map(str, input_size))
 
 
-def add_image_options(parser: argparse.ArgumentParser, num_images: int | None = None) -> None:
+def add_image_options(parser: argparse.ArgumentParser, num_images: int | None = None, scored: bool = True) -> None:
+    """Add where images come from and, if archs are `scored` with them, how many."""
     add = parser.add_argument_group('images (default: as in the training of the supernet)').add_argument
     add('--data-dir', metavar='DIR')
     add('--dataset', metavar='NAME', help='type/name as in timm')
@@ -127,8 +129,10 @@ def add_image_options(parser: argparse.ArgumentParser, num_images: int | None = 
     add('--target-key', metavar='KEY', help='key of the class indices in them')
     add('--search-holdout', type=parse_share, metavar='SHARE', help='share of the training images that was held out')
     add('--search-split', metavar='NAME', help='use this split whole instead')
-    add('--num-images', type=parse_count, default=num_images, metavar='N',
-        help=f'number of images (default: {num_images or "all"})')  # fmt: skip
+    parser.set_defaults(num_images=num_images)
+    if scored:
+        add('--num-images', type=parse_count, metavar='N',
+            help=f'number of images (default: {num_images or "all, at most 20,000"})')  # fmt: skip
 
 
 def add_latency_limit(parser: Any) -> None:

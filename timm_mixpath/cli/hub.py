@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from ..utils.errors import UsageError
 from ..utils.numbers import parse_count
-from .common import add_checkpoint_options, from_args, like, setup_logging
+from .common import add_checkpoint_options, add_image_options, from_args, like, setup_logging
 
 if TYPE_CHECKING:
     from ..hub.publish import PushResult
@@ -20,10 +20,15 @@ def add_export(parser: argparse.ArgumentParser) -> None:
     add('--arch', metavar='TEXT', help='sub-network of a supernet, with the weights it inherits')
     add('--output', required=True, metavar='DIR', help='model folder to make')
     add(
-        '--recalibration-images', type=parse_count, default=0, metavar='N', help='recalibrate the batch norms of --arch'
+        '--recalibration-images',
+        type=parse_count,
+        default=0,
+        metavar='N',
+        help='recalibrate the batch norms of --arch with as many training images, the same as a search takes with the '
+        'same options',
     )
-    add('--data-dir', metavar='DIR', help='where the images are (default: as in the training of the supernet)')
     _add_stored(parser)
+    add_image_options(parser, scored=False)
 
 
 def _add_stored(parser: argparse.ArgumentParser) -> None:
@@ -49,7 +54,7 @@ def run_export(args: argparse.Namespace) -> None:
         args.output,
         args.arch,
         recalibration_images=args.recalibration_images,
-        data=SearchData(data_dir=args.data_dir),
+        data=from_args(SearchData, args),
         like=like(args),
         dtype=args.dtype,
         img_size=args.img_size,

@@ -102,7 +102,7 @@ def run_latency(args: argparse.Namespace) -> None:
 def _supernet(args: argparse.Namespace) -> 'tuple[Supernet, tuple[int, int, int] | None]':
     import torch
 
-    from ..train.checkpoint import load_supernet
+    from ..train.checkpoint import load_supernet, resolve_data
 
     device = args.device or ('cuda' if torch.cuda.is_available() else 'cpu')
     input_size = tuple(args.input_size) if args.input_size else None
@@ -113,10 +113,16 @@ def _supernet(args: argparse.Namespace) -> 'tuple[Supernet, tuple[int, int, int]
             with as_usage_error(f'--num-classes {args.num_classes} is out of range'):
                 supernet.reset_classifier(args.num_classes)
         input_size = input_size or trained_size
-    elif args.model:
+    elif args.model or args.model_config:
+        options = like(args)
+        args.model, args.model_kwargs = options.model, options.model_kwargs
+        if args.num_classes is None:
+            args.num_classes = options.num_classes
         supernet = create_supernet(args)
+        if args.model_config and input_size is None:
+            input_size = tuple(resolve_data(options, supernet)['input_size'])
     else:
-        raise UsageError('no supernet: pass --checkpoint PATH, or --model NAME')
+        raise UsageError('no supernet: pass --checkpoint PATH, --model NAME, or --config FILE')
     with as_usage_error(f'--device {device!r} can not be used'):
         return supernet.eval().to(device), input_size
 

@@ -75,7 +75,7 @@ def export(
             raise UsageError(str(e)) from None
         batches = None
         if recalibration_images:
-            _, train_set, _ = open_search_split(loaded, data or SearchData())
+            _, train_set, _ = open_search_split(loaded, data or SearchData(), warn=False)
             batches = recalibration_batches(train_set, loaded, recalibration_images)
         with recalibrate_bn(model, arch, batches):
             model = model.extract(arch)

@@ -75,15 +75,15 @@ class ValidationRecord:
 
 
 def read_training(checkpoint: Path, loaded: LoadedModel) -> TrainingRecord | None:
-    """Collect what a training checkpoint and its folder hold, None for a model folder or a Hub repo.
+    """Collect what a training checkpoint and its folder hold, None for a model folder, a Hub repo and weights alone.
 
     Args:
         checkpoint: File that `loaded` was loaded from.
         loaded: The model.
     """
-    if not vars(loaded.args):
-        return None
     args = loaded.args
+    if not vars(args) or getattr(args, 'is_model_only', False):
+        return None
     record = TrainingRecord(args, loaded.epoch, loaded.is_ema, is_best='best' in checkpoint.name)
     summary = checkpoint.with_name('summary.csv')
     for row in read_csv(summary) if summary.exists() else ():

@@ -251,6 +251,11 @@ def load_weights(model: nn.Module, path: str, args: Namespace) -> None:
     except RuntimeError as e:
         problem = _what_differs(path, args) or ' '.join(line.strip() for line in str(e).splitlines()[1:3])[:300]
         raise RunError(f'--initial-checkpoint {path!r} does not fit {args.model}: {problem}') from None
+    if args.head_init_scale not in (None, 1) and not left_out:
+        _logger.warning(
+            f"--head-init-scale {args.head_init_scale} makes the classifier of {path!r} smaller, too, as in timm's "
+            'train.py; --head-init-scale 1 leaves it as it is'
+        )
 
 
 def _what_differs(path: str, args: Namespace) -> str | None:
