@@ -15,7 +15,9 @@ def test_warm_start_keeps_a_classifier_of_other_classes() -> None:
     network = make_backbone('mobilenetv3_small_050')
     supernet = timm.create_model('mixpath_supernet', backbone='mobilenetv3_small_050', num_classes=3).eval()
     classifier = copy.deepcopy(supernet.classifier.state_dict())
+    network.pretrained_cfg.update(mean=(0.5,) * 3, crop_pct=0.9)
     warm_start(supernet, network)
+    assert supernet.pretrained_cfg['mean'] == (0.5,) * 3 and supernet.pretrained_cfg['crop_pct'] == 0.9
     assert all(torch.equal(value, classifier[key]) for key, value in supernet.classifier.state_dict().items())
     x = torch.randn(1, 3, 64, 64)
     with torch.inference_mode():

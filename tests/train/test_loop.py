@@ -11,6 +11,7 @@ from argparse import ArgumentParser
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import timm
 import torch
@@ -64,13 +65,19 @@ def test_training_starts_from_a_network_of_timm(
     """`--warm-start`: the weights, and what is kept of where they are from."""
     torch.manual_seed(0)
     network = timm.create_model(source, num_classes=10)
-    save_model(network, tmp_path / 'network', resolve_model_data_config(network))
+    prepared = dict(mean=[0.5] * 3, std=[0.25] * 3, crop_pct=0.95)  # as no network of this name by default
+    save_model(network, tmp_path / 'network', resolve_model_data_config(network) | prepared)
     options = dict(model=model, model_kwargs=kwargs, epochs=1, lr=1e-12, weight_decay=0.0, search_holdout=0.5)
     run = train(small_args(digits, tmp_path, warm_start=f'local-dir:{tmp_path / "network"}', **options))
     trained = load_model(run.output_dir / 'last.pth.tar').model
     torch.testing.assert_close(trained.conv_stem.weight, network.conv_stem.weight)
     torch.testing.assert_close(trained.classifier.weight, network.classifier.weight)
     assert trained.pretrained_cfg['notes'] == ('warm start from weights of the folder network',)
+    last = str(run.output_dir / 'last.pth.tar')
+    for _ in range(2):  # behind --resume, too, which does not look at the network
+        data_config = load_model(last).data_config
+        assert [np.ravel(data_config[key]).tolist() for key in prepared] == [[0.5] * 3, [0.25] * 3, [0.95]]
+        train(small_args(digits, tmp_path, **{**options, 'epochs': 2}, resume=last, output='', experiment=''))
 
 
 def test_second_run_does_not_overwrite(digits: Path, supernet_run: Path) -> None:

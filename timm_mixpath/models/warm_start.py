@@ -13,7 +13,11 @@ from .choice_blocks import ChoiceBlock, GroupNorms
 from .layers import ShadowBatchNorm2d, sum_statistics
 from .mixpath import MixPath
 
-__all__ = ['warm_start']
+__all__ = ['PREPROCESSING', 'warm_start']
+
+
+# How the images of a model are prepared, beside their size
+PREPROCESSING = ('mean', 'std', 'interpolation', 'crop_pct', 'crop_mode')
 
 
 # The network of timm that the spaces of this package stand on
@@ -28,7 +32,8 @@ def warm_start(model: nn.Module, source: nn.Module) -> None:
     backbone's and whose kernels are at least as large computes what `source` does in eval mode. The models of S2 and
     S3, `mixpath_a` and `mixpath_b` stand on mixnet_m. There that holds for archs without sums; a sum is exact in
     blocks without squeeze-and-excite, whose gate sees the sum of S2, and in networks of one arch. Smaller kernels
-    start as the centre of the pretrained ones. The classifier is taken over where it has as many classes.
+    start as the centre of the pretrained ones. The classifier is taken over where it has as many classes, and mean,
+    std and resizing of the images in any case.
 
     Args:
         model: The model.
@@ -58,6 +63,9 @@ def warm_start(model: nn.Module, source: nn.Module) -> None:
     model.load_state_dict({**own, **{key: value for key, value in weights.items() if key in own}})
     if getattr(model, 'pretrained_cfg', None):
         model.pretrained_cfg['notes'] = (_origin(source, name),)
+        # Tags of one network may differ in it, and the weights are for images as their own tag has them
+        known = getattr(source, 'pretrained_cfg', None) or {}
+        model.pretrained_cfg.update({key: known[key] for key in PREPROCESSING if known.get(key) is not None})
 
 
 def _check_source(source: nn.Module, name: str, own: dict[str, torch.Tensor], classifier: str) -> None:

@@ -20,6 +20,7 @@ from torch import nn
 from ..models.backbone import BackboneNet, BackboneSupernet, describe_origin
 from ..models.pretrained import SOURCE_KEYS
 from ..models.supernet import Supernet
+from ..models.warm_start import PREPROCESSING
 from ..utils.errors import RunError, UsageError, as_usage_error, concise
 from ..utils.hub_client import fetch_model
 from .recovery import RECOVERY
@@ -32,6 +33,7 @@ __all__ = [
     'check_model_name',
     'check_supernet',
     'create_model',
+    'keep_preprocessing',
     'load_model',
     'load_supernet',
     'load_weights',
@@ -350,11 +352,17 @@ def own_model(args: Namespace, model: nn.Module) -> None:
     for option, key in (('bn_momentum', 'bn_momentum'), ('bn_eps', 'bn_eps')):
         if key in args.model_kwargs:
             setattr(args, option, args.model_kwargs.pop(key))
+    args.input_size = list(resolve_data(args, model)['input_size'])
+    keep_preprocessing(args, model)
+    args.img_size = None  # input_size says it
+
+
+def keep_preprocessing(args: Namespace, model: nn.Module) -> None:
+    """Make the options of a training tell by themselves how the images of its model are prepared."""
     data_config = resolve_data(args, model)
-    for name in ('input_size', 'mean', 'std', 'interpolation', 'crop_pct', 'crop_mode'):
+    for name in PREPROCESSING:
         value = data_config.get(name)
         setattr(args, name, list(value) if isinstance(value, tuple) else value)
-    args.img_size = None  # input_size says it
 
 
 def resolve_data(args: Namespace, model: nn.Module) -> dict[str, Any]:

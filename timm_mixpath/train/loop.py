@@ -34,7 +34,7 @@ from torch import nn
 from ..models.cpu_kernels import use_cpu_kernels
 from ..models.layers import run_out_of_place
 from ..models.supernet import Supernet
-from ..models.warm_start import warm_start
+from ..models.warm_start import PREPROCESSING, warm_start
 from ..utils.distributed import open_process
 from ..utils.errors import RunError, UsageError, as_usage_error, concise
 from ..utils.files import new_output_dir, write_atomic
@@ -43,6 +43,7 @@ from ..utils.tables import read_csv
 from .checkpoint import (
     AtomicCheckpointSaver,
     create_model,
+    keep_preprocessing,
     load_weights,
     own_model,
     read_checkpoint,
@@ -206,6 +207,7 @@ def _warm_start(model: nn.Module, args: Namespace) -> None:
             raise ValueError('timm has no pretrained weights of that name')
         source = timm.create_model(name, pretrained=True, in_chans=model.in_chans, pretrained_cfg_overlay=overlay)
     warm_start(model, source)
+    keep_preprocessing(args, model)  # which a model of that name, made for the checkpoint, would not tell
 
 
 def fill_momentum(optimizer: torch.optim.Optimizer) -> None:
@@ -464,7 +466,11 @@ def check_resumed(args: Namespace, before: Namespace) -> None:
             raise UsageError(f'--resume {args.resume!r} is a run of {source}, not of {args.model}')
         # What the folder or repo said is in the checkpoint, so it need not be there any more
         args.model, args.model_source = before.model, source
-        for name in ('gp', 'bn_momentum', 'bn_eps', 'input_size', 'mean', 'std', 'interpolation', 'crop_pct'):
+        for name in ('gp', 'bn_momentum', 'bn_eps', 'input_size'):
+            if not getattr(args, name, None):
+                setattr(args, name, getattr(before, name, None))
+    if source is not None or getattr(before, 'warm_start', ''):
+        for name in PREPROCESSING:
             if not getattr(args, name, None):
                 setattr(args, name, getattr(before, name, None))
     if args.model != before.model:
