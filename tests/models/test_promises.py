@@ -428,3 +428,10 @@ def test_pruned_supernet_extracts_and_keeps_its_taps() -> None:
         torch.testing.assert_close(model.forward_features(make_input('c')), tap)
         torch.testing.assert_close(model(make_input('c')), pruned(make_input('c')))
         assert model(make_input('c')).shape == (2, 4)
+
+
+@pytest.mark.parametrize('name, crop_pct', [('mixpath_a', 0.875), ('mixpath_s2_supernet', 0.875), ('mixpath_s1', 1.0)])
+def test_images_of_imagenet_are_cropped_as_timm_does(name: str, crop_pct: float) -> None:
+    assert timm.get_pretrained_cfg(f'{name}.untrained').crop_pct == crop_pct
+    if crop_pct < 1:
+        assert timm.get_pretrained_cfg('mixnet_m').crop_pct == crop_pct  # on which S2 and S3 stand

@@ -17,7 +17,7 @@ from typing import Any
 import timm
 import torch
 from safetensors import SafetensorError
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.data import DEFAULT_CROP_PCT, IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import get_norm_layer
 from timm.models import build_model_with_cfg, resolve_pretrained_cfg
 from timm.models.efficientnet import resolve_bn_args
@@ -135,7 +135,8 @@ def space_cfg(space: Space, reduction: int, **kwargs: Any) -> dict[str, Any]:
         'num_classes': space.num_classes,
         'input_size': space.input_size,
         'pool_size': tuple(math.ceil(size / reduction) for size in space.input_size[1:]),
-        'crop_pct': 1.0,
+        # Images of CIFAR's size have no margin to leave out
+        'crop_pct': 1.0 if min(space.input_size[1:]) <= 64 else DEFAULT_CROP_PCT,
         'interpolation': 'bicubic',
         'mean': IMAGENET_DEFAULT_MEAN,
         'std': IMAGENET_DEFAULT_STD,
