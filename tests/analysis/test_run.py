@@ -119,7 +119,8 @@ def test_equal_cost_and_noise_of_the_table(supernet_run: Path, table: Path, tmp_
     out = capsys.readouterr().out
     assert 'pairs of archs within 0.03 of each other in macs' in out and 'between single seeds of the table' in out
     content = json.loads((tmp_path / 'r' / 'ranking.json').read_text())
-    assert content['config']['band'] == ['macs', 0.03] and 0 < content['tau_between_seeds'] <= 1
+    assert content['config']['band'] == ['macs', 0.03] and content['seeds'].keys() == {'all', 'equal_cost'}
+    assert 0 < content['seeds']['all']['tau'] < content['seeds']['all']['ceiling'] <= 1
 
 
 def known_archs(rows: list[dict[str, str]]) -> set[str]:

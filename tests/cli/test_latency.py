@@ -112,7 +112,7 @@ def test_profile(table: Path, capsys: pytest.CaptureFixture) -> None:
     ('words', 'message'),
     [
         ('latency', 'pass either --output FILE for a table, or --archs'),
-        ('latency --output t.json', 'no supernet: pass --checkpoint PATH, or --model NAME'),
+        ('latency --output t.json', 'no supernet: pass --checkpoint PATH, --model NAME, or --config FILE'),
         ('latency --output t.json --model mixpath_nano', "'mixpath_nano' is no supernet"),
         ('latency --output t.json --model mixpath_nan_supernet', 'mixpath_nan_supernet'),
         ('latency --output t.json --model mixpath_nano_supernet --threads 0', 'threads=0 must be at least 1'),
