@@ -174,9 +174,9 @@ def run_adapt(config: AdaptConfig, output: str | os.PathLike) -> Path:
 
     with job_folder(output, config, 'adapt.json') as output:
         # The supernet and the winner know the name of the backbone only, not the tag, whose preprocessing may differ
-        preprocessing = {key: getattr(pretrained_cfg, key) for key in ('mean', 'std', 'interpolation', 'crop_pct')}
-        preprocessing.update(mean=list(pretrained_cfg.mean), std=list(pretrained_cfg.std))
-        images |= {'num_classes': len(classes), 'img_size': size, **preprocessing}
+        images |= dict(mean=list(pretrained_cfg.mean), std=list(pretrained_cfg.std))
+        images |= dict(interpolation=pretrained_cfg.interpolation, crop_pct=pretrained_cfg.crop_pct)
+        images |= dict(num_classes=len(classes), img_size=size)
         job = _Job(config, output, images, latency)
         stages = _Stages(_shares(config, num_images))
         with stages('Fine-tuning the backbone'):

@@ -4,7 +4,7 @@ import argparse
 import dataclasses
 import json
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,6 @@ __all__ = [
     'add_latency_limit',
     'add_model_options',
     'create_supernet',
-    'format_size',
     'from_args',
     'is_first_process',
     'job_folder',
@@ -110,11 +109,6 @@ def create_supernet(args: argparse.Namespace, **kwargs: Any) -> Any:
     if not isinstance(model, Supernet):
         raise UsageError(f'{args.model!r} is no supernet; try {", ".join(timm.list_models("mixpath*_supernet"))}')
     return model
-
-
-def format_size(input_size: Iterable[int]) -> str:
-    """Return an input as text, such as 3x224x224."""
-    return 'x'.join(map(str, input_size))
 
 
 def add_image_options(parser: argparse.ArgumentParser, num_images: int | None = None, scored: bool = True) -> None:

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING
 
 from ..utils.errors import UsageError, as_usage_error
 from ..utils.numbers import parse_count
-from .common import add_model_options, create_supernet, format_size, from_args, like, setup_logging
+from ..utils.tables import format_size
+from .common import add_model_options, create_supernet, from_args, like, setup_logging
 
 if TYPE_CHECKING:
     from ..models.latency_table import LatencyTable

@@ -4,13 +4,13 @@ import argparse
 
 from ..utils.errors import as_usage_error
 from ..utils.numbers import parse_count, parse_milliseconds
+from ..utils.tables import format_size
 from .common import (
     add_checkpoint_options,
     add_device_option,
     add_image_options,
     add_latency_limit,
     create_supernet,
-    format_size,
     from_args,
     is_first_process,
     like,

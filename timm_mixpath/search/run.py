@@ -32,6 +32,7 @@ from ..utils.errors import RunError, UsageError, as_usage_error
 from ..utils.figures import plot_or_warn
 from ..utils.files import make_output_dir
 from ..utils.progress import Progress
+from ..utils.tables import format_size
 from ..version import __version__
 from .accuracy import SupernetEvaluator, prepare_device
 from .archive import Archive, evaluate_all
@@ -293,14 +294,13 @@ def _search_progress(total: int) -> Progress:
 
 def _measure_front(result: SearchResult, supernet: Supernet, cost: 'CostTable') -> None:
     """Measure the networks that the costs are of: for that input and as many classes."""
-    size = 'x'.join(map(str, cost.input_size))
     for candidate in result.front:
         model = supernet.extract(candidate.arch)
         if model.num_classes != cost.num_classes:
             model.reset_classifier(cost.num_classes)
         latency = measure_latency(model, input_size=cost.input_size, channels_last=True)
         candidate.extra['latency_ms'] = round(latency, 4)
-        _logger.info(f'{latency:.2f} ms per image of {size}  {candidate.arch}')
+        _logger.info(f'{latency:.2f} ms per image of {format_size(cost.input_size)}  {candidate.arch}')
 
 
 def _measure_as_predicted(result: SearchResult, supernet: Supernet, table: LatencyTable) -> None:

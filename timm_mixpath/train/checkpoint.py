@@ -255,8 +255,8 @@ def load_weights(model: nn.Module, path: str, args: Namespace) -> None:
         raise RunError(f'--initial-checkpoint {path!r} does not fit {args.model}: {problem}') from None
     if args.head_init_scale not in (None, 1) and not left_out:
         _logger.warning(
-            f"--head-init-scale {args.head_init_scale} makes the classifier of {path!r} smaller, too, as in timm's "
-            'train.py; --head-init-scale 1 leaves it as it is'
+            f"--head-init-scale {args.head_init_scale} scales the classifier of {path!r}, too, as in timm's train.py; "
+            '--head-init-scale 1 leaves it as it is'
         )
 
 
@@ -352,17 +352,17 @@ def own_model(args: Namespace, model: nn.Module) -> None:
     for option, key in (('bn_momentum', 'bn_momentum'), ('bn_eps', 'bn_eps')):
         if key in args.model_kwargs:
             setattr(args, option, args.model_kwargs.pop(key))
-    args.input_size = list(resolve_data(args, model)['input_size'])
-    keep_preprocessing(args, model)
+    args.input_size = list(keep_preprocessing(args, model)['input_size'])
     args.img_size = None  # input_size says it
 
 
-def keep_preprocessing(args: Namespace, model: nn.Module) -> None:
-    """Make the options of a training tell by themselves how the images of its model are prepared."""
+def keep_preprocessing(args: Namespace, model: nn.Module) -> dict[str, Any]:
+    """Make the options of a training tell by themselves how the images of its model are prepared; return it all."""
     data_config = resolve_data(args, model)
     for name in PREPROCESSING:
         value = data_config.get(name)
         setattr(args, name, list(value) if isinstance(value, tuple) else value)
+    return data_config
 
 
 def resolve_data(args: Namespace, model: nn.Module) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from torch import nn
 
 from ..utils.errors import UsageError, as_usage_error
 from ..utils.numbers import parse_float
+from .checkpoint import resolve_data
 from .task import STAND_INS
 
 __all__ = ['add_distillation_options', 'check_distillation', 'create_distillation_task']
@@ -117,11 +118,6 @@ def _create_teacher(model: nn.Module, args: Namespace, device: Any) -> Distillat
             'is nothing to match: fine-tune it on these images and name its folder, local-dir:DIR, or take '
             '--kd-distill-type feature'
         )
-    cfg = teacher.pretrained_cfg
-    # Those of RGB, of which other inputs take the average, as for the student
-    mean, std = (
-        values if len(values) == model.in_chans else [sum(values) / len(values)] * model.in_chans
-        for values in (cfg['mean'], cfg['std'])
-    )
-    with _normalised(teacher, mean, std):
+    data_config = resolve_data(Namespace(in_chans=model.in_chans), teacher)
+    with _normalised(teacher, data_config['mean'], data_config['std']):
         return DistillationTeacher(teacher, device=device)

@@ -466,13 +466,12 @@ def check_resumed(args: Namespace, before: Namespace) -> None:
             raise UsageError(f'--resume {args.resume!r} is a run of {source}, not of {args.model}')
         # What the folder or repo said is in the checkpoint, so it need not be there any more
         args.model, args.model_source = before.model, source
-        for name in ('gp', 'bn_momentum', 'bn_eps', 'input_size'):
-            if not getattr(args, name, None):
-                setattr(args, name, getattr(before, name, None))
-    if source is not None or getattr(before, 'warm_start', ''):
-        for name in PREPROCESSING:
-            if not getattr(args, name, None):
-                setattr(args, name, getattr(before, name, None))
+        told = ('gp', 'bn_momentum', 'bn_eps', 'input_size', *PREPROCESSING)
+    else:
+        told = PREPROCESSING if getattr(before, 'warm_start', '') else ()
+    for name in told:
+        if not getattr(args, name, None):
+            setattr(args, name, getattr(before, name, None))
     if args.model != before.model:
         raise UsageError(f'--resume {args.resume!r} is a checkpoint of {before.model}, not of {args.model}')
     # train.py knows neither a hold-out nor a seed of the sampling

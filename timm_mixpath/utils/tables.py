@@ -10,7 +10,7 @@ from typing import Any
 
 from .files import write_text
 
-__all__ = ['format_table', 'read_csv', 'write_csv', 'write_json']
+__all__ = ['format_size', 'format_table', 'read_csv', 'write_csv', 'write_json']
 
 
 def write_json(path: str | os.PathLike, content: Any) -> None:
@@ -38,6 +38,11 @@ def read_csv(path: str | os.PathLike) -> list[dict[str, str]]:
     """Read a CSV file that a program wrote, a dict of text per row."""
     with open(Path(path), newline='') as f:
         return list(csv.DictReader(f))
+
+
+def format_size(input_size: Iterable[int]) -> str:
+    """Return an input as text, such as 3x224x224."""
+    return 'x'.join(map(str, input_size))
 
 
 def format_table(rows: Sequence[Sequence[str]], align: str) -> str:
