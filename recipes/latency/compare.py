@@ -2,8 +2,9 @@
 
     python recipes/latency/compare.py SEARCH [SEARCH ...]
 
-A SEARCH is the output folder of `timm-mixpath search` with a --latency-table of this machine, whatever its objectives:
-the latency of its front was measured at the end. The searches have to score the same supernet on the same images.
+A SEARCH is the output folder of `timm-mixpath search` with a --latency-table of this machine, with the error as
+an objective: the latency of its front was measured at the end. The searches have to score the same supernet on the same
+images.
 """
 
 import argparse
@@ -22,6 +23,8 @@ def main() -> None:
     scored = {json.dumps({k: v for k, v in c['fingerprint'].items() if k.endswith('sha256')}) for c in contents}
     if len(scored) > 1:
         parser.error('the searches scored other weights or images')
+    if any('error' not in c['config']['objectives'] for c in contents):
+        parser.error('the front of a search without the error as an objective is not one of it')
     fronts = [
         [(c['error'], c['metrics']['latency_ms'], c['latency']) for c in content['front']] for content in contents
     ]

@@ -9,6 +9,7 @@ import pickle
 import random
 import signal
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +24,7 @@ from small_space import TINY
 from timm_mixpath import Arch, MixPathSupernet, get_space
 from timm_mixpath.models.cost import CostTable, cost_table
 from timm_mixpath.search.config import SearchConfig
-from timm_mixpath.search.front import format_front, plot_pareto, write_front_csv, write_front_json
+from timm_mixpath.search.front import format_front, plot_pareto, print_result, write_front_csv, write_front_json
 from timm_mixpath.search.pareto import crowding_distance, pareto_front
 from timm_mixpath.search.run import search
 from timm_mixpath.utils.distributed import Ranks
@@ -103,11 +104,12 @@ def run(setup, path: Path, evaluate=formula, *, fingerprint=FINGERPRINT, progres
         (dict(max_params=5, min_params=6), 'min_params=6 is above max_params=5'),
         (
             dict(objectives={'error': 1, 'speed': 1}),
-            "unknown objective 'speed', known are error, macs, params, latency",
+            "unknown objective 'speed', known are error, loss, macs, params, latency",
         ),
         (dict(objectives={'error': 0}), "weight 0.0 of objective 'error' must be positive"),
         (dict(objectives={'error': math.nan}), 'weight nan'),
-        (dict(objectives={'macs': 1}), "must name 'error'"),
+        (dict(objectives={'macs': 1}), "must name exactly one of 'error' and 'loss'"),
+        (dict(objectives={'error': 1, 'loss': 1}), "must name exactly one of 'error' and 'loss'"),
         (dict(objectives=(('error', 1), ('error', 2))), 'each objective once'),
         (dict(objectives=('error', 'macs')), 'are not pairs of a name and a weight'),
     ],
@@ -602,6 +604,65 @@ def test_world_size_without_process_group(tiny, tmp_path):
     config = SearchConfig(**SMALL)
     with pytest.raises(RunError, match='to be initialised'):
         search(*tiny, formula, config, archive_path=tmp_path / 'a', fingerprint={}, ranks=Ranks(0, 2))
+
+
+# ---- Ranked by the loss
+
+
+def by_loss(arch: Arch) -> dict:
+    """A loss that orders archs otherwise than their accuracy, and is not finite for some."""
+    first = arch.blocks[0].groups[0]
+    loss = math.nan if first == (3,) else 0.05 * sum(len(b.groups[0]) for b in arch.blocks) + 0.01 * first[0]
+    return {**formula(arch), 'loss': loss}
+
+
+@pytest.mark.parametrize('algorithm', ['nsga2', 'random'])
+def test_loss_as_objective(tiny, tmp_path, algorithm):
+    objectives = {'loss': 1, 'macs': 1}
+    result = run(tiny, tmp_path / 'a', by_loss, algorithm=algorithm, objectives=objectives, population=20)
+    assert any(math.isnan(c.loss) for c in result.evaluations)
+    finite = [c for c in result.evaluations if math.isfinite(c.loss)]
+    assert result.chosen.loss == min(c.loss for c in finite)
+    assert result.chosen.error > min(c.error for c in finite)  # so by the error it would have been another one
+    better = lambda a, b: a.loss <= b.loss and a.macs <= b.macs and (a.loss, a.macs) != (b.loss, b.macs)  # noqa: E731
+    front = {c.arch for c in finite if not any(better(other, c) for other in finite)}
+    assert {c.arch for c in result.front} == front
+    assert min(result.evaluations, key=lambda c: c.macs).arch not in front  # the cheapest has none
+    again = run(tiny, tmp_path / 'a', Counter(0), algorithm=algorithm, objectives=objectives, population=20)
+    assert [c.arch for c in again.evaluations] == [c.arch for c in result.evaluations]
+
+
+def test_no_finite_loss(tiny, tmp_path):
+    with pytest.raises(RunError, match='the loss of none of the 18 archs is finite'):
+        run(tiny, tmp_path / 'a', lambda arch: {**formula(arch), 'loss': math.nan}, objectives={'loss': 1, 'macs': 1})
+    with pytest.raises(UsageError, match=r'is -800\.0: to be an objective it must not be negative'):
+        run(tiny, tmp_path / 'b', lambda arch: {**formula(arch), 'loss': -800.0}, objectives={'loss': 1, 'macs': 1})
+
+
+def test_large_losses_keep_their_order(tiny, tmp_path):
+    large = lambda arch: {**formula(arch), 'loss': 50 + by_loss(arch)['loss']}  # noqa: E731
+    result = run(tiny, tmp_path / 'a', large, objectives={'loss': 1, 'macs': 1}, population=20)
+    assert result.chosen.loss == min(c.loss for c in result.evaluations if math.isfinite(c.loss))
+
+
+def test_hypervolume_of_the_loss(tiny, tmp_path):
+    result = run(tiny, tmp_path / 'a', by_loss, objectives={'loss': 1, 'macs': 1}, population=20)
+    low, high = tiny[1].bounds('macs')
+    volume, previous = 0.0, 1.0
+    for c in result.front:  # by MACs, so losses fall
+        loss = c.loss / (1 + c.loss)
+        volume += (previous - loss) * (1 - (c.macs - low) / (high - low))
+        previous = loss
+    assert result.hypervolume() == pytest.approx(volume)
+
+
+def test_outputs_of_the_loss(tiny, tmp_path, capsys):
+    result = run(tiny, tmp_path / 'a', by_loss, objectives={'loss': 1, 'macs': 1}, population=20)
+    print_result(result, tmp_path)
+    assert f'chosen (*): loss {result.chosen.loss:.4f}, error {result.chosen.error:.2f} %' in capsys.readouterr().out
+    plot_pareto(result, tmp_path / 'loss.png')
+    plot_pareto(replace(result, config=SearchConfig(objectives={'error': 1, 'macs': 1})), tmp_path / 'error.png')
+    assert (tmp_path / 'loss.png').read_bytes() != (tmp_path / 'error.png').read_bytes()
 
 
 # ---- Quality

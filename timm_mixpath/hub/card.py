@@ -416,8 +416,9 @@ def _search(searched: SearchRecord) -> str:
         facts.append(f'hypervolume of the front {front["hypervolume"]:.3f}')
     if searched.candidate is not None:
         chosen = ' and chosen' if searched.candidate.get('chosen') else ''
+        loss = f'a loss of {searched.candidate["metrics"]["loss"]:.4f} and ' if 'loss' in config['objectives'] else ''
         facts.append(
-            f'this arch was found{chosen} there with an error of {searched.candidate["error"]:.2f} % '
+            f'this arch was found{chosen} there with {loss}an error of {searched.candidate["error"]:.2f} % '
             "with the supernet's weights"
         )
         if searched.candidate.get('latency') is not None:
@@ -428,7 +429,7 @@ def _search(searched: SearchRecord) -> str:
             )
     text = '\n'.join(f'- {fact}' for fact in facts)
     if searched.plot is not None:
-        text += f'\n\n![Error and cost of what the search evaluated, and its Pareto front]({PLOT})'
+        text += f'\n\n![How good and how costly is what the search evaluated, and its Pareto front]({PLOT})'
     return text
 
 

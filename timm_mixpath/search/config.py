@@ -12,7 +12,10 @@ __all__ = ['LIMITED', 'SearchConfig']
 
 ALGORITHMS = ('nsga2', 'random')
 
-OBJECTIVES = ('error', 'macs', 'params', 'latency')
+OBJECTIVES = ('error', 'loss', 'macs', 'params', 'latency')
+
+# How good an arch is, by the supernet's weights: one of them is an objective
+SCORES = ('error', 'loss')
 
 # What can be limited: two counts, and a time in milliseconds
 LIMITED = ('macs', 'params', 'latency')
@@ -33,10 +36,10 @@ class SearchConfig:
             `search_checkpoint` to decide, which takes the backbone's own arch where there is one.
         offspring: Archs evaluated in each generation after that.
         generations: Generations after generation 0.
-        objectives: What to minimise, {name: weight} or (name, weight) pairs of 'error' (which must be there), 'macs',
-            'params' and 'latency', which needs a latency table. A weight says how much closeness in this objective
-            counts when NSGA-II thins out a crowded front; it does not change which arch dominates which. Only the
-            proportions of the weights matter.
+        objectives: What to minimise, {name: weight} or (name, weight) pairs: 'error', the top-1 error, or 'loss', and
+            any of 'macs', 'params' and 'latency', which needs a latency table. A weight says how much closeness in this
+            objective counts when NSGA-II thins out a crowded front; it does not change which arch dominates which. Only
+            the proportions of the weights matter.
         max_macs: Largest MACs an arch may have.
         min_macs: Smallest MACs an arch may have.
         max_params: Largest number of parameters an arch may have.
@@ -97,8 +100,10 @@ class SearchConfig:
                 raise UsageError(f'unknown objective {name!r}, known are {", ".join(OBJECTIVES)}')
             if not 0 < weight < math.inf:
                 raise UsageError(f'weight {weight} of objective {name!r} must be positive, leave it out instead')
-        if 'error' not in weights or len(weights) < len(pairs):
-            raise UsageError(f"objectives={self.objectives!r} must name 'error', and each objective once")
+        if sum(name in weights for name in SCORES) != 1 or len(weights) < len(pairs):
+            raise UsageError(
+                f"objectives={self.objectives!r} must name exactly one of 'error' and 'loss', and each objective once"
+            )
         ordered = tuple((name, weights[name]) for name in OBJECTIVES if name in weights)
         object.__setattr__(self, 'objectives', ordered)
 
@@ -111,6 +116,11 @@ class SearchConfig:
     def objective_names(self) -> tuple[str, ...]:
         """Names of the objectives, in the order of `OBJECTIVES`."""
         return tuple(name for name, _ in self.objectives)
+
+    @property
+    def score(self) -> str:
+        """What the supernet ranks archs by, 'error' or 'loss'; less is better."""
+        return next(name for name in SCORES if name in self.objective_names)
 
     def limits(self, metric: str) -> tuple[float, float]:
         """Smallest and largest value that an arch may have in a metric of `LIMITED`, infinite without a limit."""

@@ -79,8 +79,9 @@ def print_result(result: SearchResult, output: str | os.PathLike) -> None:
     """Print the front and where it was written."""
     print(format_front(result))
     chosen = result.chosen
+    loss = f'loss {chosen.loss:.4f}, ' if result.config.score == 'loss' else ''
     print(
-        f'\nchosen (*): error {chosen.error:.2f} % on the search split, {_costs(chosen)}, '
+        f'\nchosen (*): {loss}error {chosen.error:.2f} % on the search split, {_costs(chosen)}, '
         f'{chosen.params / 1e6:.3f} M params\n{chosen.arch}\n'
         f'{len(result.evaluations)} evaluations and the front are in {Path(output)}'
     )
@@ -99,11 +100,11 @@ def _latency(candidate: Candidate) -> str:
 def plot_pareto(result: 'SearchResult', path: str | os.PathLike, *, title: str | None = None) -> None:
     """Draw what a search evaluated and its front as PNG, whole or not at all.
 
-    MACs (in millions), or the predicted latency (in milliseconds) if it is an objective, lie on the x axis and the
-    top-1 error on the search split (in percent) on the y axis. Evaluated candidates are small and grey, those of the
-    front are large and, if parameters are an objective, coloured by them. The line joins the candidates of the front
-    that nothing beats in error and this cost alone; with parameters as third objective the front has others too, which
-    lie above the line because they have fewer parameters.
+    MACs (in millions), or the predicted latency (in milliseconds) if it is an objective, lie on the x axis, and on the
+    y axis what archs are ranked by on the search split: the top-1 error (in percent) or the loss (in nats). Evaluated
+    candidates are small and grey, those of the front are large and, if parameters are an objective, coloured by them.
+    The line joins the candidates of the front that nothing beats in it and this cost alone; with parameters as third
+    objective the front has others too, which lie above the line because they have fewer parameters.
 
     Args:
         result: Result of a search.
@@ -116,8 +117,13 @@ def plot_pareto(result: 'SearchResult', path: str | os.PathLike, *, title: str |
     by_latency = 'latency' in result.config.objective_names
     axis = 'predicted latency (ms)' if by_latency else 'MACs (M)'
 
+    score = result.config.score
+
     def cost(candidate: Candidate) -> float:
         return candidate.latency if by_latency else candidate.macs / 1e6
+
+    def scored(candidate: Candidate) -> float:
+        return getattr(candidate, score)
 
     figure = new_figure(8.0, 5.0)
     front, chosen = result.front, result.chosen
@@ -125,7 +131,7 @@ def plot_pareto(result: 'SearchResult', path: str | os.PathLike, *, title: str |
 
     ax.scatter(
         [cost(c) for c in result.evaluations],
-        [c.error for c in result.evaluations],
+        [scored(c) for c in result.evaluations],
         s=12,
         color=GREY,
         linewidths=0,
@@ -133,16 +139,16 @@ def plot_pareto(result: 'SearchResult', path: str | os.PathLike, *, title: str |
         zorder=1,
     )
     # The front is sorted by this cost, so each candidate has to be better than all before it
-    line = [c for i, c in enumerate(front) if all(c.error < earlier.error for earlier in front[:i])]
+    line = [c for i, c in enumerate(front) if all(scored(c) < scored(earlier) for earlier in front[:i])]
     ax.plot(
         [cost(c) for c in line],
-        [c.error for c in line],
+        [scored(c) for c in line],
         color='0.35',
         linewidth=1.0,
-        label='best error up to this latency' if by_latency else 'best error up to these MACs',
+        label=f'best {score} up to {"this latency" if by_latency else "these MACs"}',
         zorder=2,
     )
-    x, y = [cost(c) for c in front], [c.error for c in front]
+    x, y = [cost(c) for c in front], [scored(c) for c in front]
     label = f'front ({", ".join("MACs" if n == "macs" else n for n in result.config.objective_names)})'
     style = dict(s=34, edgecolors='0.2', linewidths=0.5, label=label, zorder=3)
     if 'params' in result.config.objective_names:
@@ -151,13 +157,13 @@ def plot_pareto(result: 'SearchResult', path: str | os.PathLike, *, title: str |
     else:
         ax.scatter(x, y, color=BLUE, **style)
 
-    at = (cost(chosen), chosen.error)
+    at = (cost(chosen), scored(chosen))
     # No longer than half of the figure
     text = f'{chosen.macs / 1e6:.1f} M MACs, {chosen.params / 1e6:.2f} M parameters'
     if by_latency:
         text = _latency(chosen)
     ax.scatter(*at, s=190, marker='o', facecolors='none', edgecolors=ACCENT, linewidths=1.8, label='chosen', zorder=4)
-    # The chosen one has the lowest error, so there are no points below it
+    # The chosen one has the lowest, so there are no points below it
     low, high = ax.get_ylim()
     ax.set_ylim(low - 0.1 * (high - low), high)
     left, right = ax.get_xlim()
@@ -174,7 +180,7 @@ def plot_pareto(result: 'SearchResult', path: str | os.PathLike, *, title: str |
     )
 
     ax.set_xlabel(axis)
-    ax.set_ylabel('top-1 error on the search split (%)')
+    ax.set_ylabel('top-1 error on the search split (%)' if score == 'error' else 'loss on the search split (nats)')
     if title is None:
         counts = f'archs evaluated: {len(result.evaluations)}, on the Pareto front: {len(front)}'
         title = f'Search in {result.space.name}, {counts}'

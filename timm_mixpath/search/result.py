@@ -10,7 +10,7 @@ import numpy as np
 
 from ..spaces.arch import Arch
 from ..spaces.space import SearchSpace
-from ..utils.errors import RunError
+from ..utils.errors import RunError, UsageError
 from .archive import plain_metrics
 from .config import SearchConfig
 from .pareto import pareto_front, require_pymoo
@@ -72,7 +72,8 @@ class SearchResult:
         fingerprint: What the scores depend on, as given to `search`.
         evaluations: All candidates in the order of evaluation.
         front: Those that no other candidate dominates in the objectives, by latency if it is one, else by MACs.
-        bounds: Smallest and largest value of each objective in the space, with 0 and 100 for the error.
+        bounds: Smallest and largest value of each objective in the space, as `objective_values` has it: 0 and 100 for
+            the error, 0 and 1 for the loss.
     """
 
     space: SearchSpace
@@ -84,18 +85,19 @@ class SearchResult:
 
     @property
     def chosen(self) -> Candidate:
-        """The candidate of lowest error; of those with equal error the one of the lowest costs.
+        """The candidate of lowest error, or loss if that is the objective; of equal ones that of the lowest costs.
 
         Costs are compared one by one: the latency if it is known, MACs, then parameters.
         """
-        return min(self.front, key=lambda c: (c.error, c.latency or 0, c.macs, c.params, c.index))
+        score = self.config.score
+        return min(self.front, key=lambda c: (_value(c, score), c.latency or 0, c.macs, c.params, c.index))
 
     def hypervolume(self, ref: Sequence[float] | None = None) -> float:
         """Return the hypervolume of the front, larger is better.
 
         Objectives are normalised first, so that 0 is the best and 1 the worst that the space can have: the error is
-        divided by 100 percent, the others are mapped from the space's own exact bounds. Volumes of searches
-        in the same space with the same objectives can be compared.
+        divided by 100 percent, a loss l is l / (1 + l), the others are mapped from the space's own exact bounds.
+        Volumes of searches in the same space with the same objectives can be compared.
 
         Args:
             ref: Reference point in normalised objectives, in the order of `config.objective_names`; 1 in each if
@@ -121,11 +123,28 @@ class SearchResult:
 
 
 def objective_values(candidates: Sequence[Candidate], names: Sequence[str]) -> np.ndarray:
-    """Objectives of candidates, [num_candidates, num_objectives]."""
-    return np.array([[getattr(c, name) for name in names] for c in candidates], dtype=float).reshape(-1, len(names))
+    """Objectives of candidates, [num_candidates, num_objectives].
+
+    A loss l is l / (1 + l), which orders archs alike and is between 0 and 1 for all of them: 1 where it was not finite.
+
+    Raises:
+        UsageError: A loss is an objective and negative.
+    """
+    return np.array([[_value(c, name) for name in names] for c in candidates], dtype=float).reshape(-1, len(names))
+
+
+def _value(candidate: Candidate, name: str) -> float:
+    value = getattr(candidate, name)
+    if name != 'loss':
+        return value
+    if value < 0:
+        raise UsageError(f'the loss of arch {candidate.arch} is {value}: to be an objective it must not be negative')
+    return value / (1 + value) if math.isfinite(value) else 1.0
 
 
 def make_front(evaluations: Sequence[Candidate], names: Sequence[str]) -> list[Candidate]:
+    # An arch whose loss was not finite is no trade-off, however little it costs
+    evaluations = [c for c in evaluations if 'loss' not in names or math.isfinite(c.loss)]
     front = [evaluations[i] for i in pareto_front(objective_values(evaluations, names))]
     first = 'latency' if 'latency' in names else 'macs'
     return sorted(front, key=lambda c: (getattr(c, first), c.macs, c.params, c.error, c.index))

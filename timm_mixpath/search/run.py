@@ -149,13 +149,19 @@ def search(
             is_diverged(archive.path, f'it holds {len(records)} evaluations, this search {len(evaluations)}')
         )
 
+    front = make_front(evaluations, config.objective_names)
+    if not front:
+        raise RunError(
+            f'the loss of none of the {len(evaluations)} archs is finite, so none can be chosen; look at the loss of '
+            'the training, or recalibrate with --recalibration-images'
+        )
     return SearchResult(
         space=space,
         config=config,
         fingerprint=archive.header['fingerprint'],
         evaluations=evaluations,
-        front=make_front(evaluations, config.objective_names),
-        bounds={'error': (0.0, 100.0), **{metric: cost.bounds(metric) for metric in cost.metrics}},
+        front=front,
+        bounds={'error': (0.0, 100.0), 'loss': (0.0, 1.0), **{metric: cost.bounds(metric) for metric in cost.metrics}},
     )
 
 
@@ -257,7 +263,7 @@ def search_checkpoint(
                 f'archs): {config.num_evaluations} evaluations on {fingerprint["num_images"]} images of split '
                 f'{fingerprint["split"]!r}'
             )
-        show = _search_progress(config.num_evaluations) if progress and rank == 0 else None
+        show = _search_progress(config.num_evaluations, config.score) if progress and rank == 0 else None
         result = search(
             supernet.space,
             cost,
@@ -281,15 +287,19 @@ def search_checkpoint(
         return result
 
 
-def _search_progress(total: int) -> Progress:
-    lowest = 100.0
+def _search_progress(total: int, score: str) -> Progress:
+    lowest = math.inf
 
     def status(candidate: Candidate) -> str:
         nonlocal lowest
-        lowest = min(lowest, candidate.error)
-        return f'lowest error {lowest:.2f} %'
+        lowest = min(lowest, getattr(candidate, score))  # a loss that is not a number is never below
+        return f'lowest {score} {_score_text(lowest, score)}'
 
-    return Progress('Search', total, lambda c: f'error {c.error:.2f} %  {c.arch}', status)
+    return Progress('Search', total, lambda c: f'{score} {_score_text(getattr(c, score), score)}  {c.arch}', status)
+
+
+def _score_text(value: float, score: str) -> str:
+    return f'{value:.2f} %' if score == 'error' else f'{value:.4f}'
 
 
 def _measure_front(result: SearchResult, supernet: Supernet, cost: 'CostTable') -> None:
