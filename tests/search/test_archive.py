@@ -47,6 +47,18 @@ def test_growth(tmp_path: Path) -> None:
         make(path).open()
 
 
+def test_entries_that_earlier_versions_did_not_have(tmp_path: Path) -> None:
+    path = tmp_path / 'a'
+    fill(make(path), 'one')
+    assert [r['arch'] for r in fill(make(path, mean=[0.5] * 3), 'two')] == ['one']
+    with pytest.raises(UsageError, match=r"entry 'mean' was \[0.5, 0.5, 0.5\] in the archive and is \[0.4, 0.5, 0.5\]"):
+        make(path, mean=[0.4, 0.5, 0.5]).open()
+    with pytest.raises(UsageError, match=r"'mean' was .* and is not given now"):
+        make(path).open()
+    with pytest.raises(UsageError, match="entry 'x' was not given in the archive"):
+        make(path, mean=[0.5] * 3, x=1).open()
+
+
 def test_one_kind_does_not_go_on_with_another(tmp_path: Path) -> None:
     path = tmp_path / 'a'
     fill(make(path, 'search'), 'one')

@@ -18,12 +18,14 @@ import torch
 import torch.distributed as dist
 from commands import assert_equal, command, environment, torchrun
 from conftest import small_args
-from timm.data import resolve_model_data_config
+from PIL import Image
+from timm.data import create_transform, resolve_model_data_config
 from timm.models._helpers import _torch_load
 from timm.optim import create_optimizer_v2
 
 from timm_mixpath import get_space, sample
 from timm_mixpath.hub.export import save_model
+from timm_mixpath.search.images import load_batches
 from timm_mixpath.train.checkpoint import load_model
 from timm_mixpath.train.data import hold_out, open_dataset, targets
 from timm_mixpath.train.loaders import create_loaders
@@ -78,6 +80,79 @@ def test_training_starts_from_a_network_of_timm(
         data_config = load_model(last).data_config
         assert [np.ravel(data_config[key]).tolist() for key in prepared] == [[0.5] * 3, [0.25] * 3, [0.95]]
         train(small_args(digits, tmp_path, **{**options, 'epochs': 2}, resume=last, output='', experiment=''))
+
+
+PREPARED = dict(mean=[0.5] * 3, std=[0.25] * 3, crop_pct=0.95, crop_mode='squash')  # nothing has it by default
+
+
+def prepared(checkpoint: Path) -> dict[str, Any]:
+    data_config = load_model(checkpoint).data_config
+    return {
+        key: np.ravel(data_config[key]).tolist() if key in ('mean', 'std') else data_config[key] for key in PREPARED
+    }
+
+
+def folder_of(model: str, path: Path, **kwargs: Any) -> Path:
+    network = timm.create_model(model, num_classes=10, **kwargs)
+    save_model(network, path, resolve_model_data_config(network) | PREPARED)
+    return path
+
+
+@pytest.mark.parametrize('how', ['options', 'weights', 'backbone', 'folder', 'checkpoint', 'initial'])
+def test_checkpoint_tells_how_its_images_were_prepared(digits: Path, tmp_path: Path, how: str) -> None:
+    """Wherever the training had it from; also behind a --resume that does not say it again."""
+    model, expected = dict(model='mixpath_nano'), PREPARED
+    start: dict[str, Any] = {}
+    if how == 'options':
+        start = dict(PREPARED, img_size=24)
+    elif how == 'backbone':
+        model = dict(model='mixpath_supernet', model_kwargs=dict(backbone='mobilenetv3_small_050'))
+        folder = folder_of('mobilenetv3_small_050', tmp_path / 'network')
+        start = dict(pretrained=True, pretrained_path=str(folder / 'model.safetensors'))
+    elif how == 'checkpoint':
+        run = train(small_args(digits, tmp_path / 'before', **model, **PREPARED, epochs=1))
+        start = dict(initial_checkpoint=str(run.output_dir / 'last.pth.tar'), crop_pct=0.95, crop_mode='squash')
+    else:
+        folder = folder_of('mixpath_nano', tmp_path / 'network')
+        start = {
+            'weights': dict(pretrained=True, pretrained_path=str(folder / 'model.safetensors')),
+            'folder': dict(model=f'local-dir:{folder}'),
+            # Weights to start from say how images are normalised, not how they are resized
+            'initial': dict(initial_checkpoint=str(folder / 'model.safetensors')),
+        }[how]
+        if how == 'initial':
+            expected = dict(PREPARED, crop_pct=1.0, crop_mode='center')
+    options = {**model, **start}
+    run = train(small_args(digits, tmp_path, **options, epochs=1))
+    last = run.output_dir / 'last.pth.tar'
+    size = (3, start.get('img_size', 16), start.get('img_size', 16))
+    assert prepared(last) == expected and load_model(last).data_config['input_size'] == size
+    resumed = dict(model, epochs=2, resume=str(last), img_size=None, output='', experiment='')
+    if how == 'folder':
+        resumed['model'] = options['model']
+    train(small_args(digits, tmp_path, **resumed))
+    assert prepared(last) == expected and load_model(last).data_config['input_size'] == size
+
+
+def test_images_that_are_no_squares_are_seen_alike_everywhere(tmp_path: Path) -> None:
+    """In validation, in a search and by whoever loads the model: an image as wide as three is squashed."""
+    pixels = np.zeros((20, 60, 3), np.uint8)
+    pixels[:, :20] = 255  # a centre crop does not see it
+    (tmp_path / 'validation' / 'a').mkdir(parents=True)
+    Image.fromarray(pixels).save(tmp_path / 'validation' / 'a' / '0.png')
+    data_config = dict(input_size=(3, 16, 16), mean=(0.5,) * 3, std=(0.5,) * 3, interpolation='bilinear')
+    args = small_args(tmp_path, tmp_path)
+    args.distributed, args.rank, args.world_size = False, 0, 1
+    images = open_dataset('', str(tmp_path), 'validation')
+    for mode in ('squash', 'center'):
+        data_config |= dict(crop_pct=1.0, crop_mode=mode)
+        expected = create_transform(**data_config)(Image.fromarray(pixels))
+        _, validation, _ = create_loaders(args, data_config, images, images, torch.device('cpu'))
+        ((seen, _),) = validation
+        ((searched, _),) = load_batches(images, data_config, workers=0)
+        torch.testing.assert_close(seen[0], expected, atol=1e-5, rtol=0)
+        torch.testing.assert_close(searched[0], expected, atol=1e-5, rtol=0)
+        assert bool(expected[..., 0].mean() > 0) is (mode == 'squash')
 
 
 def test_second_run_does_not_overwrite(digits: Path, supernet_run: Path) -> None:

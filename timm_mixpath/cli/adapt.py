@@ -176,6 +176,7 @@ def run_adapt(config: AdaptConfig, output: str | os.PathLike) -> Path:
         # The supernet and the winner know the name of the backbone only, not the tag, whose preprocessing may differ
         images |= dict(mean=list(pretrained_cfg.mean), std=list(pretrained_cfg.std))
         images |= dict(interpolation=pretrained_cfg.interpolation, crop_pct=pretrained_cfg.crop_pct)
+        images |= dict(crop_mode=pretrained_cfg.crop_mode)
         images |= dict(num_classes=len(classes), img_size=size)
         job = _Job(config, output, images, latency)
         stages = _Stages(_shares(config, num_images))

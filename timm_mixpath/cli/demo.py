@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
 from ..hub.export import save_model
 from ..models.cost import CostTable
@@ -137,6 +138,9 @@ def _run(config: DemoConfig, search_config: SearchConfig, output: Path) -> Path:
         **images,
         num_classes=len(classes),
         img_size=config.img_size,
+        # The same for the winner, whose name has weights that were trained with others
+        mean=list(IMAGENET_DEFAULT_MEAN),
+        std=list(IMAGENET_DEFAULT_STD),
         batch_size=config.batch_size,
         device=config.device,
         workers=config.workers,

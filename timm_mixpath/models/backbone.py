@@ -37,7 +37,14 @@ from ..utils.hub_client import hub_errors
 from ..utils.modes import without_memory
 from .backbone_blocks import SEARCHED_BLOCKS, BackboneChoice, BlockSite, fixed_block
 from .layers import run_out_of_place
-from .pretrained import SOURCE_KEYS, add_weights, build_model, check_state_dict, readable
+from .pretrained import (
+    SOURCE_KEYS,
+    add_weights,
+    build_model,
+    check_state_dict,
+    preprocessing_beside,
+    readable,
+)
 from .supernet import Supernet
 
 __all__ = [
@@ -455,6 +462,8 @@ def _create(variant: str, pretrained: bool, backbone: str = DEFAULT_BACKBONE, **
         network_cfg = {**({} if num_classes is None else {'num_classes': num_classes}), **overlay}
         where = next((str(v) if isinstance(v, str | Path) else 'a state dict' for v in sources.values()), '')
         cfg = {**cfg, 'notes': (describe_origin(backbone, where),)}
+        if sources.get('file'):
+            cfg.update(preprocessing_beside(sources['file']))
         overlay = {key: value for key, value in overlay.items() if key not in SOURCE_KEYS}
 
     def make_network(**network_kwargs: Any) -> nn.Module:

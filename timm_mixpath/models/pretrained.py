@@ -31,6 +31,7 @@ from ..utils.recipes import model_recipes
 __all__ = [
     'HUB_ORG',
     'OFFICIAL_ORG',
+    'PREPROCESSING',
     'SOURCE_KEYS',
     'add_weights',
     'build_model',
@@ -38,6 +39,7 @@ __all__ = [
     'check_state_dict',
     'locate_weights',
     'packaged_weights',
+    'preprocessing_beside',
     'readable',
     'space_cfg',
 ]
@@ -64,6 +66,9 @@ _WEIGHTS_DIR = Path(__file__).parents[1] / 'weights'
 
 # What in a pretrained cfg says where weights are
 SOURCE_KEYS = ('url', 'file', 'state_dict', 'hf_hub_id', 'hf_hub_filename', 'source')
+
+# How the images of a model are prepared, beside their size
+PREPROCESSING = ('mean', 'std', 'interpolation', 'crop_pct', 'crop_mode')
 
 
 def add_weights(cfgs: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
@@ -100,6 +105,22 @@ def add_weights(cfgs: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
 def _with_tuples(cfg: dict[str, Any]) -> dict[str, Any]:
     """A pretrained cfg from JSON as timm's own are."""
     return {key: tuple(value) if isinstance(value, list) else value for key, value in cfg.items()}
+
+
+def preprocessing_beside(path: str | os.PathLike) -> dict[str, Any]:
+    """Return how the images of weights are prepared, as the config.json of a model folder says it.
+
+    Args:
+        path: File of the weights; what stands beside another one than model.safetensors need not belong to it.
+
+    Raises:
+        RunError: The config.json is damaged.
+    """
+    path = Path(path)
+    if path.name != WEIGHTS_NAME or not path.with_name(CONFIG_NAME).exists():
+        return {}
+    cfg = _with_tuples(_read_config(path.with_name(CONFIG_NAME), str(path))['pretrained_cfg'])
+    return {key: cfg[key] for key in PREPROCESSING if cfg.get(key) is not None}
 
 
 def packaged_weights() -> dict[str, Path]:

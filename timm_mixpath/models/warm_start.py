@@ -12,12 +12,9 @@ from .blocks import GroupedPaths, MultiPathResidual, PathSum
 from .choice_blocks import ChoiceBlock, GroupNorms
 from .layers import ShadowBatchNorm2d, sum_statistics
 from .mixpath import MixPath
+from .pretrained import PREPROCESSING
 
-__all__ = ['PREPROCESSING', 'warm_start']
-
-
-# How the images of a model are prepared, beside their size
-PREPROCESSING = ('mean', 'std', 'interpolation', 'crop_pct', 'crop_mode')
+__all__ = ['warm_start']
 
 
 # The network of timm that the spaces of this package stand on

@@ -18,6 +18,9 @@ __all__ = ['Archive', 'evaluate_all', 'plain_metrics']
 
 _VERSION = 1
 
+# Entries of the fingerprint that archives of earlier versions do not have
+_ADDED = ('mean', 'std')
+
 _T = TypeVar('_T')
 
 
@@ -139,7 +142,7 @@ class Archive:
             old, new = header.get(part) or {}, self.header[part]
             for name in dict.fromkeys([*old, *new]):
                 before, now = (json.dumps(d[name]) if name in d else 'not given' for d in (old, new))
-                if before == now:
+                if before == now or (name in _ADDED and name not in old):
                     continue
                 if name == self._grows and part == 'config':
                     if new[name] > old[name]:

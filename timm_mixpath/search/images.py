@@ -9,7 +9,7 @@ from itertools import islice
 from typing import Any
 
 import torch
-from timm.data import create_loader
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, create_loader
 from timm.data.loader import PrefetchLoader
 from torch.utils.data import Dataset
 
@@ -188,9 +188,16 @@ def load_images(
         input_size=list(loaded.data_config['input_size']),
         num_images=num_images,
         recalibration_images=recalibration_images,
+        **_normalisation(loaded.data_config),
         **source,
     )
     return SearchImages(batches, recalibration, fingerprint)
+
+
+def _normalisation(data_config: dict[str, Any]) -> dict[str, list[float]]:
+    """Mean and std where they are not the usual ones; the bytes that are kept do not tell them."""
+    usual = {'mean': IMAGENET_DEFAULT_MEAN, 'std': IMAGENET_DEFAULT_STD}
+    return {name: list(data_config[name]) for name, value in usual.items() if tuple(data_config[name]) != value}
 
 
 def _sha256_of_all(batches: ImageBatches | None, ranks: Ranks) -> str:
@@ -353,6 +360,7 @@ def load_batches(
         mean=data_config['mean'],
         std=data_config['std'],
         crop_pct=data_config['crop_pct'],
+        crop_mode=data_config.get('crop_mode'),
         num_workers=workers,
         persistent_workers=False,
         device=device,

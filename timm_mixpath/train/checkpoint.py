@@ -18,9 +18,8 @@ from timm.utils import CheckpointSaver
 from torch import nn
 
 from ..models.backbone import BackboneNet, BackboneSupernet, describe_origin
-from ..models.pretrained import SOURCE_KEYS
+from ..models.pretrained import PREPROCESSING, SOURCE_KEYS, preprocessing_beside
 from ..models.supernet import Supernet
-from ..models.warm_start import PREPROCESSING
 from ..utils.errors import RunError, UsageError, as_usage_error, concise
 from ..utils.hub_client import fetch_model
 from .recovery import RECOVERY
@@ -214,12 +213,13 @@ def load_weights(model: nn.Module, path: str, args: Namespace) -> None:
     """Start a training from the weights of `--initial-checkpoint`, averaged ones where there are any.
 
     A classifier of another number of classes is left out, and a first convolution adapted to other channels, as timm
-    does with pretrained weights.
+    does with pretrained weights. The images are normalised as they were for these weights, where the file tells and
+    the options don't.
 
     Args:
         model: Model.
         path: Training checkpoint, state dict or safetensors file.
-        args: Options of the training.
+        args: Options of the training; mean and std are set as said.
 
     Raises:
         RunError: The file can't be read, or is of another network; the message says what differs.
@@ -253,11 +253,27 @@ def load_weights(model: nn.Module, path: str, args: Namespace) -> None:
     except RuntimeError as e:
         problem = _what_differs(path, args) or ' '.join(line.strip() for line in str(e).splitlines()[1:3])[:300]
         raise RunError(f'--initial-checkpoint {path!r} does not fit {args.model}: {problem}') from None
+    _normalise_alike(path, args, own[first].shape[1] if first in own else 3)
     if args.head_init_scale not in (None, 1) and not left_out:
         _logger.warning(
             f"--head-init-scale {args.head_init_scale} scales the classifier of {path!r}, too, as in timm's train.py; "
             '--head-init-scale 1 leaves it as it is'
         )
+
+
+def _normalise_alike(path: str, args: Namespace, in_chans: int) -> None:
+    try:
+        before = preprocessing_beside(path) or vars(read_checkpoint(path)['args'])
+    except (UsageError, RunError):
+        return  # weights alone say nothing of images
+    for name in ('mean', 'std'):
+        then, now = (None if value is None else list(value) for value in (before.get(name), getattr(args, name)))
+        if then is None or len(then) != in_chans:
+            continue
+        if now is None:
+            setattr(args, name, then)
+        elif now != then:
+            _logger.warning(f'{path!r} is of images with --{name} {then}, this training has {now}')
 
 
 def _what_differs(path: str, args: Namespace) -> str | None:
@@ -334,12 +350,11 @@ def create_model(args: Namespace, **overrides: Any) -> nn.Module:
 def own_model(args: Namespace, model: nn.Module) -> None:
     """Make the options of a training tell its model by themselves, where a folder or a repo told it.
 
-    `--model local-dir:DIR` and `hf-hub:ORG/NAME` take arch, widths, mean and std from a config.json that may not be
-    there any more when the checkpoint is used. `model_source` keeps where the model came from.
+    `--model local-dir:DIR` and `hf-hub:ORG/NAME` take arch and widths from a config.json that may not be there any more
+    when the checkpoint is used. `model_source` keeps where the model came from.
 
     Args:
-        args: Options; `model`, `model_kwargs`, `gp`, input size, mean, std and resizing are set where they come from
-            there.
+        args: Options; `model`, `model_kwargs` and `gp` are set where they come from there.
         model: The model that was made with them.
     """
     if ':' not in args.model:
@@ -352,17 +367,25 @@ def own_model(args: Namespace, model: nn.Module) -> None:
     for option, key in (('bn_momentum', 'bn_momentum'), ('bn_eps', 'bn_eps')):
         if key in args.model_kwargs:
             setattr(args, option, args.model_kwargs.pop(key))
-    args.input_size = list(keep_preprocessing(args, model)['input_size'])
-    args.img_size = None  # input_size says it
 
 
-def keep_preprocessing(args: Namespace, model: nn.Module) -> dict[str, Any]:
-    """Make the options of a training tell by themselves how the images of its model are prepared; return it all."""
+def keep_preprocessing(args: Namespace, model: nn.Module) -> None:
+    """Make the options of a training tell by themselves how the images of its model are prepared.
+
+    Where they leave it open it is what the model's cfg says when it is made, which depends on the weights that it
+    starts from. A model of that name, made for the checkpoint, need not have the same.
+    """
     data_config = resolve_data(args, model)
     for name in PREPROCESSING:
         value = data_config.get(name)
         setattr(args, name, list(value) if isinstance(value, tuple) else value)
-    return data_config
+    if args.input_size is None:
+        # Not as input size where it can be said otherwise: that would win over an --img-size given beside an args.yaml
+        args.in_chans, height, width = data_config['input_size']
+        if height == width:
+            args.img_size = height
+        else:
+            args.input_size = list(data_config['input_size'])
 
 
 def resolve_data(args: Namespace, model: nn.Module) -> dict[str, Any]:

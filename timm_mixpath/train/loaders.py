@@ -150,6 +150,7 @@ def _create_val_loader(args: Namespace, data_config: dict[str, Any], val_set: An
         is_training=False,
         interpolation=data_config['interpolation'],
         crop_pct=data_config['crop_pct'],
+        crop_mode=data_config.get('crop_mode'),
         persistent_workers=False,
         **common,
     )

@@ -33,8 +33,9 @@ from torch import nn
 
 from ..models.cpu_kernels import use_cpu_kernels
 from ..models.layers import run_out_of_place
+from ..models.pretrained import PREPROCESSING
 from ..models.supernet import Supernet
-from ..models.warm_start import PREPROCESSING, warm_start
+from ..models.warm_start import warm_start
 from ..utils.distributed import open_process
 from ..utils.errors import RunError, UsageError, as_usage_error, concise
 from ..utils.files import new_output_dir, write_atomic
@@ -207,7 +208,6 @@ def _warm_start(model: nn.Module, args: Namespace) -> None:
             raise ValueError('timm has no pretrained weights of that name')
         source = timm.create_model(name, pretrained=True, in_chans=model.in_chans, pretrained_cfg_overlay=overlay)
     warm_start(model, source)
-    keep_preprocessing(args, model)  # which a model of that name, made for the checkpoint, would not tell
 
 
 def fill_momentum(optimizer: torch.optim.Optimizer) -> None:
@@ -255,6 +255,7 @@ def _make_run(args: Namespace, stop: StopSignal, progress: dict[str, Any], outpu
         _warm_start(model, args)
     if args.initial_checkpoint and not args.resume:
         load_weights(model, args.initial_checkpoint, args)
+    keep_preprocessing(args, model)
     _init_head(model, args)
     args.num_classes = model.num_classes
     if isinstance(model, Supernet) and 'seed' not in args.model_kwargs:
@@ -466,10 +467,16 @@ def check_resumed(args: Namespace, before: Namespace) -> None:
             raise UsageError(f'--resume {args.resume!r} is a run of {source}, not of {args.model}')
         # What the folder or repo said is in the checkpoint, so it need not be there any more
         args.model, args.model_source = before.model, source
-        told = ('gp', 'bn_momentum', 'bn_eps', 'input_size', *PREPROCESSING)
+        told = ('gp', 'bn_momentum', 'bn_eps')
     else:
-        told = PREPROCESSING if getattr(before, 'warm_start', '') else ()
-    for name in told:
+        told = ()
+    if not args.input_size:
+        size = getattr(before, 'input_size', None)
+        if args.img_size is None:
+            told += ('in_chans', 'img_size', 'input_size')
+        elif args.in_chans is None:
+            args.in_chans = size[0] if size else getattr(before, 'in_chans', None)
+    for name in (*told, *PREPROCESSING):
         if not getattr(args, name, None):
             setattr(args, name, getattr(before, name, None))
     if args.model != before.model:
@@ -521,6 +528,8 @@ def _warn_of_changes(args: Namespace, before: Namespace) -> None:
     for name in sorted(vars(default_args()).keys() - left_out):
         now, then = getattr(args, name, None), getattr(before, name, None)
         # None is derived from others, and train.py of timm and older versions do not know all names
+        if then is None and name in PREPROCESSING:
+            continue  # of earlier versions, which did not keep what they found out
         if now is not None and hasattr(before, name) and _plain(now) != _plain(then):
             changed[name] = f'--{name.replace("_", "-")} {then} -> {now}'
     if changed:

@@ -103,6 +103,12 @@ def add_train_options(parser: argparse.ArgumentParser) -> None:
     add('--in-chans', type=int, default=None, metavar='N', help='input channels (default: 3)')
     add('--input-size', default=None, nargs=3, type=int, metavar='N', help='channels, height, width')
     add('--crop-pct', type=parse_float, default=None, metavar='N', help='centre crop share in validation')
+    add(
+        '--crop-mode',
+        default=None,
+        choices=('center', 'squash', 'border'),
+        help="of images that are no squares, in validation, as in timm's validate.py (default: the model's)",
+    )
     add('--mean', type=parse_float, nargs='+', default=None, metavar='MEAN', help='mean of the pixel values')
     add(
         '--std', type=parse_float, nargs='+', default=None, metavar='STD', help='standard deviation of the pixel values'
