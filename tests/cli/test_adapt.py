@@ -175,7 +175,7 @@ def test_latency_is_the_budget(tiny: AdaptConfig, tmp_path: Path) -> None:
     config = replace(tiny, max_macs=None, latency_table=str(table), max_latency=times[len(times) // 2])
     run_adapt(config, tmp_path / 'job')
     front = json.loads((tmp_path / 'job' / 'search' / 'front.json').read_text())
-    assert front['config']['objectives'] == {'error': 1.0, 'latency': 1.0}
+    assert front['config']['objectives'] == {'loss': 1.0, 'latency': 1.0}
     assert all(c['latency'] <= config.max_latency for c in front['front'])
     rows = json.loads((tmp_path / 'job' / 'summary.json').read_text())['rows']
     assert all(row['latency_ms'] > 0 for row in rows)

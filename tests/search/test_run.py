@@ -25,7 +25,7 @@ SMALL = SearchConfig(population=6, offspring=3, generations=2, seed=0)
 
 def test_search_leaves_consistent_files(supernet_run: Path, tmp_path: Path) -> None:
     """Accuracy, MACs and params of the front, checked from scratch for the chosen arch."""
-    result = search_checkpoint(supernet_run / 'last.pth.tar', tmp_path, SMALL, workers=0)
+    result = search_checkpoint(supernet_run / 'last.pth.tar', tmp_path, SMALL, recalibration_images=0, workers=0)
     assert len(result.evaluations) == 12
     loaded = load_model(supernet_run / 'last.pth.tar')
     _, search_set = hold_out(open_dataset('', loaded.args.data_dir, 'train'), 0.1)
@@ -49,7 +49,7 @@ def test_search_respects_limits_and_recalibrates(supernet_run: Path, tmp_path: P
     limit = sum(table.bounds('macs')) // 2
     config = SearchConfig(population=6, offspring=3, generations=1, max_macs=limit)
     last = supernet_run / 'last.pth.tar'
-    plain = search_checkpoint(last, tmp_path / 'a', config, workers=0)
+    plain = search_checkpoint(last, tmp_path / 'a', config, recalibration_images=0, workers=0)
     recalibrated = search_checkpoint(last, tmp_path / 'b', config, recalibration_images=64, workers=0)
     for result in (plain, recalibrated):
         assert all(c.macs <= limit for c in result.evaluations)

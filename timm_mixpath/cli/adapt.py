@@ -140,7 +140,8 @@ def run_adapt(config: AdaptConfig, output: str | os.PathLike) -> Path:
         population=24,
         offspring=12,
         generations=config.generations,
-        objectives={'error': 1.0, 'latency' if config.latency_table else 'macs': 1.0},
+        # Around a backbone the loss ranks archs of equal cost better than the error does: recipes/ranking/README.md
+        objectives={'loss': 1.0, 'latency' if config.latency_table else 'macs': 1.0},
         max_macs=config.max_macs,
         max_params=config.max_params,
         max_latency=config.max_latency,

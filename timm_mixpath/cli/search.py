@@ -55,8 +55,9 @@ def add_search(parser: argparse.ArgumentParser) -> None:
     add('--near', metavar='ARCH',
         help="draw every other arch of generation 0 near this one (default: the backbone's own in a supernet around "
              "one, else none)")  # fmt: skip
-    add('--recalibration-images', type=parse_count, default=0, metavar='N',
-        help='recalibrate the batch norms of every candidate with N training images (default: 0, none)')  # fmt: skip
+    add('--recalibration-images', type=parse_count, default=256, metavar='N',
+        help='recalibrate the batch norms of every candidate with N training images, 0 for not (default: '
+        '%(default)s)')  # fmt: skip
     add('--cost-input-size', nargs=3, type=int, metavar='N',
         help='channels, height, width to count MACs for (default: as in the training)')  # fmt: skip
     add('--cost-num-classes', type=int, metavar='N', help='classes to count costs for (default: as in the training)')

@@ -180,7 +180,7 @@ def search_checkpoint(
     config: SearchConfig,
     data: SearchData | None = None,
     *,
-    recalibration_images: int = 0,
+    recalibration_images: int = 256,
     cost_input_size: tuple[int, int, int] | None = None,
     cost_num_classes: int | None = None,
     batch_size: int | None = None,
