@@ -265,7 +265,7 @@ def print_long(tables: dict[str, Rankings], long: Table) -> None:
 
 def draw(rankings: Rankings, path: Path) -> None:
     """Kendall's tau at equal MACs against the epochs, and what the supernet says beside what the archs reach."""
-    figure = Figure(figsize=(10, 4.2), dpi=130, layout='constrained')
+    figure = Figure(figsize=(10, 5), dpi=130, layout='constrained')
     FigureCanvasAgg(figure)
     left, right = figure.subplots(1, 2)
     table = rankings.table
@@ -294,7 +294,7 @@ def draw(rankings: Rankings, path: Path) -> None:
         ylabel="Kendall's tau, archs ranked by the loss",
         ylim=(-0.45, 1.05),
     )
-    left.legend(frameon=False, fontsize=7, loc='lower right', ncols=2)
+    left.legend(frameon=False, fontsize=7, loc='upper center', bbox_to_anchor=(0.5, -0.14), ncols=2)
     last = max((group[1] for group in rankings.groups if group[0] == 'sbn'), default=0)
     for run, marker in (('sbn', 'o'), ('bn', 'x')):
         if members := rankings.groups.get((run, last, *rankings.default)):
