@@ -21,10 +21,12 @@ one() {
     [ "$clip" = none ] || options=(--clip-grad "$clip")
     # shellcheck disable=SC2086
     grep -v '^clip_grad:' "$RECIPES/nano_supernet_cifar10.yaml" > "$OUTPUT/$run.yaml"
-    # A loss that is not finite ends a training; that is a result, too
     timm-mixpath train -c "$OUTPUT/$run.yaml" --input-size 3 16 16 --epochs 1 --warmup-epochs 0.2 --cache-images \
         --cpu-kernels $DATA --lr "$lr" "${options[@]}" --model-kwargs sum_norm="$norm" m="$m" \
-        --output "$OUTPUT" --experiment "$run" > "$OUTPUT/$run.log" 2>&1 || echo "$run did not end, see $OUTPUT/$run.log"
+        --output "$OUTPUT" --experiment "$run" > "$OUTPUT/$run.log" 2>&1 ||
+        # A loss that is not finite ends a training: that is a result, too, and any other end is none
+        grep -Eq 'the loss is -?(nan|inf) in epoch' "$OUTPUT/$run.log" ||
+        { echo "$run failed, see $OUTPUT/$run.log" >&2; return 1; }
     mkdir -p "$OUTPUT/$run" && touch "$OUTPUT/$run/done"
 }
 export -f one

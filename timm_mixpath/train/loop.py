@@ -527,9 +527,9 @@ def _warn_of_changes(args: Namespace, before: Namespace) -> None:
     changed: dict[str, str] = {}
     for name in sorted(vars(default_args()).keys() - left_out):
         now, then = getattr(args, name, None), getattr(before, name, None)
-        # None is derived from others, and train.py of timm and older versions do not know all names
         if then is None and name in PREPROCESSING:
             continue  # of earlier versions, which did not keep what they found out
+        # None is derived from others, and train.py of timm and older versions do not know all names
         if now is not None and hasattr(before, name) and _plain(now) != _plain(then):
             changed[name] = f'--{name.replace("_", "-")} {then} -> {now}'
     if changed:
