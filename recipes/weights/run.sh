@@ -15,7 +15,7 @@ here=$(cd "$(dirname "$0")" && pwd)
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 [ $# -gt 0 ] || set -- lite0 nano mixpath_a mixpath_b package
 
-teacher=$output/half/backbone/model
+teacher=$output/trained-half/backbone/model
 nano=k3+7_e6,k3_e3,k3+7_e6,k3+7_e3,k3+7_e3,k3+7_e6,k3+5_e3,k3+5_e3  # the choice of the search in recipes/README.md
 
 # train NAME OPTIONS: train, or go on
@@ -27,7 +27,7 @@ train() {
 
 # The backbone at 160 pixels that teaches, and the winner of `adapt` at its cost
 warm_start() {
-    "$here/../warm_start/run.sh" "$imagenette" "$output" half full
+    "$here/../warm_start/run.sh" "$imagenette" "$output" trained-half trained-full
 }
 
 # Epochs of a network at N pixels, taught by the fine-tuned backbone: step NAME FROM PIXELS EPOCHS LR OPTIONS
@@ -84,7 +84,7 @@ for job in "$@"; do
     case $job in
         lite0)
             warm_start
-            step lite0 "$output/full/model/model.safetensors" 192 2 1e-4 -c mixpath_lite0_imagenette
+            step lite0 "$output/trained-full/model/model.safetensors" 192 2 1e-4 -c mixpath_lite0_imagenette
             ;;
         nano)
             train nano-32 -c nano_cifar10 --data-dir "$cifar10" --cache-images --model-kwargs "arch=$nano" --epochs 12

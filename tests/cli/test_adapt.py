@@ -1,13 +1,14 @@
 """The whole job from a network of timm, on real images, without a connection."""
 
 import json
+from argparse import Namespace
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import timm
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from timm_mixpath import backbone_space, cli
 from timm_mixpath.cli.adapt import AdaptConfig, run_adapt
@@ -34,6 +35,7 @@ def tiny(weights: Path, digits: Path) -> AdaptConfig:
         data_dir=str(digits),
         img_size=32,
         finetune_epochs=1,
+        winner_epochs=1,
         supernet_epochs=1,
         batch_size=32,
         generations=1,
@@ -43,6 +45,50 @@ def tiny(weights: Path, digits: Path) -> AdaptConfig:
         workers=0,
         device='cpu',
     )
+
+
+def test_supernet_is_searched_as_it_starts(
+    tiny: AdaptConfig, tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = replace(tiny, supernet_epochs=0, winner_epochs=2)
+
+    def interrupt(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr('timm_mixpath.cli.adapt.export', interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        run_adapt(config, tmp_path / 'job')
+    kept = ['backbone/last.pth.tar', 'supernet/start.safetensors', 'search/archive.jsonl']
+    before = [(tmp_path / 'job' / name).read_bytes() for name in kept]
+    monkeypatch.undo()
+    run_adapt(config, tmp_path / 'job')
+    assert [(tmp_path / 'job' / name).read_bytes() for name in kept] == before
+    assert 'fine-tuned for 1 epochs, the winner for 2.' in capsys.readouterr().out
+    assert not (tmp_path / 'job' / 'supernet' / 'last.pth.tar').exists()
+
+    # What was searched computes what the fine-tuned backbone does
+    backbone = timm.create_model(f'local-dir:{tmp_path / "job" / "backbone" / "model"}', pretrained=True).eval()
+    supernet = timm.create_model('mixpath_supernet', backbone=BACKBONE, m=2, num_classes=10).eval()
+    supernet.load_state_dict(load_file(tmp_path / 'job' / 'supernet' / 'start.safetensors'))
+    x = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(supernet(x), backbone(x), rtol=1e-4, atol=1e-5)
+    # and the winner started from what it inherits there, but for its recalibrated statistics
+    inherited = timm.create_model(f'local-dir:{tmp_path / "job" / "inherited"}', pretrained=True)
+    arch = json.loads((tmp_path / 'job' / 'summary.json').read_text())['arch']
+    expected = supernet.extract(arch).state_dict()
+    differs = {k for k, v in inherited.state_dict().items() if not torch.equal(v, expected[k])}
+    assert differs and all('running_' in k or 'num_batches' in k for k in differs)
+    # It trains as fast as a supernet would
+    assert load_model(tmp_path / 'job' / 'winner' / 'last.pth.tar').args.lr == config.lr
+    assert load_model(tmp_path / 'job' / 'backbone' / 'last.pth.tar').args.lr == config.lr / 4
+
+    # Another job uses the backbone and the start, one that trains its supernet the backbone alone
+    for name, changes in ('other', dict(max_macs=600_000)), ('trained', dict(supernet_epochs=1)):
+        run_adapt(replace(config, reuse=str(tmp_path / 'job'), **changes), tmp_path / name)
+        assert not (tmp_path / name / 'backbone').exists()
+    assert not (tmp_path / 'other' / 'supernet').exists()
+    assert (tmp_path / 'trained' / 'supernet' / 'last.pth.tar').exists()
+    assert load_model(tmp_path / 'trained' / 'winner' / 'last.pth.tar').args.lr == config.lr / 4
 
 
 def test_job_is_cut_off_and_goes_on(
@@ -95,12 +141,29 @@ def test_job_is_cut_off_and_goes_on(
     assert timm.create_model(f'local-dir:{other / "model"}', pretrained=True).num_classes == 10
     for changes, message in (
         (dict(seed=1), r'has another seed \(0, now 1\); a job can be reused for other limits and searches only'),
-        (dict(reuse=str(other)), f'that job used the supernet of {str(tmp_path)!r}, name that one'),
+        (dict(reuse=str(other)), f'that job used what {str(tmp_path)!r} trained, name that one'),
         (dict(reuse=str(tmp_path / 'supernet')), 'is not the output folder of an adapt job'),
     ):
         with pytest.raises(UsageError, match=message):
             run_adapt(replace(reuse, **changes), tmp_path / 'third')
     assert not (tmp_path / 'third').exists()
+
+
+@pytest.mark.parametrize(
+    'limits, epochs',
+    [(dict(max_macs=None), 5), (dict(max_macs=900_000), 5), (dict(max_macs=None, max_params=500_000), 0), (dict(), 0)],
+)
+def test_supernet_is_trained_where_the_backbone_is_within_the_limits(
+    tiny: AdaptConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, limits: dict, epochs: int
+) -> None:
+    def interrupt(args: Namespace) -> None:
+        (Path(args.output) / args.experiment).mkdir()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr('timm_mixpath.cli.adapt.train_or_resume', interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        run_adapt(replace(tiny, supernet_epochs=None, **limits), tmp_path)
+    assert json.loads((tmp_path / 'adapt.json').read_text())['supernet_epochs'] == epochs
 
 
 def test_all_stages_see_images_as_the_tag_does(tiny: AdaptConfig, tmp_path: Path) -> None:
@@ -135,7 +198,7 @@ def test_all_stages_see_images_as_the_tag_does(tiny: AdaptConfig, tmp_path: Path
         (dict(latency_table='none.json'), "latency table 'none.json' can not be read"),
         (dict(m=9), 'm=9 is out of range'),
         (dict(winner_epochs=0), '--winner-epochs 0 must be at least 1'),
-        (dict(supernet_epochs=0), '--supernet-epochs 0 must be at least 1'),
+        (dict(supernet_epochs=-1), '--supernet-epochs -1 must be at least 0'),
         (dict(train_split='nope'), 'nope'),
         # which the search or the first training would find
         (dict(num_images=0), '--num-images 0 must be at least 1'),

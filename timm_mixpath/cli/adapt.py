@@ -8,19 +8,21 @@ import time
 from argparse import Namespace
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import timm
 import torch
+from safetensors.torch import save_file
 from timm.models import get_pretrained_cfg
 
-from ..hub.export import save_model
+from ..hub.export import export, save_model
 from ..models.backbone import check_backbone, describe_origin
-from ..models.cost import cost_table, count_macs
+from ..models.cost import CostTable, cost_table, count_macs
 from ..models.latency import measure_latency
 from ..models.latency_table import LatencyTable
+from ..models.warm_start import warm_start
 from ..search.blend import inherit_blended
 from ..search.config import SearchConfig
 from ..search.front import print_result
@@ -28,10 +30,12 @@ from ..search.images import SearchData
 from ..search.pareto import require_pymoo
 from ..search.pool import check_limits
 from ..search.run import search_checkpoint
-from ..train.checkpoint import load_model
+from ..spaces.arch import Arch
+from ..train.checkpoint import create_model, load_model
 from ..train.loop import train_or_resume
 from ..train.options import CPU_KERNELS_HELP, default_args
 from ..utils.errors import UsageError, as_usage_error
+from ..utils.files import write_atomic
 from ..utils.numbers import parse_count, parse_float
 from ..utils.tables import format_table, write_json
 from .common import add_latency_limit, from_args, job_folder, setup_logging, user_images
@@ -59,19 +63,22 @@ class AdaptConfig:
         max_latency: Limit of the search, in milliseconds per batch of the latency table.
         latency_table: File of a `LatencyTable` of the space around the backbone.
         m: Largest number of paths that are summed.
-        finetune_epochs: Epochs of the backbone, and of the winner.
-        winner_epochs: Epochs of the winner, if not `finetune_epochs`; one that costs much less than the backbone is
-            further from it and needs more.
-        supernet_epochs: Epochs of the supernet.
+        finetune_epochs: Epochs of the backbone.
+        winner_epochs: Epochs of the winner; one that costs much less than the backbone is further from it and needs
+            more.
+        supernet_epochs: Epochs of the supernet, 0 to search it as it starts. None takes 0 where the backbone is outside
+            the limits. Where it is inside them, 5: at the start nothing is better than the backbone, and kernels that
+            are larger compute the same.
         batch_size: Images per step.
         generations: Generations of the search.
         num_images: Number of images to score archs with, at most.
         recalibration_images: Training images to recalibrate the batch norms of every candidate with, 0 for none.
-        lr: Learning rate of AdamW for the supernet, four times that of the fine-tuning.
+        lr: Learning rate of AdamW for the supernet and for a winner that starts before its training, four times that
+            of the backbone and of a winner that starts behind it.
         distill: The fine-tuned backbone teaches the supernet and the winner.
         seed: Seed of everything.
-        reuse: Folder of an earlier job with the same images and trainings; its backbone and supernet are used, and only
-            the search and what follows is done again, for another limit.
+        reuse: Folder of an earlier job with the same images and trainings; its backbone is used, and its supernet if
+            that was trained for as many epochs, and only what follows is done again, for another limit.
         workers: Processes that load images.
         device: Device, the GPU if there is one and None is given.
         cpu_kernels: Train with faster gradients on the CPU, see `models.cpu_kernels`.
@@ -91,8 +98,8 @@ class AdaptConfig:
     latency_table: str | None = None
     m: int = 2
     finetune_epochs: int = 3
-    winner_epochs: int | None = None
-    supernet_epochs: int = 5
+    winner_epochs: int = 8
+    supernet_epochs: int | None = None
     batch_size: int = 32
     generations: int = 10
     num_images: int = 500
@@ -109,8 +116,9 @@ class AdaptConfig:
 def run_adapt(config: AdaptConfig, output: str | os.PathLike) -> Path:
     """Fine-tune a backbone, search around it, fine-tune the winner and compare the two.
 
-    The supernet starts as an exact copy of the fine-tuned backbone, which teaches it, and the winner from what it
-    inherits there, blended with what it started from (`search.blend`). A job that was cut off goes on where it stopped.
+    The supernet starts as an exact copy of the fine-tuned backbone. To find smaller networks it is searched as it is;
+    with `supernet_epochs` it is trained first, and what the winner inherits is blended with what it started from
+    (`search.blend`). The backbone teaches both. A job that was cut off goes on where it stopped.
 
     Args:
         config: What to do.
@@ -132,8 +140,8 @@ def run_adapt(config: AdaptConfig, output: str | os.PathLike) -> Path:
     if config.data_dir is None and not config.dataset:
         raise UsageError('no images: pass --data-dir DIR with train/ and validation/, or --dataset NAME')
     # The search would find its own only behind hours of training
-    at_least_1 = ('img_size', 'finetune_epochs', 'winner_epochs', 'supernet_epochs', 'num_images')
-    for option, least in (*((option, 1) for option in at_least_1), ('recalibration_images', 0)):
+    at_least = dict.fromkeys(('img_size', 'finetune_epochs', 'winner_epochs', 'num_images'), 1)
+    for option, least in {**at_least, 'recalibration_images': 0, 'supernet_epochs': 0}.items():
         if (number := getattr(config, option)) is not None and number < least:
             raise UsageError(f'--{option.replace("_", "-")} {number} must be at least {least}')
     search_config = SearchConfig(
@@ -152,22 +160,23 @@ def run_adapt(config: AdaptConfig, output: str | os.PathLike) -> Path:
     size = pretrained_cfg.input_size[1] if config.img_size is None else config.img_size
     name = config.backbone.partition('.')[0]
     kwargs = dict(backbone=name, m=config.m)
-    winner_epochs = config.winner_epochs or config.finetune_epochs
     finetuning = dict(lr=config.lr / 4)
     # A new classifier of timm's usual size sends large gradients into what is pretrained
     head = {} if len(classes) == pretrained_cfg.num_classes else dict(head_init_scale=0.01, head_init_bias=0.0)
     supernet = timm.create_model('mixpath_supernet', num_classes=len(classes), device='meta', **kwargs)
     with as_usage_error(f'image size {size} is out of range'):
         table = cost_table(supernet, (3, size, size))
-    own_macs = table.macs(supernet.space.default_arch)
+    own_arch = supernet.space.default_arch
+    own_macs = table.macs(own_arch)
     low, high = table.bounds('macs')
     latency = None
     if config.latency_table:
         latency = LatencyTable.load(config.latency_table)
         latency.add_to(table)
     check_limits(search_config, table)
-    if config.reuse:
-        _check_reuse(config, Path(config.reuse))
+    if config.supernet_epochs is None:
+        config = replace(config, supernet_epochs=_EPOCHS if _is_within(search_config, table, own_arch) else 0)
+    reused = _check_reuse(config, Path(config.reuse)) if config.reuse else frozenset()
     _logger.info(
         f'{config.backbone} has {own_macs / 1e6:.1f} M MACs at {size}x{size} pixels, the networks around it '
         f'{low / 1e6:.1f} to {high / 1e6:.1f} M'
@@ -179,7 +188,7 @@ def run_adapt(config: AdaptConfig, output: str | os.PathLike) -> Path:
         images |= dict(interpolation=pretrained_cfg.interpolation, crop_pct=pretrained_cfg.crop_pct)
         images |= dict(crop_mode=pretrained_cfg.crop_mode)
         images |= dict(num_classes=len(classes), img_size=size)
-        job = _Job(config, output, images, latency)
+        job = _Job(config, output, images, latency, reused)
         stages = _Stages(_shares(config, num_images))
         with stages('Fine-tuning the backbone'):
             # A file of weights is of no tag
@@ -194,19 +203,12 @@ def run_adapt(config: AdaptConfig, output: str | os.PathLike) -> Path:
                 **head,
             )
             teacher = job.save('backbone')
-        with stages('Training the supernet, which starts as a copy of it'):
-            job.train(
-                'supernet',
-                model='mixpath_supernet',
-                model_kwargs=kwargs,
-                pretrained=True,
-                pretrained_path=str(teacher / 'model.safetensors'),
-                epochs=config.supernet_epochs,
-                **job.distillation,
-            )
+        made = 'Training the supernet, which starts as' if config.supernet_epochs else 'Making the supernet,'
+        with stages(f'{made} a copy of it'):
+            supernet, like = job.supernet(teacher, kwargs)
         with stages('Searching'):
             result = search_checkpoint(
-                job.folder('supernet') / 'last.pth.tar',
+                supernet,
                 output / 'search',
                 search_config,
                 SearchData(num_images=config.num_images),
@@ -214,28 +216,20 @@ def run_adapt(config: AdaptConfig, output: str | os.PathLike) -> Path:
                 workers=config.workers,
                 device=config.device,
                 latency_table=config.latency_table,
+                like=like,
             )
         arch = str(result.chosen.arch)
+        if result.chosen.arch == own_arch:
+            _logger.info('The search chose the backbone itself, nothing else within the limits scored better')
         with stages('Fine-tuning the winner'):
-            inherited = output / 'inherited'
-            if not inherited.exists():
-                blend = inherit_blended(
-                    job.folder('supernet') / 'last.pth.tar',
-                    arch,
-                    timm.create_model(f'local-dir:{teacher}', pretrained=True),
-                    data=SearchData(num_images=config.num_images),
-                    recalibration_images=config.recalibration_images,
-                    workers=config.workers,
-                    device=config.device,
-                )
-                save_model(blend.model, inherited, blend.loaded.data_config, blend.loaded.label_names)
+            inherited = job.inherit(arch, supernet, like, teacher)
             winner = job.train(
                 'winner',
                 model='mixpath',
                 model_kwargs=dict(backbone=name, arch=arch),
                 initial_checkpoint=str(inherited / 'model.safetensors'),
-                epochs=winner_epochs,
-                **finetuning,
+                epochs=config.winner_epochs,
+                **(finetuning if config.supernet_epochs else {}),
                 **job.distillation,
             )
             folder = job.save('winner', 'model')
@@ -252,34 +246,55 @@ def run_adapt(config: AdaptConfig, output: str | os.PathLike) -> Path:
         return folder
 
 
-# What may differ between a job and the one whose supernet it uses
+# Epochs of a supernet that is trained, unless told otherwise
+_EPOCHS = 5
+
+
+def _is_within(config: SearchConfig, table: CostTable, arch: Arch) -> bool:
+    """Whether an arch costs no more than the limits allow."""
+    limits = {metric: getattr(config, f'max_{metric}') for metric in table.metrics}
+    return all(limit is None or table.cost(metric, arch) <= limit for metric, limit in limits.items())
+
+
+# What may differ between a job and the one whose backbone it uses
 _OF_THE_SEARCH = frozenset({
     'max_macs', 'max_params', 'max_latency', 'latency_table', 'generations', 'num_images', 'recalibration_images',
-    'reuse', 'workers', 'device', 'cpu_kernels', 'winner_epochs',
+    'reuse', 'workers', 'device', 'cpu_kernels', 'winner_epochs', 'supernet_epochs',
 })  # fmt: skip
 
 
-def _check_reuse(config: AdaptConfig, folder: Path) -> None:
+def _check_reuse(config: AdaptConfig, folder: Path) -> frozenset[str]:
+    """Check that a job can go on from what another one trained; return the trainings that it takes from there."""
     try:
         other = json.loads((folder / 'adapt.json').read_text())
     except (OSError, ValueError):
         raise UsageError(f'--reuse {str(folder)!r} is not the output folder of an adapt job') from None
     if other.get('reuse'):
-        raise UsageError(f'--reuse {str(folder)!r}: that job used the supernet of {other["reuse"]!r}, name that one')
-    mine = asdict(config)
-    for name, value in mine.items():
+        raise UsageError(f'--reuse {str(folder)!r}: that job used what {other["reuse"]!r} trained, name that one')
+    for name, value in asdict(config).items():
         if name not in _OF_THE_SEARCH and other.get(name) != value:
             raise UsageError(
                 f'--reuse {str(folder)!r} has another {name} ({other.get(name)!r}, now {value!r}); a job can be reused '
                 'for other limits and searches only'
             )
+    return frozenset(
+        {'backbone', 'supernet'} if other.get('supernet_epochs') == config.supernet_epochs else {'backbone'}
+    )
 
 
 class _Job:
     """The trainings of a job, with what they share."""
 
-    def __init__(self, config: AdaptConfig, output: Path, images: dict[str, Any], latency: LatencyTable | None) -> None:
+    def __init__(
+        self,
+        config: AdaptConfig,
+        output: Path,
+        images: dict[str, Any],
+        latency: LatencyTable | None,
+        reused: frozenset[str],
+    ) -> None:
         self.config = config
+        self.reused = reused
         self.latency = latency
         self.output = output
         self.common = dict(
@@ -310,8 +325,7 @@ class _Job:
 
     def folder(self, experiment: str) -> Path:
         """Where a training is, in this job's folder or in that of the job that is reused."""
-        reused = self.config.reuse and experiment in ('backbone', 'supernet')
-        return (Path(str(self.config.reuse)) if reused else self.output) / experiment
+        return (Path(str(self.config.reuse)) if experiment in self.reused else self.output) / experiment
 
     def train(self, experiment: str, **options: Any) -> float:
         """Train, or go on; return the validation accuracy of the last epoch in percent."""
@@ -319,6 +333,42 @@ class _Job:
         args: Namespace = default_args(**{**self.common, **options, **place})
         args.val_interval = args.epochs
         return float(train_or_resume(args)['eval_top1'])
+
+    def supernet(self, teacher: Path, kwargs: dict[str, Any]) -> tuple[Path, Namespace | None]:
+        """Train the supernet, or write what it starts as: weights alone, returned with what they are of."""
+        options = dict(model='mixpath_supernet', model_kwargs=kwargs)
+        if self.config.supernet_epochs:
+            start = dict(pretrained=True, pretrained_path=str(teacher / 'model.safetensors'))
+            self.train('supernet', epochs=self.config.supernet_epochs, **options, **start, **self.distillation)
+            return self.folder('supernet') / 'last.pth.tar', None
+        path = self.folder('supernet') / 'start.safetensors'
+        args: Namespace = default_args(**self.common, **options)
+        if not path.exists():
+            model = create_model(args)
+            warm_start(model, timm.create_model(f'local-dir:{teacher}', pretrained=True))
+            path.parent.mkdir(exist_ok=True)
+            with write_atomic(path) as temporary:
+                save_file(model.state_dict(), temporary)
+        return path, args
+
+    def inherit(self, arch: str, supernet: Path, like: Namespace | None, teacher: Path) -> Path:
+        """Write the model folder of what an arch inherits, blended with the start where the supernet was trained."""
+        folder, config = self.output / 'inherited', self.config
+        if folder.exists():
+            return folder
+        if not config.supernet_epochs:
+            export(supernet, folder, arch, recalibration_images=config.recalibration_images, like=like)
+            return folder
+        blend = inherit_blended(
+            supernet,
+            arch,
+            timm.create_model(f'local-dir:{teacher}', pretrained=True),
+            data=SearchData(num_images=config.num_images),
+            recalibration_images=config.recalibration_images,
+            workers=config.workers,
+            device=config.device,
+        )
+        return save_model(blend.model, folder, blend.loaded.data_config, blend.loaded.label_names)
 
     def save(self, experiment: str, name: str | None = None) -> Path:
         """Write the model folder of a training."""
@@ -385,7 +435,7 @@ def _shares(config: AdaptConfig, num_images: int) -> list[float]:
         config.finetune_epochs * num_images * 3,
         config.supernet_epochs * num_images * (3 + teaching),
         evaluations * per_arch,
-        (config.winner_epochs or config.finetune_epochs) * num_images * (3 + teaching),
+        config.winner_epochs * num_images * (3 + teaching),
     ]
 
 
@@ -401,12 +451,13 @@ def _format(rows: list[dict[str, Any]], size: int, config: AdaptConfig, latency:
         )
         for r in rows
     ]
+    behind = f' behind {config.supernet_epochs} epochs of its supernet' if config.supernet_epochs else ''
     where = f'{torch.get_num_threads()} thread(s)' if latency is None else f'as the latency table: {latency.describe()}'
     return (
         f'{format_table([header, *cells], "<>")}\n'
         f'top-1 on the validation split; MACs for one image of {size}x{size} pixels; ms measured on this machine, '
         f'{where}. On the same images the backbone was fine-tuned for {config.finetune_epochs} epochs, the winner for '
-        f'{config.winner_epochs or config.finetune_epochs} behind {config.supernet_epochs} epochs of its supernet.'
+        f'{config.winner_epochs}{behind}.'
     )
 
 
@@ -425,9 +476,15 @@ def add_adapt(parser: argparse.ArgumentParser) -> None:
     add('--max-params', type=parse_count, metavar='N')
     add_latency_limit(parser)
     add('--m', type=int, default=2, metavar='N', help='largest number of paths that are summed (default: 2)')
-    add('--finetune-epochs', type=int, default=3, metavar='N', help='of the backbone and of the winner (default: 3)')
-    add('--winner-epochs', type=int, metavar='N', help='of the winner, if not those of the backbone')
-    add('--supernet-epochs', type=int, default=5, metavar='N', help='(default: 5)')
+    add('--finetune-epochs', type=int, default=3, metavar='N', help='of the backbone (default: 3)')
+    add('--winner-epochs', type=int, default=8, metavar='N', help='of the winner (default: 8)')
+    add(
+        '--supernet-epochs',
+        type=int,
+        metavar='N',
+        help='train the supernet before it is searched (default: 0, search it as it starts, where the backbone is '
+        f'outside the limits, else {_EPOCHS})',
+    )
     add('-b', '--batch-size', type=int, default=32, metavar='N', help='images per step (default: 32)')
     add('--generations', type=int, default=10, metavar='N', help='generations of the search (default: 10)')
     add('--num-images', type=parse_count, default=500, metavar='N', help='images to score archs with (default: 500)')
@@ -436,11 +493,16 @@ def add_adapt(parser: argparse.ArgumentParser) -> None:
         '--lr',
         type=parse_float,
         default=1e-3,
-        help='learning rate of the supernet, four times that of the fine-tuning (default: 0.001)',
+        help='learning rate of the winner, or of the supernet where that is trained, four times that of the other '
+        'trainings (default: 0.001)',
     )
     add('--no-distill', dest='distill', action='store_false', help='the backbone teaches neither supernet nor winner')
     add('--seed', type=int, default=0)
-    add('--reuse', metavar='DIR', help='take backbone and supernet of this earlier job, for another limit')
+    add(
+        '--reuse',
+        metavar='DIR',
+        help='take the backbone, and the trained supernet, of this earlier job, for another limit',
+    )
     add('-j', '--workers', type=int, default=2, metavar='N')
     add('--device', metavar='NAME')
     add('--cpu-kernels', action='store_true', help=CPU_KERNELS_HELP)
