@@ -1,6 +1,7 @@
 """The whole job from a network of timm, on real images, without a connection."""
 
 import json
+import os
 from argparse import Namespace
 from dataclasses import replace
 from pathlib import Path
@@ -83,8 +84,10 @@ def test_supernet_is_searched_as_it_starts(
     assert load_model(tmp_path / 'job' / 'backbone' / 'last.pth.tar').args.lr == config.lr / 4
 
     # Another job uses the backbone and the start, one that trains its supernet the backbone alone
+    monkeypatch.chdir(tmp_path)  # where its paths have other names
+    images = os.path.relpath(str(tiny.data_dir))
     for name, changes in ('other', dict(max_macs=600_000)), ('trained', dict(supernet_epochs=1)):
-        run_adapt(replace(config, reuse=str(tmp_path / 'job'), **changes), tmp_path / name)
+        run_adapt(replace(config, reuse='job', data_dir=images, **changes), name)
         assert not (tmp_path / name / 'backbone').exists()
     assert not (tmp_path / 'other' / 'supernet').exists()
     assert (tmp_path / 'trained' / 'supernet' / 'last.pth.tar').exists()

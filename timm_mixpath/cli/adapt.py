@@ -38,7 +38,7 @@ from ..utils.errors import UsageError, as_usage_error
 from ..utils.files import write_atomic
 from ..utils.numbers import parse_count, parse_float
 from ..utils.tables import format_table, write_json
-from .common import add_latency_limit, from_args, job_folder, setup_logging, user_images
+from .common import add_latency_limit, describe_job, from_args, job_folder, setup_logging, user_images
 
 __all__ = ['AdaptConfig', 'add_adapt', 'run_adapt', 'run_adapt_command']
 
@@ -266,12 +266,12 @@ _OF_THE_SEARCH = frozenset({
 def _check_reuse(config: AdaptConfig, folder: Path) -> frozenset[str]:
     """Check that a job can go on from what another one trained; return the trainings that it takes from there."""
     try:
-        other = json.loads((folder / 'adapt.json').read_text())
+        other = describe_job(json.loads((folder / 'adapt.json').read_text()))
     except (OSError, ValueError):
         raise UsageError(f'--reuse {str(folder)!r} is not the output folder of an adapt job') from None
     if other.get('reuse'):
         raise UsageError(f'--reuse {str(folder)!r}: that job used what {other["reuse"]!r} trained, name that one')
-    for name, value in asdict(config).items():
+    for name, value in describe_job(asdict(config)).items():
         if name not in _OF_THE_SEARCH and other.get(name) != value:
             raise UsageError(
                 f'--reuse {str(folder)!r} has another {name} ({other.get(name)!r}, now {value!r}); a job can be reused '

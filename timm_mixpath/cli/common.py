@@ -21,6 +21,7 @@ __all__ = [
     'add_latency_limit',
     'add_model_options',
     'create_supernet',
+    'describe_job',
     'from_args',
     'is_first_process',
     'job_folder',
@@ -182,11 +183,22 @@ def job_folder(output: str | os.PathLike, config: Any, name: str) -> Iterator[Pa
             raise
 
 
+# Options of jobs that name a file or folder
+_PATHS = ('data_dir', 'backbone_weights', 'latency_table', 'reuse')
+
+
+def describe_job(options: dict[str, Any]) -> dict[str, Any]:
+    """Return the options of a job as they are kept in its folder: JSON-ready, with paths that hold anywhere."""
+    options = json.loads(json.dumps(options))  # tuples become lists, as in the file
+    paths = {name: os.path.abspath(options[name]) for name in _PATHS if isinstance(options.get(name), str)}
+    return {**options, **paths}
+
+
 def _check_same_run(config: Any, path: Path) -> None:
-    content = json.loads(json.dumps(dataclasses.asdict(config)))  # tuples become lists, as in the file
+    content = describe_job(dataclasses.asdict(config))
     if path.exists():
         try:
-            other = json.loads(path.read_text())
+            other = describe_job(json.loads(path.read_text()))
         except ValueError:
             raise UsageError(f'{str(path)!r} is damaged; choose another --output') from None
         # where and with how many processes it runs does not change what it is
