@@ -9,11 +9,13 @@ from pathlib import Path
 import pytest
 import timm
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
 from timm_mixpath import backbone_space, cli
 from timm_mixpath.cli.adapt import AdaptConfig, run_adapt
 from timm_mixpath.models.cost import count_macs
+from timm_mixpath.search.result import SearchResult
+from timm_mixpath.search.run import search_checkpoint
 from timm_mixpath.train.checkpoint import load_model
 from timm_mixpath.utils.errors import UsageError
 
@@ -56,21 +58,21 @@ def test_supernet_is_searched_as_it_starts(
     def interrupt(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr('timm_mixpath.cli.adapt.export', interrupt)
+    monkeypatch.setattr('timm_mixpath.cli.adapt.inherit_blended', interrupt)
     with pytest.raises(KeyboardInterrupt):
         run_adapt(config, tmp_path / 'job')
-    kept = ['backbone/last.pth.tar', 'supernet/start.safetensors', 'search/archive.jsonl']
+    kept = ['backbone/last.pth.tar', 'supernet/last.pth.tar', 'search/archive.jsonl']
     before = [(tmp_path / 'job' / name).read_bytes() for name in kept]
     monkeypatch.undo()
     run_adapt(config, tmp_path / 'job')
     assert [(tmp_path / 'job' / name).read_bytes() for name in kept] == before
     assert 'fine-tuned for 1 epochs, the winner for 2.' in capsys.readouterr().out
-    assert not (tmp_path / 'job' / 'supernet' / 'last.pth.tar').exists()
 
-    # What was searched computes what the fine-tuned backbone does
+    # What was searched computes what the fine-tuned backbone does, and tells by itself what it is of
     backbone = timm.create_model(f'local-dir:{tmp_path / "job" / "backbone" / "model"}', pretrained=True).eval()
-    supernet = timm.create_model('mixpath_supernet', backbone=BACKBONE, m=2, num_classes=10).eval()
-    supernet.load_state_dict(load_file(tmp_path / 'job' / 'supernet' / 'start.safetensors'))
+    loaded = load_model(tmp_path / 'job' / 'supernet' / 'last.pth.tar')
+    supernet = loaded.model
+    assert loaded.label_names == [str(i) for i in range(10)] and loaded.data_config['input_size'] == (3, 32, 32)
     x = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     torch.testing.assert_close(supernet(x), backbone(x), rtol=1e-4, atol=1e-5)
     # and the winner started from what it inherits there, but for its recalibrated statistics
@@ -86,12 +88,35 @@ def test_supernet_is_searched_as_it_starts(
     # Another job uses the backbone and the start, one that trains its supernet the backbone alone
     monkeypatch.chdir(tmp_path)  # where its paths have other names
     images = os.path.relpath(str(tiny.data_dir))
-    for name, changes in ('other', dict(max_macs=600_000)), ('trained', dict(supernet_epochs=1)):
-        run_adapt(replace(config, reuse='job', data_dir=images, **changes), name)
+    for name, reuse, changes in (
+        ('other', 'job', dict(max_macs=600_000)),
+        ('trained', 'other', dict(supernet_epochs=1)),
+        ('same', 'trained', dict(supernet_epochs=1, max_macs=600_000)),  # its supernet, and the first one's backbone
+        ('more paths', 'trained', dict(m=3)),
+    ):
+        run_adapt(replace(config, reuse=reuse, data_dir=images, **changes), name)
         assert not (tmp_path / name / 'backbone').exists()
-    assert not (tmp_path / 'other' / 'supernet').exists()
-    assert (tmp_path / 'trained' / 'supernet' / 'last.pth.tar').exists()
+    with_supernet = [
+        name for name in ('other', 'trained', 'same', 'more paths') if (tmp_path / name / 'supernet').exists()
+    ]
+    assert with_supernet == ['trained', 'more paths']
     assert load_model(tmp_path / 'trained' / 'winner' / 'last.pth.tar').args.lr == config.lr / 4
+
+
+def test_backbone_itself_is_chosen(
+    tiny: AdaptConfig, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    default = backbone_space(BACKBONE, m=tiny.m).default_arch
+
+    def only_the_backbone(*args: object, **kwargs: object) -> SearchResult:  # which generation 0 tries
+        result = search_checkpoint(*args, **kwargs)
+        return replace(result, front=[c for c in result.evaluations if c.arch == default])
+
+    monkeypatch.setattr('timm_mixpath.cli.adapt.search_checkpoint', only_the_backbone)
+    run_adapt(replace(tiny, max_macs=None, supernet_epochs=0), tmp_path)
+    assert json.loads((tmp_path / 'summary.json').read_text())['arch'] == str(default)
+    assert 'The search chose the backbone itself' in caplog.text and '--supernet-epochs 5' in caplog.text
+    assert load_model(tmp_path / 'winner' / 'last.pth.tar').args.lr == tiny.lr / 4  # it is not far from anything
 
 
 def test_job_is_cut_off_and_goes_on(
@@ -143,8 +168,7 @@ def test_job_is_cut_off_and_goes_on(
     assert rows[0]['top1'] == first['top1'] and rows[1]['macs'] <= 600_000
     assert timm.create_model(f'local-dir:{other / "model"}', pretrained=True).num_classes == 10
     for changes, message in (
-        (dict(seed=1), r'has another seed \(0, now 1\); a job can be reused for other limits and searches only'),
-        (dict(reuse=str(other)), f'that job used what {str(tmp_path)!r} trained, name that one'),
+        (dict(seed=1), r'has another seed \(0, now 1\), and so another backbone'),
         (dict(reuse=str(tmp_path / 'supernet')), 'is not the output folder of an adapt job'),
     ):
         with pytest.raises(UsageError, match=message):
@@ -169,12 +193,13 @@ def test_supernet_is_trained_where_the_backbone_is_within_the_limits(
     assert json.loads((tmp_path / 'adapt.json').read_text())['supernet_epochs'] == epochs
 
 
-def test_all_stages_see_images_as_the_tag_does(tiny: AdaptConfig, tmp_path: Path) -> None:
+@pytest.mark.parametrize('supernet_epochs', [0, 1])
+def test_all_stages_see_images_as_the_tag_does(tiny: AdaptConfig, tmp_path: Path, supernet_epochs: int) -> None:
     name = 'mobilenetv4_conv_small.e3600_r256_in1k'  # the other tags have another mean, std and crop
     backbone = timm.create_model(name)
     save_file(backbone.state_dict(), tmp_path / 'backbone.safetensors')
     changes = dict(backbone=name, backbone_weights=str(tmp_path / 'backbone.safetensors'), max_macs=None)
-    folder = run_adapt(replace(tiny, **changes), tmp_path / 'job')
+    folder = run_adapt(replace(tiny, supernet_epochs=supernet_epochs, **changes), tmp_path / 'job')
     expected = timm.data.resolve_model_data_config(backbone) | dict(input_size=(3, 32, 32))
 
     def with_tuples(config: dict) -> dict:  # JSON and YAML know lists only
@@ -206,6 +231,7 @@ def test_all_stages_see_images_as_the_tag_does(tiny: AdaptConfig, tmp_path: Path
         # which the search or the first training would find
         (dict(num_images=0), '--num-images 0 must be at least 1'),
         (dict(recalibration_images=-1), '--recalibration-images -1 must be at least 0'),
+        (dict(recalibration_images=0, supernet_epochs=0), '--recalibration-images 0 leaves archs'),
         (dict(img_size=0), '--img-size 0 must be at least 1'),
         (dict(batch_size=0), 'batch size 0|batch-size 0'),
         (dict(val_split='nope'), 'nope'),

@@ -14,35 +14,35 @@ from typing import Any
 
 import timm
 import torch
-from safetensors.torch import save_file
 from timm.models import get_pretrained_cfg
 
-from ..hub.export import export, save_model
+from ..hub.export import save_model
 from ..models.backbone import check_backbone, describe_origin
-from ..models.cost import CostTable, cost_table, count_macs
+from ..models.cost import cost_table, count_macs
 from ..models.latency import measure_latency
 from ..models.latency_table import LatencyTable
 from ..models.warm_start import warm_start
-from ..search.blend import inherit_blended
+from ..search.blend import SHARES, inherit_blended
 from ..search.config import SearchConfig
 from ..search.front import print_result
 from ..search.images import SearchData
 from ..search.pareto import require_pymoo
-from ..search.pool import check_limits
+from ..search.pool import ArchPool, check_limits
 from ..search.run import search_checkpoint
-from ..spaces.arch import Arch
-from ..train.checkpoint import create_model, load_model
+from ..train.checkpoint import create_model, load_model, write_checkpoint
 from ..train.loop import train_or_resume
-from ..train.options import CPU_KERNELS_HELP, default_args
+from ..train.options import CPU_KERNELS_HELP, default_args, make_storable
 from ..utils.errors import UsageError, as_usage_error
-from ..utils.files import write_atomic
 from ..utils.numbers import parse_count, parse_float
 from ..utils.tables import format_table, write_json
 from .common import add_latency_limit, describe_job, from_args, job_folder, setup_logging, user_images
 
-__all__ = ['AdaptConfig', 'add_adapt', 'run_adapt', 'run_adapt_command']
+__all__ = ['SUPERNET_EPOCHS', 'AdaptConfig', 'add_adapt', 'run_adapt', 'run_adapt_command']
 
 _logger = logging.getLogger(__name__)
+
+# Epochs of a supernet that is trained, unless told otherwise
+SUPERNET_EPOCHS = 5
 
 
 @dataclass(frozen=True)
@@ -64,11 +64,10 @@ class AdaptConfig:
         latency_table: File of a `LatencyTable` of the space around the backbone.
         m: Largest number of paths that are summed.
         finetune_epochs: Epochs of the backbone.
-        winner_epochs: Epochs of the winner; one that costs much less than the backbone is further from it and needs
-            more.
+        winner_epochs: Epochs of the winner; the less it costs than the backbone, the more it gains by them.
         supernet_epochs: Epochs of the supernet, 0 to search it as it starts. None takes 0 where the backbone is outside
-            the limits. Where it is inside them, 5: at the start nothing is better than the backbone, and kernels that
-            are larger compute the same.
+            the limits, `SUPERNET_EPOCHS` where it is inside them: at the start nothing is better than the backbone, and
+            kernels that are larger compute the same.
         batch_size: Images per step.
         generations: Generations of the search.
         num_images: Number of images to score archs with, at most.
@@ -77,8 +76,8 @@ class AdaptConfig:
             of the backbone and of a winner that starts behind it.
         distill: The fine-tuned backbone teaches the supernet and the winner.
         seed: Seed of everything.
-        reuse: Folder of an earlier job with the same images and trainings; its backbone is used, and its supernet if
-            that was trained for as many epochs, and only what follows is done again, for another limit.
+        reuse: Folder of an earlier job with the same images and the same training of the backbone, which is used, as is
+            a supernet that was trained for as many epochs. What follows is done again, for another limit.
         workers: Processes that load images.
         device: Device, the GPU if there is one and None is given.
         cpu_kernels: Train with faster gradients on the CPU, see `models.cpu_kernels`.
@@ -118,19 +117,19 @@ def run_adapt(config: AdaptConfig, output: str | os.PathLike) -> Path:
 
     The supernet starts as an exact copy of the fine-tuned backbone. To find smaller networks it is searched as it is;
     with `supernet_epochs` it is trained first, and what the winner inherits is blended with what it started from
-    (`search.blend`). The backbone teaches both. A job that was cut off goes on where it stopped.
+    (`search.blend`). The backbone teaches the supernet and the winner. A job that was cut off goes on where it stopped.
 
     Args:
         config: What to do.
-        output: Folder for `backbone/`, `supernet/`, `search/`, `winner/`, `model/` and `summary.json`; without
-            the first two if another job's are used.
+        output: Folder for `backbone/`, `supernet/`, `search/`, `inherited/`, `winner/`, `model/` and `summary.json`;
+            without `backbone/` and `supernet/` where another job's are used.
 
     Returns:
         The model folder of the winner, for `timm.create_model('local-dir:...', pretrained=True)`.
 
     Raises:
-        UsageError: The backbone or the data does not exist, a limit excludes every arch, or the output belongs to
-            another job.
+        UsageError: The backbone or the data does not exist, a value is out of range, a limit excludes every arch, or
+            the output belongs to another job.
         RunError: There are no weights, a training failed, or files can't be read or written.
     """
     require_pymoo()  # not after minutes of training
@@ -175,8 +174,14 @@ def run_adapt(config: AdaptConfig, output: str | os.PathLike) -> Path:
         latency.add_to(table)
     check_limits(search_config, table)
     if config.supernet_epochs is None:
-        config = replace(config, supernet_epochs=_EPOCHS if _is_within(search_config, table, own_arch) else 0)
-    reused = _check_reuse(config, Path(config.reuse)) if config.reuse else frozenset()
+        is_within = ArchPool(supernet.space, table, search_config).violation(own_arch) == 0
+        config = replace(config, supernet_epochs=SUPERNET_EPOCHS if is_within else 0)
+    if not config.supernet_epochs and not config.recalibration_images:
+        raise UsageError(
+            '--recalibration-images 0 leaves archs of a supernet that is not trained near chance, so nothing can be '
+            f'chosen; recalibrate, or train it with --supernet-epochs {SUPERNET_EPOCHS}'
+        )
+    reused = _reused(config, Path(config.reuse)) if config.reuse else {}
     _logger.info(
         f'{config.backbone} has {own_macs / 1e6:.1f} M MACs at {size}x{size} pixels, the networks around it '
         f'{low / 1e6:.1f} to {high / 1e6:.1f} M'
@@ -188,7 +193,7 @@ def run_adapt(config: AdaptConfig, output: str | os.PathLike) -> Path:
         images |= dict(interpolation=pretrained_cfg.interpolation, crop_pct=pretrained_cfg.crop_pct)
         images |= dict(crop_mode=pretrained_cfg.crop_mode)
         images |= dict(num_classes=len(classes), img_size=size)
-        job = _Job(config, output, images, latency, reused)
+        job = _Job(config, output, images, classes, latency, reused)
         stages = _Stages(_shares(config, num_images))
         with stages('Fine-tuning the backbone'):
             # A file of weights is of no tag
@@ -205,10 +210,10 @@ def run_adapt(config: AdaptConfig, output: str | os.PathLike) -> Path:
             teacher = job.save('backbone')
         made = 'Training the supernet, which starts as' if config.supernet_epochs else 'Making the supernet,'
         with stages(f'{made} a copy of it'):
-            supernet, like = job.supernet(teacher, kwargs)
+            checkpoint = job.supernet(teacher, kwargs)
         with stages('Searching'):
             result = search_checkpoint(
-                supernet,
+                checkpoint,
                 output / 'search',
                 search_config,
                 SearchData(num_images=config.num_images),
@@ -216,20 +221,25 @@ def run_adapt(config: AdaptConfig, output: str | os.PathLike) -> Path:
                 workers=config.workers,
                 device=config.device,
                 latency_table=config.latency_table,
-                like=like,
             )
         arch = str(result.chosen.arch)
+        is_near = config.supernet_epochs > 0
         if result.chosen.arch == own_arch:
-            _logger.info('The search chose the backbone itself, nothing else within the limits scored better')
+            is_near = True
+            advice = '' if config.supernet_epochs else f'; --supernet-epochs {SUPERNET_EPOCHS} looks beyond it'
+            _logger.warning(
+                f'The search chose the backbone itself, of what it tried nothing scored better: a lower limit makes it '
+                f'look for smaller networks{advice}'
+            )
         with stages('Fine-tuning the winner'):
-            inherited = job.inherit(arch, supernet, like, teacher)
+            inherited = job.inherit(arch, checkpoint, teacher)
             winner = job.train(
                 'winner',
                 model='mixpath',
                 model_kwargs=dict(backbone=name, arch=arch),
                 initial_checkpoint=str(inherited / 'model.safetensors'),
                 epochs=config.winner_epochs,
-                **(finetuning if config.supernet_epochs else {}),
+                **(finetuning if is_near else {}),
                 **job.distillation,
             )
             folder = job.save('winner', 'model')
@@ -246,40 +256,34 @@ def run_adapt(config: AdaptConfig, output: str | os.PathLike) -> Path:
         return folder
 
 
-# Epochs of a supernet that is trained, unless told otherwise
-_EPOCHS = 5
+# Of a job's options, those that the training of the backbone does not depend on, and of these the supernet's
+_OF_THE_SUPERNET = ('supernet_epochs', 'm', 'distill')
 
-
-def _is_within(config: SearchConfig, table: CostTable, arch: Arch) -> bool:
-    """Whether an arch costs no more than the limits allow."""
-    limits = {metric: getattr(config, f'max_{metric}') for metric in table.metrics}
-    return all(limit is None or table.cost(metric, arch) <= limit for metric, limit in limits.items())
-
-
-# What may differ between a job and the one whose backbone it uses
-_OF_THE_SEARCH = frozenset({
+_OF_NO_TRAINING = frozenset({
     'max_macs', 'max_params', 'max_latency', 'latency_table', 'generations', 'num_images', 'recalibration_images',
-    'reuse', 'workers', 'device', 'cpu_kernels', 'winner_epochs', 'supernet_epochs',
+    'reuse', 'workers', 'device', 'cpu_kernels', 'winner_epochs',
 })  # fmt: skip
 
 
-def _check_reuse(config: AdaptConfig, folder: Path) -> frozenset[str]:
-    """Check that a job can go on from what another one trained; return the trainings that it takes from there."""
-    try:
-        other = describe_job(json.loads((folder / 'adapt.json').read_text()))
-    except (OSError, ValueError):
-        raise UsageError(f'--reuse {str(folder)!r} is not the output folder of an adapt job') from None
-    if other.get('reuse'):
-        raise UsageError(f'--reuse {str(folder)!r}: that job used what {other["reuse"]!r} trained, name that one')
-    for name, value in describe_job(asdict(config)).items():
-        if name not in _OF_THE_SEARCH and other.get(name) != value:
+def _reused(config: AdaptConfig, folder: Path) -> dict[str, Path]:
+    """Check that a job can go on from what another one trained; return the folders of the trainings that it takes."""
+    mine, jobs = describe_job(asdict(config)), {}
+    while folder not in jobs:
+        try:
+            jobs[folder] = describe_job(json.loads((folder / 'adapt.json').read_text()))
+        except (OSError, ValueError):
+            raise UsageError(f'--reuse {str(folder)!r} is not the output folder of an adapt job') from None
+        folder = Path(jobs[folder].get('reuse') or folder)  # of which it took what it did not train itself
+    for name in mine.keys() - _OF_NO_TRAINING - {*_OF_THE_SUPERNET}:
+        if (other := jobs[folder].get(name)) != mine[name]:
             raise UsageError(
-                f'--reuse {str(folder)!r} has another {name} ({other.get(name)!r}, now {value!r}); a job can be reused '
-                'for other limits and searches only'
+                f'--reuse {str(folder)!r} has another {name} ({other!r}, now {mine[name]!r}), and so another backbone'
             )
-    return frozenset(
-        {'backbone', 'supernet'} if other.get('supernet_epochs') == config.supernet_epochs else {'backbone'}
-    )
+    reused = {'backbone': folder / 'backbone'}
+    for folder, other in jobs.items():
+        if (folder / 'supernet').exists() and all(other.get(name) == mine[name] for name in _OF_THE_SUPERNET):
+            return {**reused, 'supernet': folder / 'supernet'}
+    return reused
 
 
 class _Job:
@@ -290,10 +294,12 @@ class _Job:
         config: AdaptConfig,
         output: Path,
         images: dict[str, Any],
+        classes: list[str],
         latency: LatencyTable | None,
-        reused: frozenset[str],
+        reused: dict[str, Path],
     ) -> None:
         self.config = config
+        self.classes = classes
         self.reused = reused
         self.latency = latency
         self.output = output
@@ -325,7 +331,7 @@ class _Job:
 
     def folder(self, experiment: str) -> Path:
         """Where a training is, in this job's folder or in that of the job that is reused."""
-        return (Path(str(self.config.reuse)) if experiment in self.reused else self.output) / experiment
+        return self.reused.get(experiment, self.output / experiment)
 
     def train(self, experiment: str, **options: Any) -> float:
         """Train, or go on; return the validation accuracy of the last epoch in percent."""
@@ -334,41 +340,39 @@ class _Job:
         args.val_interval = args.epochs
         return float(train_or_resume(args)['eval_top1'])
 
-    def supernet(self, teacher: Path, kwargs: dict[str, Any]) -> tuple[Path, Namespace | None]:
-        """Train the supernet, or write what it starts as: weights alone, returned with what they are of."""
+    def supernet(self, teacher: Path, kwargs: dict[str, Any]) -> Path:
+        """Train the supernet, or make what it starts as; return its checkpoint."""
         options = dict(model='mixpath_supernet', model_kwargs=kwargs)
+        path = self.folder('supernet') / 'last.pth.tar'
         if self.config.supernet_epochs:
             start = dict(pretrained=True, pretrained_path=str(teacher / 'model.safetensors'))
             self.train('supernet', epochs=self.config.supernet_epochs, **options, **start, **self.distillation)
-            return self.folder('supernet') / 'last.pth.tar', None
-        path = self.folder('supernet') / 'start.safetensors'
-        args: Namespace = default_args(**self.common, **options)
-        if not path.exists():
+        elif not path.exists():
+            args: Namespace = default_args(**self.common, **options)
+            make_storable(args)
+            args.label_names = self.classes
             model = create_model(args)
             warm_start(model, timm.create_model(f'local-dir:{teacher}', pretrained=True))
             path.parent.mkdir(exist_ok=True)
-            with write_atomic(path) as temporary:
-                save_file(model.state_dict(), temporary)
-        return path, args
+            write_checkpoint(path, model, args)
+        return path
 
-    def inherit(self, arch: str, supernet: Path, like: Namespace | None, teacher: Path) -> Path:
+    def inherit(self, arch: str, checkpoint: Path, teacher: Path) -> Path:
         """Write the model folder of what an arch inherits, blended with the start where the supernet was trained."""
         folder, config = self.output / 'inherited', self.config
-        if folder.exists():
-            return folder
-        if not config.supernet_epochs:
-            export(supernet, folder, arch, recalibration_images=config.recalibration_images, like=like)
-            return folder
-        blend = inherit_blended(
-            supernet,
-            arch,
-            timm.create_model(f'local-dir:{teacher}', pretrained=True),
-            data=SearchData(num_images=config.num_images),
-            recalibration_images=config.recalibration_images,
-            workers=config.workers,
-            device=config.device,
-        )
-        return save_model(blend.model, folder, blend.loaded.data_config, blend.loaded.label_names)
+        if not folder.exists():
+            blend = inherit_blended(
+                checkpoint,
+                arch,
+                timm.create_model(f'local-dir:{teacher}', pretrained=True),
+                shares=SHARES if config.supernet_epochs else SHARES[:1],
+                data=SearchData(num_images=config.num_images),
+                recalibration_images=config.recalibration_images,
+                workers=config.workers,
+                device=config.device,
+            )
+            save_model(blend.model, folder, blend.loaded.data_config, blend.loaded.label_names)
+        return folder
 
     def save(self, experiment: str, name: str | None = None) -> Path:
         """Write the model folder of a training."""
@@ -483,7 +487,7 @@ def add_adapt(parser: argparse.ArgumentParser) -> None:
         type=int,
         metavar='N',
         help='train the supernet before it is searched (default: 0, search it as it starts, where the backbone is '
-        f'outside the limits, else {_EPOCHS})',
+        f'outside the limits, else {SUPERNET_EPOCHS})',
     )
     add('-b', '--batch-size', type=int, default=32, metavar='N', help='images per step (default: 32)')
     add('--generations', type=int, default=10, metavar='N', help='generations of the search (default: 10)')
@@ -501,7 +505,7 @@ def add_adapt(parser: argparse.ArgumentParser) -> None:
     add(
         '--reuse',
         metavar='DIR',
-        help='take the backbone, and the trained supernet, of this earlier job, for another limit',
+        help='take the backbone of this earlier job, and its supernet if trained alike, for another limit',
     )
     add('-j', '--workers', type=int, default=2, metavar='N')
     add('--device', metavar='NAME')

@@ -2,6 +2,7 @@
 
 import logging
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -44,6 +45,7 @@ def inherit_blended(
     arch: Arch | str,
     source: nn.Module,
     *,
+    shares: Sequence[float] = SHARES,
     data: SearchData | None = None,
     recalibration_images: int = 0,
     workers: int = 2,
@@ -54,12 +56,13 @@ def inherit_blended(
     A training for all archs at once moves the weights away from what a single arch would want. Those that the supernet
     started from are exact for the backbone and close for archs near it, and both lie in the same valley: a mean of them
     is better than either there, as that of a pretrained and a fine-tuned network is (WiSE-FT, arXiv 2109.01903). Shares
-    are tried on the search split with batch norms recalibrated; one of them is 0, which is what the supernet has.
+    are tried on the search split with batch norms recalibrated; 0 is what the supernet has.
 
     Args:
         checkpoint: Checkpoint of a supernet that was warm-started from `source`.
         arch: The arch.
         source: The network that it started from.
+        shares: Shares of the start to try.
         data: Images to score with, the held-out ones of the training if None.
         recalibration_images: Training images to recalibrate the batch norms with, 0 for none.
         workers: Processes that decode the images.
@@ -79,8 +82,8 @@ def inherit_blended(
         first = {key: value.clone() for key, value in supernet.state_dict().items()}
         arch = supernet.space.arch(arch)
         scores: dict[float, dict[str, float]] = {}
-        chosen = SHARES[0]
-        for share in SHARES:
+        chosen = shares[0]
+        for share in shares:
             supernet.load_state_dict({
                 key: torch.lerp(value, first[key], share) if value.is_floating_point() else value
                 for key, value in trained.items()
@@ -90,8 +93,6 @@ def inherit_blended(
                 if not scores or score['loss'] < scores[chosen]['loss']:
                     best, chosen = supernet.extract(arch), share
             scores[share] = score
-            _logger.info(
-                f'{share:.0%} of the first weights: {score["top1"]:.2f} % top-1 and a loss of '
-                f'{score["loss"]:.4f} on the search split'
-            )
+            what = f'{share:.0%} of the first weights' if len(shares) > 1 else 'Inherited weights'
+            _logger.info(f'{what}: {score["top1"]:.2f} % top-1 and a loss of {score["loss"]:.4f} on the search split')
     return Blend(best.cpu().to(memory_format=torch.contiguous_format), chosen, scores, loaded)

@@ -21,6 +21,7 @@ from ..models.backbone import BackboneNet, BackboneSupernet, describe_origin
 from ..models.pretrained import PREPROCESSING, SOURCE_KEYS, preprocessing_beside
 from ..models.supernet import Supernet
 from ..utils.errors import RunError, UsageError, as_usage_error, concise
+from ..utils.files import write_atomic
 from ..utils.hub_client import fetch_model
 from .recovery import RECOVERY
 
@@ -41,6 +42,7 @@ __all__ = [
     'read_checkpoint',
     'resolve_data',
     'state_dict_sha256',
+    'write_checkpoint',
 ]
 
 
@@ -148,6 +150,20 @@ def read_checkpoint(path: str | os.PathLike) -> dict[str, Any]:
             'pass the last.pth.tar or model_best.pth.tar of a run'
         )
     return checkpoint
+
+
+def write_checkpoint(path: str | os.PathLike, model: nn.Module, args: Namespace) -> None:
+    """Write a checkpoint of a model before its training, whole or not at all.
+
+    Args:
+        path: File.
+        model: Model.
+        args: Options of its training, with plain values only.
+    """
+    with write_atomic(path) as temporary, open(temporary, 'wb') as f:
+        torch.save({'arch': args.model, 'state_dict': model.state_dict(), 'args': args}, f)
+        f.flush()
+        os.fsync(f.fileno())
 
 
 def load_model(path: str | os.PathLike, *, use_ema: bool = True, like: Namespace | None = None) -> LoadedModel:
