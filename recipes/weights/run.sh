@@ -103,7 +103,9 @@ for job in "$@"; do
             supernet_start mixpath_b s2_supernet
             network mixpath_b-96 mixpath_b "$output/mixpath_b-inherited/model.safetensors" 96 28 1e-3
             network mixpath_b-128 mixpath_b "$output/mixpath_b-96/last.pth.tar" 128 6 4e-4
-            network mixpath_b mixpath_b "$output/mixpath_b-128/last.pth.tar" 128 6 3e-4
+            network mixpath_b-128-2 mixpath_b "$output/mixpath_b-128/last.pth.tar" 128 6 3e-4
+            network mixpath_b-96-2 mixpath_b "$output/mixpath_b-128-2/last.pth.tar" 96 20 1e-3
+            network mixpath_b mixpath_b "$output/mixpath_b-96-2/last.pth.tar" 128 8 4e-4
             ;;
         package)
             package mixpath_lite0.in1k_ft_imagenette "$output/lite0/last.pth.tar" 224 --license other \

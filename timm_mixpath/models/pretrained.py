@@ -58,7 +58,7 @@ PUBLISHED: dict[str, dict[str, Any]] = {}
 # model.safetensors stands here, so that a file that an installation or a mirror damaged is noticed.
 PACKAGED: dict[str, str] = {
     'mixpath_a.imagenette': '009a3bd98b5682e01552c15039b784cc3b022b6d7619c5c1663c60c4170f4aa6',
-    'mixpath_b.imagenette': '6dca93f8320fdc0c0195f79378bf921bf39fc91d2e3376d15330953b983b26b9',
+    'mixpath_b.imagenette': '9396594a4fbb27f2605cb0b2d0b802ad78cc531c4abe294629fb1aa0c4061241',
     'mixpath_lite0.in1k_ft_imagenette': '8d963fba38eda000c5790dcd08d09ed8a9beba86113eee4998acd2d4e108795b',
     'mixpath_nano.cifar10': '17cf171e05b1c00fdc75b45e41615c4736cf6d78c6a68204afcfe16cc467bed2',
 }
