@@ -44,6 +44,10 @@ _logger = logging.getLogger(__name__)
 # Epochs of a supernet that is trained, unless told otherwise
 SUPERNET_EPOCHS = 5
 
+# A winner that starts with all but so many points of the backbone's top-1 is trained as gently as the backbone was:
+# recipes/warm_start/README.md
+_NEAR = 3.0
+
 
 @dataclass(frozen=True)
 class AdaptConfig:
@@ -72,8 +76,8 @@ class AdaptConfig:
         generations: Generations of the search.
         num_images: Number of images to score archs with, at most.
         recalibration_images: Training images to recalibrate the batch norms of every candidate with, 0 for none.
-        lr: Learning rate of AdamW for the supernet and for a winner that starts before its training, four times that
-            of the backbone and of a winner that starts behind it.
+        lr: Learning rate of AdamW for the supernet and the winner; a quarter of it for the backbone, and for a winner
+            that starts within 3 points of the backbone's top-1.
         distill: The fine-tuned backbone teaches the supernet and the winner.
         seed: Seed of everything.
         reuse: Folder of an earlier job with the same images and the same training of the backbone, which is used, as is
@@ -223,9 +227,7 @@ def run_adapt(config: AdaptConfig, output: str | os.PathLike) -> Path:
                 latency_table=config.latency_table,
             )
         arch = str(result.chosen.arch)
-        is_near = config.supernet_epochs > 0
         if result.chosen.arch == own_arch:
-            is_near = True
             advice = '' if config.supernet_epochs else f'; --supernet-epochs {SUPERNET_EPOCHS} looks beyond it'
             _logger.warning(
                 f'The search chose the backbone itself, of what it tried nothing scored better: a lower limit makes it '
@@ -233,6 +235,7 @@ def run_adapt(config: AdaptConfig, output: str | os.PathLike) -> Path:
             )
         with stages('Fine-tuning the winner'):
             inherited = job.inherit(arch, checkpoint, teacher)
+            is_near = backbone - (100 - result.chosen.error) < _NEAR
             winner = job.train(
                 'winner',
                 model='mixpath',
@@ -497,8 +500,8 @@ def add_adapt(parser: argparse.ArgumentParser) -> None:
         '--lr',
         type=parse_float,
         default=1e-3,
-        help='learning rate of the winner, or of the supernet where that is trained, four times that of the other '
-        'trainings (default: 0.001)',
+        help='learning rate of supernet and winner, four times that of the backbone and of a winner that is nearly as '
+        'good from the start (default: 0.001)',
     )
     add('--no-distill', dest='distill', action='store_false', help='the backbone teaches neither supernet nor winner')
     add('--seed', type=int, default=0)
