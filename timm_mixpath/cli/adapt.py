@@ -277,8 +277,8 @@ def _reused(config: AdaptConfig, folder: Path) -> dict[str, Path]:
         except (OSError, ValueError):
             raise UsageError(f'--reuse {str(folder)!r} is not the output folder of an adapt job') from None
         folder = Path(jobs[folder].get('reuse') or folder)  # of which it took what it did not train itself
-    for name in mine.keys() - _OF_NO_TRAINING - {*_OF_THE_SUPERNET}:
-        if (other := jobs[folder].get(name)) != mine[name]:
+    for name in mine:
+        if name not in {*_OF_NO_TRAINING, *_OF_THE_SUPERNET} and (other := jobs[folder].get(name)) != mine[name]:
             raise UsageError(
                 f'--reuse {str(folder)!r} has another {name} ({other!r}, now {mine[name]!r}), and so another backbone'
             )
