@@ -50,14 +50,14 @@ def tiny(weights: Path, digits: Path) -> AdaptConfig:
     )
 
 
+def interrupt(*_: object, **__: object) -> None:
+    raise KeyboardInterrupt
+
+
 def test_supernet_is_searched_as_it_starts(
     tiny: AdaptConfig, tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = replace(tiny, supernet_epochs=0, winner_epochs=2)
-
-    def interrupt(*_: object, **__: object) -> None:
-        raise KeyboardInterrupt
-
     monkeypatch.setattr('timm_mixpath.cli.adapt.inherit_blended', interrupt)
     with pytest.raises(KeyboardInterrupt):
         run_adapt(config, tmp_path / 'job')
@@ -126,9 +126,7 @@ def test_winner_is_trained_gently_where_it_starts_near_the_backbone(
 def test_job_is_cut_off_and_goes_on(
     tiny: AdaptConfig, tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(
-        'timm_mixpath.cli.adapt.inherit_blended', lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt())
-    )
+    monkeypatch.setattr('timm_mixpath.cli.adapt.inherit_blended', interrupt)
     with pytest.raises(KeyboardInterrupt):
         run_adapt(tiny, tmp_path)
     kept = ['backbone/last.pth.tar', 'supernet/last.pth.tar', 'search/archive.jsonl']
@@ -187,11 +185,11 @@ def test_job_is_cut_off_and_goes_on(
 def test_supernet_is_trained_where_the_backbone_is_within_the_limits(
     tiny: AdaptConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, limits: dict, epochs: int
 ) -> None:
-    def interrupt(args: Namespace) -> None:
+    def begin(args: Namespace) -> None:
         (Path(args.output) / args.experiment).mkdir()
-        raise KeyboardInterrupt
+        interrupt()
 
-    monkeypatch.setattr('timm_mixpath.cli.adapt.train_or_resume', interrupt)
+    monkeypatch.setattr('timm_mixpath.cli.adapt.train_or_resume', begin)
     with pytest.raises(KeyboardInterrupt):
         run_adapt(replace(tiny, supernet_epochs=None, **limits), tmp_path)
     assert json.loads((tmp_path / 'adapt.json').read_text())['supernet_epochs'] == epochs

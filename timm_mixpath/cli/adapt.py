@@ -259,12 +259,13 @@ def run_adapt(config: AdaptConfig, output: str | os.PathLike) -> Path:
         return folder
 
 
-# Of a job's options, those that the training of the backbone does not depend on, and of these the supernet's
+# Options on which the training of the supernet depends, but not that of the backbone
 _OF_THE_SUPERNET = ('supernet_epochs', 'm', 'distill')
 
-_OF_NO_TRAINING = frozenset({
+# Options that may differ between a job and the one whose backbone it uses
+_NOT_OF_THE_BACKBONE = frozenset({
     'max_macs', 'max_params', 'max_latency', 'latency_table', 'generations', 'num_images', 'recalibration_images',
-    'reuse', 'workers', 'device', 'cpu_kernels', 'winner_epochs',
+    'reuse', 'workers', 'device', 'cpu_kernels', 'winner_epochs', *_OF_THE_SUPERNET,
 })  # fmt: skip
 
 
@@ -278,7 +279,7 @@ def _reused(config: AdaptConfig, folder: Path) -> dict[str, Path]:
             raise UsageError(f'--reuse {str(folder)!r} is not the output folder of an adapt job') from None
         folder = Path(jobs[folder].get('reuse') or folder)  # of which it took what it did not train itself
     for name in mine:
-        if name not in {*_OF_NO_TRAINING, *_OF_THE_SUPERNET} and (other := jobs[folder].get(name)) != mine[name]:
+        if name not in _NOT_OF_THE_BACKBONE and (other := jobs[folder].get(name)) != mine[name]:
             raise UsageError(
                 f'--reuse {str(folder)!r} has another {name} ({other!r}, now {mine[name]!r}), and so another backbone'
             )
