@@ -15,6 +15,7 @@ from timm.models import save_for_hf
 from torch import nn
 
 from timm_mixpath import Arch, BlockChoice, backbone_space, list_backbones, sample
+from timm_mixpath.models import backbone as backbone_module
 from timm_mixpath.models.backbone import BackboneNet
 from timm_mixpath.models.cost import cost_table, count_macs
 from timm_mixpath.search.accuracy import recalibrate_bn
@@ -253,6 +254,27 @@ def test_folder_rebuilds_the_network_without_the_backbones_weights(name: str, tm
     assert again.space == supernet.space
     with torch.inference_mode():
         assert torch.equal(again(x), supernet(x))
+
+
+@pytest.mark.parametrize('name', ['mixpath', 'mixpath_supernet'])
+def test_folder_holds_the_defaults_that_made_the_weights(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = timm.create_model(name, backbone='mobilenetv3_small_050', num_classes=3).eval()
+    default = timm.create_model(name, num_classes=3)
+    for folder, saved in ('named', model), ('default', default):
+        save_for_hf(saved, tmp_path / folder, safe_serialization=True)
+    # As a later version might have them
+    monkeypatch.setattr(backbone_module, '_KERNEL_SIZES', (3, 5))
+    monkeypatch.setattr(backbone_module._create, '__defaults__', ('mobilenetv3_small_050',))
+    for folder, saved in ('named', model), ('default', default):
+        again = timm.create_model(f'local-dir:{tmp_path / folder}', pretrained=True).eval()
+        assert again.space.name == saved.space.name and again.state_dict().keys() == saved.state_dict().keys()
+        assert name == 'mixpath' or again.space == saved.space
+    config = json.loads((tmp_path / 'named' / 'config.json').read_text())
+    if name == 'mixpath_supernet':
+        expected = dict(kernel_sizes=[3, 5, 7], expansions=[0.5, 0.75, 1.0], skip=True, share_widths=True)
+        assert config['model_args'].items() >= dict(expected, m=2, sum_norm='sbn').items()
 
 
 def test_pretrained_file_is_that_of_the_backbone_or_of_the_supernet(tmp_path: Path) -> None:

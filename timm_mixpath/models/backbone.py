@@ -492,12 +492,19 @@ def _create(variant: str, pretrained: bool, backbone: str = DEFAULT_BACKBONE, **
             space = _including(space, arch)
             space.arch(arch if arch is not None else space.default_arch)  # before anything is loaded
             network = make_network(**network_kwargs)
-            return _NETS[type(network)](network, space, arch)
+            model = _NETS[type(network)](network, space, arch)
+            if variant not in _DISCOVERED:
+                model._model_args = dict(backbone=backbone, arch=str(model.arch))  # whatever the defaults were
+            return model
         if arch is not None:
             space.arch(arch)
         network = make_network(**network_kwargs)
         own = {key: value for key, value in network_kwargs.items() if key not in ('device', 'dtype')}
-        return _SUPERNETS[type(network)](network, space, own, arch, sum_norm, seed, sampling, share_widths)
+        model = _SUPERNETS[type(network)](network, space, own, arch, sum_norm, seed, sampling, share_widths)
+        model._model_args = dict(backbone=backbone, expansions=expansions, skip=skip, share_widths=share_widths)
+        if kernel_sizes is None and len({spec.kernel_sizes for spec in space.blocks}) == 1:
+            model._model_args['kernel_sizes'] = list(space.blocks[0].kernel_sizes)
+        return model
 
     def check(state_dict: dict[str, Any], model: nn.Module) -> dict[str, Any]:
         try:

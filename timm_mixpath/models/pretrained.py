@@ -27,6 +27,7 @@ from ..spaces.space import Space
 from ..utils.errors import RunError, UsageError, concise
 from ..utils.hub_client import CONFIG_NAME, WEIGHTS_NAME, fetch_model
 from ..utils.recipes import model_recipes
+from .supernet import Supernet
 
 __all__ = [
     'HUB_ORG',
@@ -200,8 +201,11 @@ def build_model(
             pretrained_filter_fn=filter_fn,
             **kwargs,
         )
-    if model_args:
-        model._model_args = model_args  # timm adds the arguments that it was given itself
+    if isinstance(model, Supernet):
+        # For config.json: the weights have to fit when a later version has other defaults, too
+        model_args = dict(m=model.space.max_paths, sum_norm=model.sum_norm) | model_args
+    # timm adds the arguments that it was given itself
+    model._model_args = {**getattr(model, '_model_args', {}), **model_args}
     return model
 
 
