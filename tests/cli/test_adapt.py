@@ -17,7 +17,7 @@ from timm_mixpath.models.cost import count_macs
 from timm_mixpath.search.result import SearchResult
 from timm_mixpath.search.run import search_checkpoint
 from timm_mixpath.train.checkpoint import load_model
-from timm_mixpath.utils.errors import UsageError
+from timm_mixpath.utils.errors import RunError, UsageError
 
 BACKBONE = 'mobilenetv3_small_050'
 
@@ -151,7 +151,9 @@ def test_job_is_cut_off_and_goes_on(
     assert first['macs'] == sum(count_macs(backbone, (3, 32, 32)).values())
     assert second['macs'] == sum(count_macs(winner, (3, 32, 32)).values()) <= 700_000
     assert second['params'] == sum(p.numel() for p in winner.parameters())
-    assert winner.pretrained_cfg['notes'] == [f'warm start from weights of {BACKBONE} in backbone.safetensors']
+    assert winner.pretrained_cfg['notes'] == [
+        f'warm start from weights of {BACKBONE} in backbone.safetensors, whose licence is not recorded'
+    ]
     config = json.loads((folder / 'config.json').read_text())
     assert config['model_args']['backbone'] == BACKBONE and config['label_names'] == [str(i) for i in range(10)]
 
@@ -222,7 +224,8 @@ def test_all_stages_see_images_as_the_tag_does(tiny: AdaptConfig, tmp_path: Path
             r'max_macs=1000 excludes every arch, the smallest of the space has \d+ and the largest \d+',
         ),
         (dict(backbone='resnet18'), "'resnet18' can not be a backbone"),
-        (dict(backbone_weights='nope.safetensors'), "--backbone-weights 'nope.safetensors' is not a file"),
+        (dict(backbone_weights='nope.safetensors'), "weights file 'nope.safetensors' does not exist"),
+        (dict(backbone_weights='.'), r"weights '\.' are a folder; name the file in it, such as its model.safetensors"),
         (dict(data_dir=None), 'pass --data-dir DIR'),
         (dict(max_latency=5.0), 'needs a latency table'),
         (dict(latency_table='none.json'), "latency table 'none.json' can not be read"),
@@ -235,7 +238,9 @@ def test_all_stages_see_images_as_the_tag_does(tiny: AdaptConfig, tmp_path: Path
         (dict(recalibration_images=-1), '--recalibration-images -1 must be at least 0'),
         (dict(recalibration_images=0, supernet_epochs=0), '--recalibration-images 0 leaves archs'),
         (dict(img_size=0), '--img-size 0 must be at least 1'),
-        (dict(batch_size=0), 'batch size 0|batch-size 0'),
+        (dict(batch_size=0), '--batch-size 0 must be at least 1'),
+        (dict(lr=-1.0), r'--lr -1\.0 must be a positive number'),
+        (dict(lr=float('nan')), '--lr nan must be a positive number'),
         (dict(val_split='nope'), 'nope'),
         (dict(device='foo'), 'foo'),
     ],
@@ -246,12 +251,36 @@ def test_wrong_values_end_before_any_training(tiny: AdaptConfig, tmp_path: Path,
     assert not list(tmp_path.iterdir())  # so the same folder takes the right value
 
 
-def test_weights_of_another_backbone_leave_nothing(tiny: AdaptConfig, tmp_path: Path) -> None:
-    other = tmp_path / 'other.safetensors'
-    save_file(timm.create_model('mobilenetv3_small_075').state_dict(), other)
-    with pytest.raises(UsageError, match='size mismatch for') as info:
-        run_adapt(replace(tiny, backbone_weights=str(other)), tmp_path / 'job')
+@pytest.mark.parametrize(
+    'other, message',
+    [
+        ('mobilenetv3_small_075', r'they have shape \(.*\) at blocks\..*, it has shape'),
+        # As lite0 fits efficientnet_b0 where that has it: timm would train, and leave the rest at random
+        (f'{BACKBONE} without squeeze-and-excite', r'they have nothing at blocks\..*\.se\.'),
+    ],
+)
+def test_weights_of_another_backbone_leave_nothing(tiny: AdaptConfig, tmp_path: Path, other: str, message: str) -> None:
+    file = tmp_path / 'other.safetensors'
+    name, without, _ = other.partition(' without')
+    state_dict = timm.create_model(name).state_dict()
+    save_file({key: value for key, value in state_dict.items() if not (without and '.se.' in key)}, file)
+    with pytest.raises(UsageError, match=f'other.safetensors. are not those of {BACKBONE}: {message}') as info:
+        run_adapt(replace(tiny, backbone_weights=str(file)), tmp_path / 'job')
     assert '\n' not in str(info.value) and not (tmp_path / 'job').exists()
+
+
+def test_weights_that_can_not_be_read(
+    tiny: AdaptConfig, tmp_path: Path, capsys: pytest.CaptureFixture, digits: Path
+) -> None:
+    (tmp_path / 'junk.safetensors').write_bytes(b'junk' * 100)
+    junk = str(tmp_path / 'junk.safetensors')
+    with pytest.raises(RunError, match=r'junk\.safetensors. can not be loaded'):
+        run_adapt(replace(tiny, backbone_weights=junk), tmp_path / 'job')
+    assert not (tmp_path / 'job').exists()
+    for start in (['--warm-start', 'mixnet_m', '--model', 'mixpath_a'], ['--pretrained', '--model', BACKBONE]):
+        words = ['train', *start, '--pretrained-path', junk, '--data-dir', str(digits), '--output', str(tmp_path)]
+        assert cli.main([*words, '--num-classes', '10']) == 1
+        assert capsys.readouterr().err.strip().splitlines()[-1].startswith('timm-mixpath: error: weights of ')
 
 
 def test_command_line(capsys: pytest.CaptureFixture, tmp_path: Path, digits: Path) -> None:

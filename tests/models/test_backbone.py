@@ -19,7 +19,7 @@ from timm_mixpath.models import backbone as backbone_module
 from timm_mixpath.models.backbone import BackboneNet
 from timm_mixpath.models.cost import cost_table, count_macs
 from timm_mixpath.search.accuracy import recalibrate_bn
-from timm_mixpath.utils.errors import RunError
+from timm_mixpath.utils.errors import RunError, UsageError
 
 # One of every family, small ones; SAME padding, squeeze-and-excite, mixed kernels, fused blocks, blur are among them
 FAMILIES = [
@@ -266,7 +266,7 @@ def test_folder_holds_the_defaults_that_made_the_weights(
         save_for_hf(saved, tmp_path / folder, safe_serialization=True)
     # As a later version might have them
     monkeypatch.setattr(backbone_module, '_KERNEL_SIZES', (3, 5))
-    monkeypatch.setattr(backbone_module._create, '__defaults__', ('mobilenetv3_small_050',))
+    monkeypatch.setattr(backbone_module, 'DEFAULT_BACKBONE', 'mobilenetv3_small_050')
     for folder, saved in ('named', model), ('default', default):
         again = timm.create_model(f'local-dir:{tmp_path / folder}', pretrained=True).eval()
         assert again.space.name == saved.space.name and again.state_dict().keys() == saved.state_dict().keys()
@@ -287,7 +287,8 @@ def test_pretrained_file_is_that_of_the_backbone_or_of_the_supernet(tmp_path: Pa
     x = torch.randn(2, 3, 64, 64)
     with torch.inference_mode():
         assert torch.equal(supernet(x), network(x))
-    assert supernet.pretrained_cfg['notes'] == ('warm start from weights of mobilenetv2_050 in backbone.safetensors',)
+    (note,) = supernet.pretrained_cfg['notes']
+    assert note == 'warm start from weights of mobilenetv2_050 in backbone.safetensors, whose licence is not recorded'
 
     # Of other classes: the classifier is left out, as timm does
     other = timm.create_model(
@@ -312,6 +313,23 @@ def test_pretrained_file_is_that_of_the_backbone_or_of_the_supernet(tmp_path: Pa
     overlay = dict(file=str(tmp_path / 'supernet.safetensors'), num_classes=10)
     again = timm.create_model('mixpath_supernet', pretrained_cfg_overlay=overlay, **kwargs).eval()
     assert all(torch.equal(value, again.state_dict()[key]) for key, value in supernet.state_dict().items())
+
+
+@pytest.mark.parametrize('name', ['mixpath', 'mixpath_supernet'])
+def test_own_weights_named_by_folder_or_file(name: str, tmp_path: Path) -> None:
+    arch = sample(backbone_space('mobilenetv2_050'), seed=0, step=0)
+    model = timm.create_model(name, backbone='mobilenetv2_050', arch=arch, num_classes=3).eval()
+    save_for_hf(model, tmp_path, safe_serialization=True)
+    x = torch.randn(1, 3, 64, 64)
+    for file in (tmp_path, tmp_path / 'model.safetensors'):
+        overlay = dict(file=str(file))
+        # config.json says what the weights are of, so the backbone need not be told
+        for kwargs in (dict(backbone='mobilenetv2_050'), {}):
+            again = timm.create_model(name, pretrained=True, num_classes=3, pretrained_cfg_overlay=overlay, **kwargs)
+            with torch.inference_mode():
+                assert torch.equal(again.eval()(x), model(x))
+        with pytest.raises(UsageError, match='of a network around mobilenetv2_050, not mobilenetv3_small_050'):
+            timm.create_model(name, backbone='mobilenetv3_small_050', pretrained=True, pretrained_cfg_overlay=overlay)
 
 
 @pytest.mark.parametrize(

@@ -54,12 +54,18 @@ def test_weights_of_another_network_change_nothing(source: str, kwargs: dict, me
     [
         ('mobilenetv3_large_100', 'tf_mobilenetv3_large_100', 'the class of its conv_stem is Conv2dSame, not Conv2d'),
         ('tf_mobilenetv3_large_100', 'mobilenetv3_large_100', 'the class of its conv_stem is Conv2d, not Conv2dSame'),
+        ('mobilenetv4_conv_medium', 'mobilenetv4_conv_aa_medium', 'the class of its .* is AvgPool2d, not none'),
+        ('mobilenetv4_conv_aa_medium', 'mobilenetv4_conv_blur_medium', 'the class of its .* BlurPool2d, not AvgPool2d'),
+        ('efficientnet_b0', 'efficientnet_blur_b0', 'its blocks.1.0 has a class BlurPool2d, which'),
+        ('efficientnet_blur_b0', 'efficientnet_b0', 'its blocks.1.0 lacks a class BlurPool2d, which'),
+        ('mobilenetv3_small_050', 'mobilenetv3_small_050 in silu', 'the class of its bn1.act is SiLU, not Hardswish'),
     ],
 )
 def test_network_of_the_same_shapes_that_computes_otherwise(backbone: str, source: str, message: str) -> None:
     supernet = timm.create_model('mixpath_supernet', backbone=backbone)
+    name, _, act_layer = source.partition(' in ')
     with pytest.raises(UsageError, match=f'computes otherwise than {backbone}: {message}'):
-        warm_start(supernet, timm.create_model(source))
+        warm_start(supernet, timm.create_model(name, act_layer=act_layer or None))
     plain = timm.create_model(backbone, bn_eps=0.5)
     with pytest.raises(UsageError, match=r'the eps of its bn1 is 0\.5, not'):
         warm_start(supernet, plain)

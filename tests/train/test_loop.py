@@ -24,7 +24,7 @@ from timm.models._helpers import _torch_load
 from timm.optim import create_optimizer_v2
 
 from timm_mixpath import get_space, sample
-from timm_mixpath.hub.export import save_model
+from timm_mixpath.hub.export import export, save_model
 from timm_mixpath.search.images import load_batches
 from timm_mixpath.train.checkpoint import load_model
 from timm_mixpath.train.data import hold_out, open_dataset, targets
@@ -74,12 +74,50 @@ def test_training_starts_from_a_network_of_timm(
     trained = load_model(run.output_dir / 'last.pth.tar').model
     torch.testing.assert_close(trained.conv_stem.weight, network.conv_stem.weight)
     torch.testing.assert_close(trained.classifier.weight, network.classifier.weight)
-    assert trained.pretrained_cfg['notes'] == ('warm start from weights of the folder network',)
+    assert trained.pretrained_cfg['notes'] == (
+        'warm start from weights of the folder network, whose licence is not recorded',
+    )
     last = str(run.output_dir / 'last.pth.tar')
     for _ in range(2):  # behind --resume, too, which does not look at the network
         data_config = load_model(last).data_config
         assert [np.ravel(data_config[key]).tolist() for key in prepared] == [[0.5] * 3, [0.25] * 3, [0.95]]
         train(small_args(digits, tmp_path, **{**options, 'epochs': 2}, resume=last, output='', experiment=''))
+
+
+def test_origin_of_weights_goes_on_from_training_to_training(digits: Path, tmp_path: Path) -> None:
+    """As their licence does: through folders, files in them, checkpoints and `--resume`, when the source is gone."""
+    torch.manual_seed(0)
+    network = timm.create_model('mobilenetv3_small_050', num_classes=10)
+    network.pretrained_cfg['notes'] = ('of a far land',)
+    save_model(network, tmp_path / 'network', resolve_model_data_config(network))
+    backbone = dict(model_kwargs=dict(backbone='mobilenetv3_small_050'), epochs=1, search_holdout=0.5)
+
+    def origin(checkpoint: Path) -> tuple[str, ...]:
+        return load_model(checkpoint).model.pretrained_cfg['notes']
+
+    file = str(tmp_path / 'network' / 'model.safetensors')
+    run = train(
+        small_args(digits, tmp_path, model='mixpath_supernet', pretrained=True, pretrained_path=file, **backbone)
+    )
+    supernet = run.output_dir / 'last.pth.tar'
+    shutil.rmtree(tmp_path / 'network')
+    expected = (
+        'warm start from weights of mobilenetv3_small_050 in model.safetensors, whose licence is not recorded',
+        'of a far land',
+    )
+    assert origin(supernet) == expected
+    arch = str(load_model(supernet).model.space.default_arch)
+    export(supernet, tmp_path / 'exported', arch=arch)
+    backbone['model_kwargs'] = {**backbone['model_kwargs'], 'arch': arch}
+    initial = tmp_path / 'exported' / 'model.safetensors'
+    for name in 'first', 'second':
+        options = dict(experiment=name, initial_checkpoint=str(initial), **backbone)
+        initial = train(small_args(digits, tmp_path, model='mixpath', **options)).output_dir / 'last.pth.tar'
+        assert origin(initial) == expected
+    last = str(initial)
+    options = {**backbone, 'epochs': 2}
+    train(small_args(digits, tmp_path, model='mixpath', **options, resume=last, output='', experiment=''))
+    assert origin(last) == expected
 
 
 PREPARED = dict(mean=[0.5] * 3, std=[0.25] * 3, crop_pct=0.95, crop_mode='squash')  # nothing has it by default

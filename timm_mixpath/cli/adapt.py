@@ -3,6 +3,7 @@
 import argparse
 import json
 import logging
+import math
 import os
 import time
 from argparse import Namespace
@@ -17,7 +18,7 @@ import torch
 from timm.models import get_pretrained_cfg
 
 from ..hub.export import save_model
-from ..models.backbone import check_backbone, describe_origin
+from ..models.backbone import check_backbone, check_weights, describe_origin
 from ..models.cost import cost_table, count_macs
 from ..models.latency import measure_latency
 from ..models.latency_table import LatencyTable
@@ -138,15 +139,17 @@ def run_adapt(config: AdaptConfig, output: str | os.PathLike) -> Path:
     """
     require_pymoo()  # not after minutes of training
     check_backbone(config.backbone)
-    if config.backbone_weights and not Path(config.backbone_weights).is_file():
-        raise UsageError(f'--backbone-weights {config.backbone_weights!r} is not a file')
+    if config.backbone_weights:
+        check_weights(config.backbone, config.backbone_weights)
     if config.data_dir is None and not config.dataset:
         raise UsageError('no images: pass --data-dir DIR with train/ and validation/, or --dataset NAME')
     # The search would find its own only behind hours of training
-    at_least = dict.fromkeys(('img_size', 'finetune_epochs', 'winner_epochs', 'num_images'), 1)
+    at_least = dict.fromkeys(('img_size', 'finetune_epochs', 'winner_epochs', 'batch_size', 'num_images'), 1)
     for option, least in {**at_least, 'recalibration_images': 0, 'supernet_epochs': 0}.items():
         if (number := getattr(config, option)) is not None and number < least:
             raise UsageError(f'--{option.replace("_", "-")} {number} must be at least {least}')
+    if not 0 < config.lr < math.inf:
+        raise UsageError(f'--lr {config.lr} must be a positive number')
     search_config = SearchConfig(
         population=24,
         offspring=12,

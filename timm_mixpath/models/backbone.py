@@ -33,7 +33,7 @@ from ..spaces.backbone import BackboneSpace
 from ..spaces.genotypes import MIXPATH_LITE0
 from ..spaces.space import BlockSpec
 from ..utils.errors import RunError, UsageError, concise
-from ..utils.hub_client import hub_errors
+from ..utils.hub_client import WEIGHTS_NAME, hub_errors
 from ..utils.modes import without_memory
 from .backbone_blocks import SEARCHED_BLOCKS, BackboneChoice, BlockSite, fixed_block
 from .layers import run_out_of_place
@@ -42,6 +42,7 @@ from .pretrained import (
     add_weights,
     build_model,
     check_state_dict,
+    config_beside,
     preprocessing_beside,
     readable,
 )
@@ -52,6 +53,8 @@ __all__ = [
     'BackboneNet',
     'BackboneSupernet',
     'backbone_space',
+    'check_backbone',
+    'check_weights',
     'describe_origin',
     'inherited',
     'list_backbones',
@@ -434,23 +437,30 @@ def _build_net(space: BackboneSpace, arch: Arch | str | None, **kwargs: Any) -> 
     return _NETS[type(network)](network, _including(space, arch), arch)
 
 
-def _create(variant: str, pretrained: bool, backbone: str = DEFAULT_BACKBONE, **kwargs: Any) -> nn.Module:
+def _create(variant: str, pretrained: bool, backbone: str | None = None, **kwargs: Any) -> nn.Module:
     """Create a model through timm's builder.
 
     Weights that the pretrained cfg names are the model's own, unless they are a file of the backbone's. Where it names
     none, `pretrained` means those of the backbone.
     """
-    check_backbone(backbone)
     cfg = kwargs.pop('pretrained_cfg', None)
     overlay = dict(kwargs.pop('pretrained_cfg_overlay', None) or {})
     sources = {key: overlay[key] for key in SOURCE_KEYS if overlay.get(key)}
+    config = config_beside(sources['file']) if pretrained and sources.get('file') else {}
+    if backbone is None:
+        of_file = config.get('model_args', {}) if config.get('architecture') == variant else {}
+        backbone = of_file.get('backbone', DEFAULT_BACKBONE)
+    check_backbone(backbone)
+    name = backbone.partition('.')[0]
     if isinstance(cfg, PretrainedCfg):
         cfg = cfg.to_dict()
     is_own = isinstance(cfg, str) or any((cfg or {}).get(key) for key in SOURCE_KEYS)
     if variant in _DISCOVERED:  # whose weights are not the backbone's, unless such are named
         is_own = not sources
     num_classes = None
-    if pretrained and sources and not is_own:
+    if config.get('architecture') == variant:
+        is_own = True
+    elif pretrained and sources and not is_own:
         is_own, num_classes = _look_into(sources, backbone)
     if not cfg:
         cfg = _backbone_cfg(backbone, variant)
@@ -469,7 +479,7 @@ def _create(variant: str, pretrained: bool, backbone: str = DEFAULT_BACKBONE, **
     def make_network(**network_kwargs: Any) -> nn.Module:
         network_kwargs = {**network_kwargs, 'cache_dir': kwargs.get('cache_dir')}
         if not from_backbone:
-            return timm.create_model(backbone.partition('.')[0], **network_kwargs)
+            return timm.create_model(name, **network_kwargs)
         return _pretrained_network(backbone, network_cfg, **network_kwargs)
 
     def make_model(
@@ -482,11 +492,14 @@ def _create(variant: str, pretrained: bool, backbone: str = DEFAULT_BACKBONE, **
         seed: int = 0,
         sampling: str = 'paths',
         share_widths: bool = True,
+        backbone: str = backbone,  # which config.json says of own weights
         **network_kwargs: Any,
     ) -> nn.Module:
-        for name, value in (('skip', skip), ('share_widths', share_widths)):
+        if backbone.partition('.')[0] != name:
+            raise UsageError(f'the weights are of a network around {backbone}, not {name}; pass backbone={backbone!r}')
+        for option, value in (('skip', skip), ('share_widths', share_widths)):
             if not isinstance(value, bool):
-                raise UsageError(f'{name}={value!r} must be True or False')
+                raise UsageError(f'{option}={value!r} must be True or False')
         space = backbone_space(backbone, kernel_sizes, expansions, skip, m)
         if not variant.endswith('_supernet'):
             space = _including(space, arch)
@@ -518,7 +531,7 @@ def _create(variant: str, pretrained: bool, backbone: str = DEFAULT_BACKBONE, **
         make_model,
         variant,
         pretrained and is_own,
-        num_features=len(plain_network(backbone.partition('.')[0]).feature_info),
+        num_features=len(plain_network(name).feature_info),
         filter_fn=check,
         bind_bn_args=False,
         pretrained_cfg=cfg,
@@ -540,13 +553,43 @@ def _look_into(sources: dict[str, Any], backbone: str) -> tuple[bool, int | None
         with readable(backbone, sources):
             state_dict = load_state_dict(path, device='cpu', weights_only=True)
     network = plain_network(backbone.partition('.')[0])
-    adapted = (f'{network.pretrained_cfg["classifier"]}.', f'{network.pretrained_cfg["first_conv"]}.')
-
-    def shapes(state_dict: dict[str, Any]) -> dict[str, Any]:
-        return {k: getattr(v, 'shape', None) for k, v in state_dict.items() if not k.startswith(adapted)}
-
     weight = state_dict.get(f'{network.pretrained_cfg["classifier"]}.weight')
-    return shapes(state_dict) != shapes(network.state_dict()), None if weight is None else weight.shape[0]
+    return _difference(state_dict, network) is not None, None if weight is None else weight.shape[0]
+
+
+def _difference(state_dict: dict[str, Any], network: nn.Module) -> str | None:
+    """What a state dict has otherwise than a network, beside classes and input channels, None if nothing."""
+    adapted = (f'{network.pretrained_cfg["classifier"]}.', f'{network.pretrained_cfg["first_conv"]}.')
+    given, expected = (
+        {key: getattr(value, 'shape', None) for key, value in tensors.items() if not key.startswith(adapted)}
+        for tensors in (state_dict, network.state_dict())
+    )
+    for key in sorted({*given, *expected}):
+        if given.get(key) != expected.get(key):
+            found, needed = (
+                f'shape {tuple(shapes[key])}' if shapes.get(key) is not None else 'nothing'
+                for shapes in (given, expected)
+            )
+            return f'they have {found} at {key}, it has {needed}'
+    return None
+
+
+def check_weights(backbone: str, path: str) -> None:
+    """Check that a file holds weights of a backbone: timm loads what fits where the classes differ, and no more.
+
+    Raises:
+        UsageError: There is no such file, or it holds those of another network.
+        RunError: It can't be read.
+    """
+    name = backbone.partition('.')[0]
+    if Path(path).is_dir():
+        raise UsageError(f'weights {str(path)!r} are a folder; name the file in it, such as its {WEIGHTS_NAME}')
+    if not Path(path).is_file():
+        raise UsageError(f'weights file {str(path)!r} does not exist')
+    with readable(name, {'file': path}):
+        state_dict = load_state_dict(path, device='cpu', weights_only=True)
+    if problem := _difference(state_dict, plain_network(name)):
+        raise UsageError(f'the weights in {str(path)!r} are not those of {name}: {problem}')
 
 
 def _pretrained_network(backbone: str, overlay: dict[str, Any], **kwargs: Any) -> nn.Module:
@@ -574,7 +617,8 @@ def describe_origin(name: str, path: str = '') -> str:
         if ':' in name:  # of a folder its name, not where it is
             kind, _, place = name.partition(':')
             base = f'the folder {Path(place).name}' if kind == 'local-dir' else name
-        return f'warm start from weights of {base}' + (f' in {Path(path).name}' if path else '')
+        place = f' in {Path(path).name}' if path else ''
+        return f'warm start from weights of {base}{place}, whose licence is not recorded'
     tagged = name if '.' in name or not cfg.tag else f'{name}.{cfg.tag}'
     return f'warm start from {tagged}, whose weights are under the licence {cfg.license or "unknown"}'
 

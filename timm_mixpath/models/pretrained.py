@@ -108,19 +108,26 @@ def _with_tuples(cfg: dict[str, Any]) -> dict[str, Any]:
     return {key: tuple(value) if isinstance(value, list) else value for key, value in cfg.items()}
 
 
-def preprocessing_beside(path: str | os.PathLike) -> dict[str, Any]:
-    """Return how the images of weights are prepared, as the config.json of a model folder says it.
+def config_beside(path: str | os.PathLike) -> dict[str, Any]:
+    """Return what the config.json of a model folder says of weights, nothing if there is none.
 
     Args:
-        path: File of the weights; what stands beside another one than model.safetensors need not belong to it.
+        path: The folder, or the file of the weights; what stands beside another one than model.safetensors need not
+            belong to it.
 
     Raises:
         RunError: The config.json is damaged.
     """
     path = Path(path)
-    if path.name != WEIGHTS_NAME or not path.with_name(CONFIG_NAME).exists():
+    config = path / CONFIG_NAME if path.is_dir() else path.with_name(CONFIG_NAME)
+    if not (path.is_dir() or path.name == WEIGHTS_NAME) or not config.exists():
         return {}
-    cfg = _with_tuples(_read_config(path.with_name(CONFIG_NAME), str(path))['pretrained_cfg'])
+    return _read_config(config, str(path))
+
+
+def preprocessing_beside(path: str | os.PathLike) -> dict[str, Any]:
+    """Return how the images of weights are prepared, see `config_beside`."""
+    cfg = _with_tuples(config_beside(path).get('pretrained_cfg', {}))
     return {key: cfg[key] for key in PREPROCESSING if cfg.get(key) is not None}
 
 

@@ -2,12 +2,15 @@
 
 from typing import Any
 
+import timm
 import torch
 import torch.nn.functional as F
+from timm.layers import DropPath, SelectAdaptivePool2d
 from torch import nn
 
 from ..utils.errors import UsageError
 from .backbone import BackboneNet, BackboneSupernet, inherited, plain_network
+from .backbone_blocks import SEARCHED_BLOCKS, BackboneChoice
 from .blocks import GroupedPaths, MultiPathResidual, PathSum
 from .choice_blocks import ChoiceBlock, GroupNorms
 from .layers import ShadowBatchNorm2d, sum_statistics
@@ -80,26 +83,59 @@ def _check_source(source: nn.Module, name: str, own: dict[str, torch.Tensor], cl
             raise UsageError(f'the weights are not those of {name}: they have {found} at {key}, it has {needed}')
 
 
+# What does not change what a network computes in eval mode, or is not of its weights
+_NO_COMPUTATION = (nn.Identity, nn.Dropout, nn.Flatten, DropPath, SelectAdaptivePool2d)
+
+
+def _computation(module: nn.Module) -> tuple[str, Any] | None:
+    """What a layer does beside what the shapes of its weights tell, and how to call it."""
+    if isinstance(module, nn.Conv2d):
+        return 'class', type(module).__name__
+    if isinstance(module, nn.BatchNorm2d):
+        return 'eps', module.eps
+    is_leaf = next(module.children(), None) is None and next(module.parameters(), None) is None
+    return ('class', type(module).__name__) if is_leaf and not isinstance(module, _NO_COMPUTATION) else None
+
+
+def _block_computation(block: nn.Module) -> set[tuple[str, Any]]:
+    """What the layers of a block do, whose convolutions may be several paths: epsilons, activations, pools, blurs."""
+    return {found for layer in block.modules() if not isinstance(layer, nn.Conv2d) and (found := _computation(layer))}
+
+
 def _check_computation(source: nn.Module, model: nn.Module, name: str) -> None:
-    """Check what shapes do not tell, outside the searched blocks: how it pads, and the epsilons of its batch norms."""
+    """Check what shapes do not tell: how it pads, activations, blurs, and the epsilons of its batch norms."""
     if any(tensor.is_meta for tensor in source.state_dict().values()):
         raise UsageError(f'the source has no weights, it is a {name} on the meta device')
-    theirs, blocks = dict(source.named_modules()), tuple(f'{block}.' for block in model.get_choice_blocks())
+    theirs, blocks = dict(source.named_modules()), model.get_choice_blocks()
+    prefixes = tuple(f'{block}.' for block in blocks)
+    problem = None
     for key, ours in model.named_modules():
         other = theirs.get(key)
-        if other is None or key.startswith(blocks):
+        if other is None or key.startswith((*prefixes, 'global_pool', *blocks)):
             continue
-        if isinstance(ours, nn.Conv2d):
-            what, mine, given = 'class', type(ours).__name__, type(other).__name__
-        elif isinstance(ours, nn.BatchNorm2d):
-            what, mine, given = 'eps', ours.eps, getattr(other, 'eps', None)
-        else:
-            continue
+        mine, given = _computation(ours), _computation(other)
         if mine != given:
-            raise UsageError(
-                f'the weights are those of a network that computes otherwise than {name}: the {what} of its {key} is '
-                f'{given}, not {mine}'
-            )
+            what = (mine or given)[0]
+            mine, given = (found[1] if found else 'none' for found in (mine, given))
+            problem = problem or f'the {what} of its {key} is {given}, not {mine}'
+    for key, block in blocks.items():
+        given = _block_computation(theirs[key])
+        if isinstance(block, BackboneChoice):
+            mine = _block_computation(block.get_submodule(block.widest))
+        elif isinstance(block, SEARCHED_BLOCKS):
+            mine = _block_computation(block)
+        elif isinstance(block, nn.Identity):
+            continue  # left out
+        else:  # of S2 or S3, which is built otherwise, with an epsilon that is the model's choice
+            eps = {found for found in given if found[0] == 'eps'}
+            mine = _block_computation(plain_network(name).get_submodule(key))
+            mine = {found for found in mine if found[0] != 'eps'} | eps
+        if different := sorted(mine ^ given, key=str):
+            kind, value = different[0]
+            has, verb = ('has', 'lacks') if different[0] in given else ('lacks', 'has')
+            problem = problem or f'its {key} {has} a {kind} {value}, which {name} {verb} there'
+    if problem:
+        raise UsageError(f'the weights are those of a network that computes otherwise than {name}: {problem}')
 
 
 def _origin(source: nn.Module, name: str) -> str:
@@ -107,8 +143,9 @@ def _origin(source: nn.Module, name: str) -> str:
     cfg: dict[str, Any] = getattr(source, 'pretrained_cfg', None) or {}
     name = cfg.get('architecture') or name
     origin = f'warm start from a {name} at hand'
-    if cfg.get('tag') and cfg.get('license'):
-        tagged = f'{name}.{cfg["tag"]}'
+    tagged = f'{name}.{cfg.get("tag")}'
+    known = timm.get_pretrained_cfg(tagged) if cfg.get('tag') and timm.is_model(name) else None
+    if known is not None and known.has_weights and cfg.get('license'):
         origin += f'; if its weights go back to {tagged} of timm, these are under the licence {cfg["license"]}'
     return origin
 

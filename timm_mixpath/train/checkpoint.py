@@ -5,6 +5,7 @@ import logging
 import os
 import shutil
 from argparse import Namespace
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from pickle import UnpicklingError
@@ -18,7 +19,7 @@ from timm.utils import CheckpointSaver
 from torch import nn
 
 from ..models.backbone import BackboneNet, BackboneSupernet, describe_origin
-from ..models.pretrained import PREPROCESSING, SOURCE_KEYS, preprocessing_beside
+from ..models.pretrained import PREPROCESSING, SOURCE_KEYS, config_beside, preprocessing_beside, readable
 from ..models.supernet import Supernet
 from ..utils.errors import RunError, UsageError, as_usage_error, concise
 from ..utils.files import write_atomic
@@ -211,18 +212,53 @@ def load_model(path: str | os.PathLike, *, use_ema: bool = True, like: Namespace
 
 
 def note_origin(model: nn.Module, args: Namespace) -> None:
-    """Keep with a model from which weights its training started, as the licence of those goes on to be theirs."""
-    path = getattr(args, 'pretrained_path', '')
-    name = getattr(args, 'warm_start', '')
+    """Keep with a model from which weights its training started, as the licence of those goes on to be theirs.
+
+    Args:
+        model: Model whose pretrained cfg gets the `notes` that a card shows.
+        args: Options of its training. `origin` is set, as long as what they name is there: it is looked at when a
+            training starts, or when a checkpoint of timm's train.py is loaded, and its checkpoints keep it.
+    """
+    if getattr(args, 'origin', None) is None:
+        args.origin = _find_origin(model, args)
+    if args.origin:
+        model.pretrained_cfg['notes'] = tuple(args.origin)
+
+
+def _find_origin(model: nn.Module, args: Namespace) -> list[str]:
+    path, name = getattr(args, 'pretrained_path', ''), getattr(args, 'warm_start', '')
+    kwargs = getattr(args, 'model_kwargs', None) or {}
     if getattr(args, 'pretrained', False):
         source = getattr(args, 'model_source', '') or args.model
         cfg = None if ':' in source else timm.get_pretrained_cfg(source)
-        if ':' in source or (cfg is not None and cfg.has_weights and not path):
-            name = source  # weights of its own
-        elif isinstance(model, BackboneNet | BackboneSupernet):
-            name = args.model_kwargs.get('backbone', model.space.name)
-    if name:
-        model.pretrained_cfg['notes'] = (describe_origin(name, path),)
+        # A file holds the weights of the backbone of such a model, unless it says that they are its own
+        is_of_backbone = isinstance(model, BackboneNet | BackboneSupernet)
+        if path and is_of_backbone:
+            is_of_backbone = config_beside(path).get('architecture') != args.model
+        if ':' in source or (cfg is not None and (path or cfg.has_weights) and not (path and is_of_backbone)):
+            name = source
+        elif is_of_backbone:
+            name = kwargs.get('backbone', model.space.name)
+    notes: list[str] = [describe_origin(name, path)] if name else []
+    if path or name.startswith('local-dir:'):
+        notes += _notes_of(path or name.removeprefix('local-dir:'))
+    elif ':' in name:
+        notes += model.pretrained_cfg.get('notes') or ()
+    if initial := getattr(args, 'initial_checkpoint', ''):
+        notes += _notes_of(initial)
+    return list(dict.fromkeys(notes))
+
+
+def _notes_of(path: str) -> list[str]:
+    """What a model folder, the file in it or a training checkpoint says of where its weights came from."""
+    try:
+        config = config_beside(path)
+        found = (
+            config['pretrained_cfg'].get('notes') if config else getattr(read_checkpoint(path)['args'], 'origin', [])
+        )
+    except (UsageError, RunError):
+        return []  # weights alone say nothing
+    return [str(note) for note in found or ()]
 
 
 def load_weights(model: nn.Module, path: str, args: Namespace) -> None:
@@ -349,7 +385,9 @@ def create_model(args: Namespace, **overrides: Any) -> nn.Module:
         input_size = getattr(args, 'input_size', None)
         in_chans = input_size[0] if input_size else 3
     check_model_name(args.model)
-    with as_usage_error(f'model {args.model!r} can not be created'):
+    overlay = overrides.get('pretrained_cfg_overlay')
+    file = readable(args.model, overlay) if overlay else nullcontext()
+    with as_usage_error(f'model {args.model!r} can not be created'), file:
         kwargs = dict(
             in_chans=in_chans,
             num_classes=args.num_classes,

@@ -33,7 +33,7 @@ from torch import nn
 
 from ..models.cpu_kernels import use_cpu_kernels
 from ..models.layers import run_out_of_place
-from ..models.pretrained import PREPROCESSING
+from ..models.pretrained import PREPROCESSING, readable
 from ..models.supernet import Supernet
 from ..models.warm_start import warm_start
 from ..utils.distributed import open_process
@@ -46,6 +46,7 @@ from .checkpoint import (
     create_model,
     keep_preprocessing,
     load_weights,
+    note_origin,
     own_model,
     read_checkpoint,
     resolve_data,
@@ -203,7 +204,8 @@ def _pretrained_kwargs(args: Namespace) -> dict[str, Any]:
 def _warm_start(model: nn.Module, args: Namespace) -> None:
     name = args.warm_start
     overlay = {'file': args.pretrained_path} if args.pretrained_path else None
-    with as_usage_error(f'--warm-start {name!r} can not be loaded'):
+    file = readable(name, overlay) if overlay else nullcontext()
+    with as_usage_error(f'--warm-start {name!r} can not be loaded'), file:
         if ':' not in name and not overlay and not getattr(get_pretrained_cfg(name), 'has_weights', False):
             raise ValueError('timm has no pretrained weights of that name')
         source = timm.create_model(name, pretrained=True, in_chans=model.in_chans, pretrained_cfg_overlay=overlay)
@@ -255,6 +257,7 @@ def _make_run(args: Namespace, stop: StopSignal, progress: dict[str, Any], outpu
         _warm_start(model, args)
     if args.initial_checkpoint and not args.resume:
         load_weights(model, args.initial_checkpoint, args)
+    note_origin(model, args)
     keep_preprocessing(args, model)
     _init_head(model, args)
     args.num_classes = model.num_classes
@@ -500,6 +503,7 @@ def check_resumed(args: Namespace, before: Namespace) -> None:
             )
     args.model_kwargs = kwargs
     args.label_names = getattr(before, 'label_names', None)
+    args.origin = getattr(before, 'origin', None)
     if args.opt != before.opt and not args.no_resume_opt:
         raise UsageError(
             f'--opt {args.opt} differs from the {before.opt} of {args.resume!r}, whose state it can not go on with; '
