@@ -57,7 +57,7 @@ def interrupt(*_: object, **__: object) -> None:
 def test_supernet_is_searched_as_it_starts(
     tiny: AdaptConfig, tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    config = replace(tiny, supernet_epochs=0, winner_epochs=2)
+    config = replace(tiny, supernet_epochs=0, winner_epochs=2, reconstruction_images=0)
     monkeypatch.setattr('timm_mixpath.cli.adapt.inherit_blended', interrupt)
     with pytest.raises(KeyboardInterrupt):
         run_adapt(config, tmp_path / 'job')
@@ -96,6 +96,21 @@ def test_supernet_is_searched_as_it_starts(
         name for name in ('other', 'trained', 'same', 'more paths') if (tmp_path / name / 'supernet').exists()
     ]
     assert with_supernet == ['trained', 'more paths']
+
+
+def test_winner_without_a_training(tiny: AdaptConfig, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    config = replace(tiny, supernet_epochs=0, winner_epochs=0, reconstruction_images=100)
+    folder = run_adapt(config, tmp_path)
+    assert 'fine-tuned for 1 epochs, the winner not at all.' in capsys.readouterr().out
+    assert not (tmp_path / 'winner').exists()
+    assert config.data_dir is not None
+    summary = json.loads((tmp_path / 'summary.json').read_text())
+    winner = timm.create_model(f'local-dir:{folder}', pretrained=True).eval()
+    dataset = timm.data.create_dataset('', config.data_dir, split='validation')
+    dataset.transform = timm.data.create_transform(**timm.data.resolve_model_data_config(winner))
+    with torch.inference_mode():
+        hits = [winner(image[None]).argmax().item() == label for image, label in dataset]
+    assert summary['rows'][1]['top1'] == round(100 * sum(hits) / len(hits), 2)
 
 
 def test_backbone_itself_is_chosen(
@@ -230,7 +245,8 @@ def test_all_stages_see_images_as_the_tag_does(tiny: AdaptConfig, tmp_path: Path
         (dict(max_latency=5.0), 'needs a latency table'),
         (dict(latency_table='none.json'), "latency table 'none.json' can not be read"),
         (dict(m=9), 'm=9 is out of range'),
-        (dict(winner_epochs=0), '--winner-epochs 0 must be at least 1'),
+        (dict(winner_epochs=-1), '--winner-epochs -1 must be at least 0'),
+        (dict(reconstruction_images=-1), '--reconstruction-images -1 must be at least 0'),
         (dict(supernet_epochs=-1), '--supernet-epochs -1 must be at least 0'),
         (dict(train_split='nope'), 'nope'),
         # which the search or the first training would find

@@ -6,10 +6,10 @@ import torch
 from conftest import small_args
 
 import timm_mixpath
-from timm_mixpath.search.accuracy import evaluate
-from timm_mixpath.search.blend import SHARES, inherit_blended
+from timm_mixpath.search.accuracy import evaluate, recalibrate_bn
+from timm_mixpath.search.blend import SHARES, inherit_blended, inherit_reconstructed
 from timm_mixpath.search.images import SearchData, load_images
-from timm_mixpath.train.checkpoint import load_model
+from timm_mixpath.train.checkpoint import load_model, write_checkpoint
 from timm_mixpath.train.loop import train
 from timm_mixpath.utils.errors import UsageError
 
@@ -62,3 +62,42 @@ def test_best_mean_of_trained_and_first_weights(
 def test_source_of_another_network_is_refused(checkpoint: Path) -> None:
     with pytest.raises(UsageError, match=f'the weights are not those of {BACKBONE}'):
         inherit_blended(checkpoint, 'k3_e1', timm.create_model('mobilenetv3_small_075', num_classes=10), workers=0)
+
+
+@pytest.mark.parametrize('is_better', [True, False])
+def test_reconstructed_where_that_scores_better(
+    checkpoint: Path, source: torch.nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_better: bool
+) -> None:
+    loaded = load_model(checkpoint)
+    supernet = loaded.model
+    timm_mixpath.warm_start(supernet, source)
+    write_checkpoint(tmp_path / 'start.pth.tar', supernet, loaded.args)
+    data = SearchData(num_images=20)
+    images = load_images(loaded, data, 64, 100, 'cpu', 0)
+    arch = timm_mixpath.sample(supernet.space, seed=0, step=2)
+    with recalibrate_bn(supernet, arch, images.recalibration):
+        inherited = evaluate(supernet, images.batches)
+        assert images.batches.num_images == 20
+    (x, _), *_ = images.batches
+
+    def reconstruct(model: torch.nn.Module, source: torch.nn.Module, batches: object) -> None:
+        """The classes as they are, or anything but them."""
+        timm_mixpath.reconstruct(model, source, batches)
+        with torch.no_grad():
+            model.eval()
+            features = model.forward_head(model.forward_features(x), pre_logits=True)
+            labels = torch.cat([y for _, y in images.batches])
+            targets = 20.0 * torch.nn.functional.one_hot(labels, 10) * (1 if is_better else -1)
+            model.classifier.weight.copy_(torch.linalg.lstsq(features, targets).solution.T)
+            model.classifier.bias.zero_()
+
+    monkeypatch.setattr('timm_mixpath.search.blend.reconstruct', reconstruct)
+    found = inherit_reconstructed(
+        tmp_path / 'start.pth.tar', arch, source, num_images=64, data=data, workers=0, device='cpu'
+    )
+    loss = evaluate(found.model, images.batches)['loss']
+    assert loss == pytest.approx(found.scores[0.0]['loss'], rel=1e-3)
+    if is_better:
+        assert loss < 0.5 * inherited['loss']
+    else:
+        assert loss == pytest.approx(inherited['loss'], rel=1e-4)

@@ -15,6 +15,7 @@ from typing import Any
 
 import timm
 import torch
+from timm.data import create_loader
 from timm.models import get_pretrained_cfg
 
 from ..hub.export import save_model
@@ -22,8 +23,10 @@ from ..models.backbone import check_backbone, check_weights, describe_origin
 from ..models.cost import cost_table, count_macs
 from ..models.latency import measure_latency
 from ..models.latency_table import LatencyTable
+from ..models.pretrained import PREPROCESSING
 from ..models.warm_start import warm_start
-from ..search.blend import SHARES, inherit_blended
+from ..search.accuracy import evaluate, prepare_device
+from ..search.blend import SHARES, inherit_blended, inherit_reconstructed
 from ..search.config import SearchConfig
 from ..search.front import print_result
 from ..search.images import SearchData
@@ -31,8 +34,10 @@ from ..search.pareto import require_pymoo
 from ..search.pool import ArchPool, check_limits
 from ..search.run import search_checkpoint
 from ..train.checkpoint import create_model, load_model, write_checkpoint
+from ..train.data import open_dataset
 from ..train.loop import train_or_resume
 from ..train.options import CPU_KERNELS_HELP, default_args, make_storable
+from ..utils.distributed import open_process
 from ..utils.errors import UsageError, as_usage_error
 from ..utils.numbers import parse_count, parse_float
 from ..utils.tables import format_table, write_json
@@ -69,7 +74,8 @@ class AdaptConfig:
         latency_table: File of a `LatencyTable` of the space around the backbone.
         m: Largest number of paths that are summed.
         finetune_epochs: Epochs of the backbone.
-        winner_epochs: Epochs of the winner; the less it costs than the backbone, the more it gains by them.
+        winner_epochs: Epochs of the winner; the less it costs than the backbone, the more it gains by them. 0 for none:
+            what the backbone's features give it by least squares.
         supernet_epochs: Epochs of the supernet, 0 to search it as it starts. None takes 0 where the backbone is outside
             the limits, `SUPERNET_EPOCHS` where it is inside them: at the start nothing is better than the backbone, and
             kernels that are larger compute the same.
@@ -77,6 +83,8 @@ class AdaptConfig:
         generations: Generations of the search.
         num_images: Number of images to score archs with, at most.
         recalibration_images: Training images to recalibrate the batch norms of every candidate with, 0 for none.
+        reconstruction_images: Training images on which the blocks of the winner are brought near the backbone's before
+            it is trained, see `timm_mixpath.reconstruct`, 0 for none; not behind a supernet that was trained.
         lr: Learning rate of AdamW for the supernet and the winner; a quarter of it for the backbone, and for a winner
             that starts within 3 points of the backbone's top-1.
         distill: The fine-tuned backbone teaches the supernet and the winner.
@@ -108,6 +116,7 @@ class AdaptConfig:
     generations: int = 10
     num_images: int = 500
     recalibration_images: int = 256
+    reconstruction_images: int = 512
     lr: float = 1e-3
     distill: bool = True
     seed: int = 0
@@ -144,8 +153,9 @@ def run_adapt(config: AdaptConfig, output: str | os.PathLike) -> Path:
     if config.data_dir is None and not config.dataset:
         raise UsageError('no images: pass --data-dir DIR with train/ and validation/, or --dataset NAME')
     # The search would find its own only behind hours of training
-    at_least = dict.fromkeys(('img_size', 'finetune_epochs', 'winner_epochs', 'batch_size', 'num_images'), 1)
-    for option, least in {**at_least, 'recalibration_images': 0, 'supernet_epochs': 0}.items():
+    at_least = dict.fromkeys(('img_size', 'finetune_epochs', 'batch_size', 'num_images'), 1)
+    at_least |= dict.fromkeys(('recalibration_images', 'reconstruction_images', 'supernet_epochs', 'winner_epochs'), 0)
+    for option, least in at_least.items():
         if (number := getattr(config, option)) is not None and number < least:
             raise UsageError(f'--{option.replace("_", "-")} {number} must be at least {least}')
     if not 0 < config.lr < math.inf:
@@ -214,7 +224,7 @@ def run_adapt(config: AdaptConfig, output: str | os.PathLike) -> Path:
                 **finetuning,
                 **head,
             )
-            teacher = job.save('backbone')
+            teacher = job.save(job.folder('backbone') / 'last.pth.tar', job.folder('backbone') / 'model')
         made = 'Training the supernet, which starts as' if config.supernet_epochs else 'Making the supernet,'
         with stages(f'{made} a copy of it'):
             checkpoint = job.supernet(teacher, kwargs)
@@ -236,23 +246,27 @@ def run_adapt(config: AdaptConfig, output: str | os.PathLike) -> Path:
                 f'The search chose the backbone itself, of what it tried nothing scored better: a lower limit makes it '
                 f'look for smaller networks{advice}'
             )
-        with stages('Fine-tuning the winner'):
-            inherited = job.inherit(arch, checkpoint, teacher)
-            is_near = backbone - (100 - result.chosen.error) < _NEAR
-            winner = job.train(
-                'winner',
-                model='mixpath',
-                model_kwargs=dict(backbone=name, arch=arch),
-                initial_checkpoint=str(inherited / 'model.safetensors'),
-                epochs=config.winner_epochs,
-                **(finetuning if is_near else {}),
-                **job.distillation,
-            )
-            folder = job.save('winner', 'model')
+        with stages('Fine-tuning the winner' if config.winner_epochs else 'Making the winner'):
+            trained = inherited = job.inherit(arch, checkpoint, teacher)
+            if config.winner_epochs:
+                is_near = backbone - (100 - result.chosen.error) < _NEAR
+                winner = job.train(
+                    'winner',
+                    model='mixpath',
+                    model_kwargs=dict(backbone=name, arch=arch),
+                    initial_checkpoint=str(inherited / 'model.safetensors'),
+                    epochs=config.winner_epochs,
+                    **(finetuning if is_near else {}),
+                    **job.distillation,
+                )
+                trained = job.folder('winner') / 'last.pth.tar'
+            else:
+                winner = job.validate(inherited)
+            folder = job.save(trained, output / 'model')
 
         rows = [
-            job.row(f'{config.backbone}, fine-tuned', 'backbone', backbone),
-            job.row('winner', 'winner', winner),
+            job.row(f'{config.backbone}, fine-tuned', job.folder('backbone') / 'last.pth.tar', backbone),
+            job.row('winner', trained, winner),
         ]
         write_json(output / 'summary.json', dict(arch=arch, input_size=[3, size, size], rows=rows))
         print()
@@ -268,7 +282,7 @@ _OF_THE_SUPERNET = ('supernet_epochs', 'm', 'distill')
 # Options that may differ between a job and the one whose backbone it uses
 _NOT_OF_THE_BACKBONE = frozenset({
     'max_macs', 'max_params', 'max_latency', 'latency_table', 'generations', 'num_images', 'recalibration_images',
-    'reuse', 'workers', 'device', 'cpu_kernels', 'winner_epochs', *_OF_THE_SUPERNET,
+    'reconstruction_images', 'reuse', 'workers', 'device', 'cpu_kernels', 'winner_epochs', *_OF_THE_SUPERNET,
 })  # fmt: skip
 
 
@@ -365,34 +379,46 @@ class _Job:
         return path
 
     def inherit(self, arch: str, checkpoint: Path, teacher: Path) -> Path:
-        """Write the model folder of what an arch inherits, blended with the start where the supernet was trained."""
+        """Write the model folder of what an arch inherits, made the best of."""
         folder, config = self.output / 'inherited', self.config
         if not folder.exists():
-            blend = inherit_blended(
-                checkpoint,
-                arch,
-                timm.create_model(f'local-dir:{teacher}', pretrained=True),
-                shares=SHARES if config.supernet_epochs else SHARES[:1],
-                data=SearchData(num_images=config.num_images),
-                recalibration_images=config.recalibration_images,
-                workers=config.workers,
-                device=config.device,
-            )
+            source = timm.create_model(f'local-dir:{teacher}', pretrained=True)
+            common: dict[str, Any] = dict(workers=config.workers, device=config.device)
+            common['data'] = SearchData(num_images=config.num_images)
+            if not config.supernet_epochs and config.reconstruction_images:
+                blend = inherit_reconstructed(
+                    checkpoint, arch, source, num_images=config.reconstruction_images, **common
+                )
+            else:
+                shares = SHARES if config.supernet_epochs else SHARES[:1]
+                common['recalibration_images'] = config.recalibration_images
+                blend = inherit_blended(checkpoint, arch, source, shares=shares, **common)
             save_model(blend.model, folder, blend.loaded.data_config, blend.loaded.label_names)
         return folder
 
-    def save(self, experiment: str, name: str | None = None) -> Path:
-        """Write the model folder of a training."""
-        folder = self.output / name if name else self.folder(experiment) / 'model'
+    def validate(self, folder: Path) -> float:
+        """Top-1 of a model folder on the validation split, in percent."""
+        loaded, config = load_model(folder), self.config
+        data_config = {key: loaded.data_config[key] for key in ('input_size', *PREPROCESSING)}
+        split = open_dataset(config.dataset, config.data_dir or '', config.val_split, download=config.dataset_download)
+        with open_process(config.device) as process:
+            model = loaded.model.to(device=process.device, memory_format=torch.channels_last)
+            size, _ = prepare_device(process.device, None, None)
+            how: dict[str, Any] = dict(is_training=False, use_prefetcher=False, num_workers=config.workers)
+            loader = create_loader(split, batch_size=size, **data_config, **how)
+            return evaluate(model, ((x.to(process.device), y.to(process.device)) for x, y in loader))['top1']
+
+    def save(self, trained: Path, folder: Path) -> Path:
+        """Write the model folder of a checkpoint, or of another folder."""
         if not folder.exists():
-            loaded = load_model(self.folder(experiment) / 'last.pth.tar')
+            loaded = load_model(trained)
             notes = (describe_origin(self.config.backbone, self.config.backbone_weights or ''),)
             loaded.model.pretrained_cfg = {**loaded.model.pretrained_cfg, 'notes': notes}
             save_model(loaded.model, folder, loaded.data_config, loaded.label_names)
         return folder
 
-    def row(self, name: str, experiment: str, top1: float) -> dict[str, Any]:
-        loaded = load_model(self.folder(experiment) / 'last.pth.tar')
+    def row(self, name: str, trained: Path, top1: float) -> dict[str, Any]:
+        loaded = load_model(trained)
         size = loaded.data_config['input_size']
         how: dict[str, Any] = dict(channels_last=True)
         if (table := self.latency) is not None:
@@ -463,12 +489,13 @@ def _format(rows: list[dict[str, Any]], size: int, config: AdaptConfig, latency:
         for r in rows
     ]
     behind = f' behind {config.supernet_epochs} epochs of its supernet' if config.supernet_epochs else ''
+    winner = f'for {config.winner_epochs}{behind}' if config.winner_epochs else f'not at all{behind}'
     where = f'{torch.get_num_threads()} thread(s)' if latency is None else f'as the latency table: {latency.describe()}'
     return (
         f'{format_table([header, *cells], "<>")}\n'
         f'top-1 on the validation split; MACs for one image of {size}x{size} pixels; ms measured on this machine, '
-        f'{where}. On the same images the backbone was fine-tuned for {config.finetune_epochs} epochs, the winner for '
-        f'{config.winner_epochs}{behind}.'
+        f'{where}. On the same images the backbone was fine-tuned for {config.finetune_epochs} epochs, the winner '
+        f'{winner}.'
     )
 
 
@@ -488,7 +515,7 @@ def add_adapt(parser: argparse.ArgumentParser) -> None:
     add_latency_limit(parser)
     add('--m', type=int, default=2, metavar='N', help='largest number of paths that are summed (default: 2)')
     add('--finetune-epochs', type=int, default=3, metavar='N', help='of the backbone (default: 3)')
-    add('--winner-epochs', type=int, default=8, metavar='N', help='of the winner (default: 8)')
+    add('--winner-epochs', type=int, default=8, metavar='N', help='of the winner, 0 for none (default: 8)')
     add(
         '--supernet-epochs',
         type=int,
@@ -500,6 +527,13 @@ def add_adapt(parser: argparse.ArgumentParser) -> None:
     add('--generations', type=int, default=10, metavar='N', help='generations of the search (default: 10)')
     add('--num-images', type=parse_count, default=500, metavar='N', help='images to score archs with (default: 500)')
     add('--recalibration-images', type=parse_count, default=256, metavar='N', help='0 for none (default: 256)')
+    add(
+        '--reconstruction-images',
+        type=parse_count,
+        default=512,
+        metavar='N',
+        help="to bring the winner's features near the backbone's with, 0 for none (default: 512)",
+    )
     add(
         '--lr',
         type=parse_float,

@@ -17,7 +17,7 @@ from .layers import ShadowBatchNorm2d, sum_statistics
 from .mixpath import MixPath
 from .pretrained import PREPROCESSING
 
-__all__ = ['warm_start']
+__all__ = ['check_source', 'warm_start']
 
 
 # The network of timm that the spaces of this package stand on
@@ -42,20 +42,8 @@ def warm_start(model: nn.Module, source: nn.Module) -> None:
     Raises:
         UsageError: The model stands on no network of timm, or `source` is another one; nothing was changed then.
     """
-    if isinstance(model, BackboneNet | BackboneSupernet):
-        name = model.space.name
-    elif isinstance(model, MixPath) and model.space.name in _BACKBONES:
-        name = _BACKBONES[model.space.name]
-    else:
-        raise UsageError(
-            f'{type(model).__name__} stands on no network of timm that it could start from; mixpath_supernet and '
-            'mixpath do, and the models of S2 and S3'
-        )
-    if not isinstance(source, nn.Module):
-        raise UsageError(f'the source must be a network, such as timm.create_model({name!r}) makes, not {source!r:.60}')
-    own, classifier = model.state_dict(), f'{plain_network(name).pretrained_cfg["classifier"]}.'
-    _check_source(source, name, own, classifier)
-    _check_computation(source, model, name)
+    name = check_source(model, source)
+    own, classifier = model.state_dict(), _classifier(name)
     weights = inherited(model, source) if name == model.space.name else _inherited_mixnet(model, source)
     if any(weights[key].shape != own[key].shape for key in weights if key.startswith(classifier) and key in own):
         weights = {key: value for key, value in weights.items() if not key.startswith(classifier)}
@@ -68,14 +56,44 @@ def warm_start(model: nn.Module, source: nn.Module) -> None:
         model.pretrained_cfg.update({key: known[key] for key in PREPROCESSING if known.get(key) is not None})
 
 
-def _check_source(source: nn.Module, name: str, own: dict[str, torch.Tensor], classifier: str) -> None:
+def check_source(model: nn.Module, source: nn.Module) -> str:
+    """Check that a model stands on a network of timm; return the name of that.
+
+    Args:
+        model: The model.
+        source: What should be the network, with any number of classes.
+
+    Raises:
+        UsageError: See `warm_start`.
+    """
+    if isinstance(model, BackboneNet | BackboneSupernet):
+        name = model.space.name
+    elif isinstance(model, MixPath) and model.space.name in _BACKBONES:
+        name = _BACKBONES[model.space.name]
+    else:
+        raise UsageError(
+            f'{type(model).__name__} stands on no network of timm that it could start from; mixpath_supernet and '
+            'mixpath do, and the models of S2 and S3'
+        )
+    if not isinstance(source, nn.Module):
+        raise UsageError(f'the source must be a network, such as timm.create_model({name!r}) makes, not {source!r:.60}')
+    _check_weights(source, name, model.state_dict())
+    _check_computation(source, model, name)
+    return name
+
+
+def _classifier(name: str) -> str:
+    return f'{plain_network(name).pretrained_cfg["classifier"]}.'
+
+
+def _check_weights(source: nn.Module, name: str, own: dict[str, torch.Tensor]) -> None:
     given = {key: value.shape for key, value in source.state_dict().items()}
     plain = plain_network(name)
     expected = {key: value.shape for key, value in plain.state_dict().items()}
     first_conv = f'{plain.pretrained_cfg["first_conv"]}.weight'
     expected[first_conv] = own[first_conv].shape
     for key in sorted({*expected, *given}):
-        if not key.startswith(classifier) and given.get(key) != expected.get(key):
+        if not key.startswith(_classifier(name)) and given.get(key) != expected.get(key):
             found, needed = (
                 f'shape {tuple(shape)}' if shape is not None else 'nothing'
                 for shape in (given.get(key), expected.get(key))

@@ -1,4 +1,4 @@
-"""What an arch inherits: the weights of the supernet, or a mean of them and of those that it started from."""
+"""What an arch inherits from a supernet: its weights, a mean with those that it started from, or better projections."""
 
 import logging
 import os
@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from ..models.reconstruct import reconstruct
 from ..models.warm_start import warm_start
 from ..spaces.arch import Arch
 from ..train.checkpoint import LoadedModel, load_supernet
@@ -15,7 +16,7 @@ from ..utils.distributed import open_process
 from .accuracy import evaluate, prepare_device, recalibrate_bn
 from .images import SearchData, load_images
 
-__all__ = ['SHARES', 'Blend', 'inherit_blended']
+__all__ = ['SHARES', 'Blend', 'inherit_blended', 'inherit_reconstructed']
 
 _logger = logging.getLogger(__name__)
 
@@ -96,3 +97,48 @@ def inherit_blended(
             what = f'{share:.0%} of the first weights' if len(shares) > 1 else 'Inherited weights'
             _logger.info(f'{what}: {score["top1"]:.2f} % top-1 and a loss of {score["loss"]:.4f} on the search split')
     return Blend(best.cpu().to(memory_format=torch.contiguous_format), chosen, scores, loaded)
+
+
+def inherit_reconstructed(
+    checkpoint: str | os.PathLike,
+    arch: Arch | str,
+    source: nn.Module,
+    *,
+    num_images: int,
+    data: SearchData | None = None,
+    workers: int = 2,
+    device: str | None = None,
+) -> Blend:
+    """Extract an arch of a supernet that is as it started, with projections that come closest to the source's features.
+
+    See `timm_mixpath.reconstruct`. What it inherits is kept, with recalibrated batch norms, where that scores better:
+    the source's features may be no good ones, or the images too few to learn them from.
+
+    Args:
+        checkpoint: Checkpoint of a supernet that was warm-started from `source` and not trained.
+        arch: The arch.
+        source: The network that it started from.
+        num_images: Training images to reconstruct with.
+        data: Images to score with, the held-out ones of the training if None.
+        workers: Processes that decode the images.
+        device: Device, the GPU if there is one and None is given.
+
+    Raises:
+        UsageError: The checkpoint is not of a supernet around `source`, or a number is out of range.
+        RunError: The checkpoint or the images can't be read.
+    """
+    loaded = load_supernet(checkpoint, 'reconstruct', num_images)
+    with open_process(device) as process:
+        supernet = loaded.model.to(device=process.device, memory_format=torch.channels_last).eval()
+        batch_size, _ = prepare_device(process.device, None, None)
+        images = load_images(loaded, data, num_images, batch_size, process.device, workers)
+        with recalibrate_bn(supernet, arch, images.recalibration):
+            inherited, score = supernet.extract(arch), evaluate(supernet, images.batches)
+        model = supernet.extract(arch)
+        reconstruct(model, source.to(process.device), images.recalibration)
+        found = evaluate(model, images.batches)
+    for what, metrics in ('Inherited weights', score), ('Reconstructed', found):
+        _logger.info(f'{what}: {metrics["top1"]:.2f} % top-1 and a loss of {metrics["loss"]:.4f} on the search split')
+    if not found['loss'] < score['loss']:
+        model, found = inherited, score
+    return Blend(model.cpu().to(memory_format=torch.contiguous_format), 0.0, {0.0: found}, loaded)

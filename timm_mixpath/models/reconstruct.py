@@ -1,0 +1,208 @@
+"""Least squares for what a smaller network has left of its backbone: better weights without a training."""
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from timm.models.efficientnet import EfficientNet
+from torch import nn
+
+from ..utils.errors import UsageError
+from .backbone import BackboneNet
+from .backbone_blocks import BlockSite
+from .warm_start import check_source
+
+__all__ = ['RIDGE', 'reconstruct']
+
+# How far weights are drawn to those that are inherited, in shares of the mean variance of the projected features:
+# recipes/warm_start/README.md
+RIDGE = 0.3
+
+# A block that misses less of its backbone's output than this computes the same, but for rounding
+_EXACT = 1e-8
+
+
+@torch.no_grad()
+def reconstruct(
+    model: nn.Module, source: nn.Module, batches: Iterable[tuple[torch.Tensor, Any]], *, ridge: float = RIDGE
+) -> dict[str, tuple[float, float]]:
+    """Give the blocks of a network the projections with which they come closest to its backbone, in place.
+
+    One block after another, from the first that computes something else: its batch norms get the statistics of the
+    images, then its projection the weights that minimise the squared difference to what the backbone has there, on
+    what reaches it in the smaller network. A block in front of blocks that are left out learns what these add, too. It
+    is the reconstruction step of channel pruning (arXiv 1707.06168, section 3.1), for a network that has been chosen.
+
+    Blocks whose projection is no plain 1x1 convolution (some of mixnet), those with a layer scale or a convolution
+    behind it, and those that have no choice keep their weights.
+
+    Args:
+        model: A `mixpath` with the weights that `warm_start` gave it, or an extracted sub-network.
+        source: The backbone whose features are to be met, on the same device.
+        batches: Normalised training images [B, C, H, W] and anything; some hundred in batches of about 100. The
+            features of all of them are kept, at the size of the stem's output.
+        ridge: How far the weights are drawn to those that the network has, in shares of the mean variance of the
+            features that a projection takes; above 0.
+
+    Returns:
+        By block, the shares of the backbone's variance that it misses before and after, on these images. Blocks
+        without an entry were not changed, or are left out.
+
+    Raises:
+        UsageError: The model is none around a backbone, the source is another network, or a value is out of range.
+    """
+    if not isinstance(model, BackboneNet):
+        raise UsageError(f'{type(model).__name__} is no network around a backbone of timm, such as mixpath')
+    if not ridge > 0:
+        raise UsageError(f'ridge={ridge} must be above 0')
+    check_source(model, source)
+    modes = [(network, network.training) for network in (model, source)]
+    weight = model.conv_stem.weight
+    try:
+        for network, _ in modes:
+            network.eval()
+        ours, theirs = [], []
+        for x, _ in batches:
+            x = x.to(weight.device, weight.dtype)
+            ours.append(model.bn1(model.conv_stem(x)))
+            theirs.append(source.bn1(source.conv_stem(x)))
+        if not ours:
+            raise UsageError('there are no images to reconstruct with')
+        return _reconstruct(model, source, ours, theirs, ridge)
+    finally:
+        for network, mode in modes:
+            network.train(mode)
+
+
+def _reconstruct(
+    model: nn.Module, source: nn.Module, ours: list[torch.Tensor], theirs: list[torch.Tensor], ridge: float
+) -> dict[str, tuple[float, float]]:
+    # Blocks of the network, each with those of the backbone that it stands for
+    groups: list[tuple[str, nn.Module, list[nn.Module]]] = []
+    for name, block in ((f'blocks.{i}.{j}', block) for i, s in enumerate(model.blocks) for j, block in enumerate(s)):
+        if isinstance(block, nn.Identity) and groups:
+            groups[-1][2].append(source.get_submodule(name))
+        else:
+            groups.append((name, block, [source.get_submodule(name)]))
+    found: dict[str, tuple[float, float]] = {}
+    is_exact = True
+    for name, block, others in groups:
+        for other in others:
+            _run(other, theirs)
+        if is_exact:
+            outputs = [block(x) for x in ours]
+            missed = sum(_sum_of_squares(y - z) for y, z in zip(theirs, outputs))
+            is_exact = missed < _EXACT * _variation(theirs)
+            if is_exact:
+                ours[:] = outputs
+                continue
+            del outputs
+        _recalibrate(_norms(block), block, ours)
+        if projection := _projection(block, others[0]):
+            found[name] = _fit(block, *projection, ours, theirs, ridge)
+        _run(block, ours)
+    if not is_exact:
+        # The head has the backbone's weights, but sees what the smaller network makes of the images
+        in_front = {id(norm) for part in (model.bn1, model.blocks) for norm in _norms(part)}
+        norms = [norm for norm in _norms(model) if id(norm) not in in_front]
+        has_norm_in_features = isinstance(model, EfficientNet)
+        head = nn.Sequential(model.conv_head, model.bn2) if has_norm_in_features else model.forward_head
+        _recalibrate(norms, head, ours)
+    return found
+
+
+def _run(block: nn.Module, features: list[torch.Tensor]) -> None:
+    for i, x in enumerate(features):
+        features[i] = block(x)  # one after the other: both of all images would take twice the memory
+
+
+def _sum_of_squares(x: torch.Tensor) -> float:
+    return x.double().square().sum().item()
+
+
+def _variation(features: list[torch.Tensor]) -> float:
+    return sum(_sum_of_squares(y - y.mean((0, 2, 3), keepdim=True)) for y in features)
+
+
+def _norms(module: nn.Module) -> list[nn.BatchNorm2d]:
+    return [norm for norm in module.modules() if isinstance(norm, nn.BatchNorm2d) and norm.running_mean is not None]
+
+
+def _recalibrate(norms: list[nn.BatchNorm2d], run: Callable[[torch.Tensor], Any], features: list[torch.Tensor]) -> None:
+    """Set batch norms to the statistics of what reaches them in a part of the network, averaged over the batches."""
+    momenta = [norm.momentum for norm in norms]
+    for norm in norms:
+        norm.reset_running_stats()
+        norm.momentum = None
+        norm.train()
+    for x in features if norms else ():
+        run(x)
+    for norm, momentum in zip(norms, momenta):
+        norm.momentum = momentum
+        norm.eval()
+
+
+def _projection(block: nn.Module, other: nn.Module) -> tuple[nn.Conv2d, nn.BatchNorm2d] | None:
+    """The projection of a block and the norm behind it, None where the block's output is not linear in its input."""
+    site = BlockSite.of(other)
+    if isinstance(block, nn.Identity) or isinstance(site, str):
+        return None
+    name = site.project or site.linear
+    conv = block.get_submodule(name)
+    # timm's pairs of convolution and norm are called so where they are not `sum_norm`
+    norm = block.get_submodule(site.sum_norm if name == site.linear else name.removesuffix('conv') + 'bn')
+    behind = [getattr(block, key, None) for key in ('layer_scale', 'dw_end')]
+    is_plain = isinstance(conv, nn.Conv2d) and conv.groups == 1 and conv.bias is None
+    return (conv, norm) if is_plain and all(isinstance(b, nn.Identity | None) for b in behind) else None
+
+
+def _fit(
+    block: nn.Module,
+    conv: nn.Conv2d,
+    norm: nn.BatchNorm2d,
+    ours: list[torch.Tensor],
+    theirs: list[torch.Tensor],
+    ridge: float,
+) -> tuple[float, float]:
+    """Solve for the change of projection and bias that explains most of what the block's output lacks."""
+    taken: list[torch.Tensor] = []
+    hook = conv.register_forward_pre_hook(lambda _, args: taken.append(args[0]))
+    width = conv.in_channels
+    gram = torch.zeros(width + 1, width + 1, dtype=torch.double)  # of the features and a one
+    moment = torch.zeros(width + 1, conv.out_channels, dtype=torch.double)
+    before, count = 0.0, 0
+    try:
+        for x, y in zip(ours, theirs):
+            lacking = (y - block(x)).movedim(1, -1).flatten(0, -2)
+            features = taken.pop().movedim(1, -1).flatten(0, -2)
+            features = torch.cat([features, features.new_ones(len(features), 1)], 1)
+            gram += (features.T @ features).double().cpu()
+            moment += (features.T @ lacking).double().cpu()
+            before += _sum_of_squares(lacking)
+            count += len(features)
+    finally:
+        hook.remove()
+    mean = gram[width, :width] / count
+    cov = gram[:width, :width] / count - mean.outer(mean)
+    penalty = torch.full((width + 1,), ridge * cov.diag().mean().clamp(min=1e-12).item(), dtype=torch.double)
+    penalty[width] = 0  # the bias is free
+    change = torch.linalg.solve(gram / count + penalty.diag(), moment / count)
+    after = before - 2 * (change * moment).sum().item() + (change * (gram @ change)).sum().item()
+
+    # What projection and norm do together, and then apart again: the norm with the statistics that it will see, the
+    # rows of the projection as long as they were, which a training's step sizes depend on
+    scale, shift = norm.weight.double().cpu(), norm.bias.double().cpu()
+    scale = scale / (norm.running_var.double().cpu() + norm.eps).sqrt()
+    shift = shift - norm.running_mean.double().cpu() * scale + change[width]
+    rows = conv.weight.flatten(1).double().cpu()
+    weight = rows * scale[:, None] + change[:width].T
+    length = rows.norm(dim=1) / weight.norm(dim=1)
+    length = torch.where(length.isfinite() & (length > 0), length, 1.0)
+    conv.weight.copy_((weight * length[:, None]).view_as(conv.weight))
+    norm.running_mean.copy_(weight @ mean * length)
+    variance = torch.einsum('oc,cd,od->o', weight, cov, weight).clamp(min=0) * length**2
+    norm.running_var.copy_(variance)
+    norm.weight.copy_((variance + norm.eps).sqrt() / length)
+    norm.bias.copy_(shift + weight @ mean)
+    total = _variation(theirs)
+    return before / total, after / total
