@@ -315,6 +315,31 @@ def test_pretrained_file_is_that_of_the_backbone_or_of_the_supernet(tmp_path: Pa
     assert all(torch.equal(value, again.state_dict()[key]) for key, value in supernet.state_dict().items())
 
 
+@pytest.mark.parametrize('name', ['mobilenetv3_small_050', 'mobilenetv4_conv_small_035', 'mobilenetv2_050'])
+def test_smaller_output_stride_is_timms(name: str) -> None:
+    """Which timm has for one of its two classes with `features_only` alone."""
+    plain = make_backbone(name)
+    x = torch.randn(1, 3, 64, 64)
+    for output_stride in 8, 16:
+        options = dict(features_only=True, output_stride=output_stride)
+        expected = timm.create_model(name, **options).eval()
+        expected.load_state_dict({key: plain.state_dict()[key] for key in expected.state_dict()})
+        supernet = make_supernet(plain, output_stride=output_stride)
+        net = supernet.extract(supernet.space.default_arch)
+        info = [level['reduction'] for level in supernet.feature_info]
+        assert info == expected.feature_info.reduction() == [level['reduction'] for level in net.feature_info]
+        with torch.inference_mode():
+            for model in supernet, net:
+                features = model.forward_intermediates(x, intermediates_only=True)
+                for given, wanted in zip(features, expected(x)):
+                    torch.testing.assert_close(given, wanted, rtol=1e-5, atol=1e-5)
+        table = cost_table(supernet, (3, 64, 64))
+        assert table.macs(net.arch) == sum(count_macs(net, (3, 64, 64)).values())
+        for kind in 'mixpath', 'mixpath_supernet':
+            given = timm.create_model(kind, backbone=name, **options).eval()(x)
+            assert [y.shape for y in given] == [y.shape for y in expected(x)]
+
+
 @pytest.mark.parametrize('name', ['mixpath', 'mixpath_supernet'])
 def test_own_weights_named_by_folder_or_file(name: str, tmp_path: Path) -> None:
     arch = sample(backbone_space('mobilenetv2_050'), seed=0, step=0)

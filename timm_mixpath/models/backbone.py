@@ -7,9 +7,9 @@ parameter names are timm's. Starting a supernet from a pretrained network is thi
 
 import difflib
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -189,7 +189,7 @@ class BackboneSupernet(Supernet):
         """
         kwargs = self.subnet_kwargs(num_classes)
         with without_memory():
-            network = timm.create_model(self.space.name, **kwargs)
+            network = _build_network(self.space.name, **kwargs)
             return type(self)(network, self.space, kwargs, sum_norm='bn', share_widths=False).eval()
 
     def _prune_like_this(self, model: BackboneNet) -> None:
@@ -432,8 +432,29 @@ def _including(space: BackboneSpace, arch: Arch | str | None) -> BackboneSpace:
     return space.with_max_paths(space.max_paths_limit)
 
 
+def _build_network(
+    name: str, make: Callable[..., nn.Module] | None = None, *, output_stride: int = 32, **kwargs: Any
+) -> nn.Module:
+    """A network as timm builds it, or `make` with the same arguments, dilated for a smaller output stride.
+
+    Of its class MobileNetV3 timm builds dilated blocks for `features_only` alone, without a head.
+    """
+    make = make or partial(timm.create_model, name)
+    if output_stride == 32:
+        return make(**kwargs)
+    if type(plain_network(name)) is EfficientNet:
+        return make(output_stride=output_stride, **kwargs)
+    network = make(**kwargs)
+    of_head = ('num_classes', 'global_pool', 'cache_dir')
+    own = {key: value for key, value in kwargs.items() if key not in of_head}
+    dilated = timm.create_model(name, features_only=True, output_stride=output_stride, **own)
+    dilated.blocks.load_state_dict(network.blocks.state_dict(), assign=True)
+    network.blocks, network.feature_info = dilated.blocks, dilated.feature_info.info
+    return network
+
+
 def _build_net(space: BackboneSpace, arch: Arch | str | None, **kwargs: Any) -> BackboneNet:
-    network = timm.create_model(space.name, **kwargs)
+    network = _build_network(space.name, **kwargs)
     return _NETS[type(network)](network, _including(space, arch), arch)
 
 
@@ -477,10 +498,9 @@ def _create(variant: str, pretrained: bool, backbone: str | None = None, **kwarg
         overlay = {key: value for key, value in overlay.items() if key not in SOURCE_KEYS}
 
     def make_network(**network_kwargs: Any) -> nn.Module:
-        network_kwargs = {**network_kwargs, 'cache_dir': kwargs.get('cache_dir')}
-        if not from_backbone:
-            return timm.create_model(name, **network_kwargs)
-        return _pretrained_network(backbone, network_cfg, **network_kwargs)
+        network_kwargs['cache_dir'] = kwargs.get('cache_dir')
+        make = partial(_pretrained_network, backbone, network_cfg) if from_backbone else None
+        return _build_network(name, make, **network_kwargs)
 
     def make_model(
         arch: str | None = None,
