@@ -376,6 +376,8 @@ def test_own_weights_named_by_folder_or_file(name: str, tmp_path: Path) -> None:
         (dict(backbone='efficientnet_b0.nope'), r"no weights with the tag 'nope', there are .*ra_in1k"),
         (dict(kernel_sizes=(3, 4, 5)), 'kernel 4 is not an odd'),
         (dict(kernel_sizes=(3, 7)), r'kernel_sizes=\(3, 7\) lack the 5 that blocks.2.0'),
+        (dict(kernel_sizes='357'), "kernel_sizes='357' must be odd numbers, such as 3,5,7"),
+        (dict(kernel_sizes=(3, 5.0)), r'kernel_sizes=\(3, 5\.0\) must be odd numbers'),
         (dict(kernel_sizes=(3, 5, 5)), 'kernel 5 is given twice'),
         (dict(m=4), 'm=4 is out of range'),
         (dict(expansions=(0.5,)), r'expansions=\(0.5,\) must be shares'),

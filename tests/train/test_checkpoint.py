@@ -224,3 +224,13 @@ def test_sync_bn_on_cpus_is_one_sentence(digits: Path, tmp_path: Path) -> None:
     done = torchrun(*words, '--device', 'cpu', '--img-size', '16', '--output', str(tmp_path), '-j', '0', '-b', '16')
     assert done.returncode != 0 and '--sync-bn works on GPUs only' in done.stderr
     assert 'in _train' not in done.stderr  # torchrun's own report of a failed process has a traceback, ours has none
+
+
+def test_weights_of_the_backbone_have_an_option_of_their_own(tmp_path: Path) -> None:
+    network = timm.create_model('mobilenetv3_small_050', num_classes=10)
+    path = str(tmp_path / 'backbone.safetensors')
+    save_file(network.state_dict(), path)
+    supernet = timm.create_model('mixpath_supernet', backbone='mobilenetv3_small_050', num_classes=3)
+    args = default_args(model='mixpath_supernet', model_kwargs=dict(backbone='mobilenetv3_small_050'))
+    with pytest.raises(RunError, match=f'weights of its backbone; start from them with --pretrained .* {path}$'):
+        load_weights(supernet, path, args)

@@ -57,6 +57,7 @@ __all__ = [
     'check_weights',
     'describe_origin',
     'inherited',
+    'is_backbones',
     'list_backbones',
     'plain_network',
 ]
@@ -290,6 +291,8 @@ def backbone_space(
         )
     if isinstance(kernel_sizes, int):
         kernel_sizes = (kernel_sizes,)
+    if kernel_sizes is not None and not all(type(size) is int for size in kernel_sizes):
+        raise UsageError(f'kernel_sizes={kernel_sizes!r} must be odd numbers, such as 3,5,7')
     network = plain_network(name)
     specs: list[BlockSpec] = []
     choices: list[BlockChoice] = []
@@ -592,6 +595,12 @@ def _difference(state_dict: dict[str, Any], network: nn.Module) -> str | None:
             )
             return f'they have {found} at {key}, it has {needed}'
     return None
+
+
+def is_backbones(state_dict: dict[str, Any], model: nn.Module) -> bool:
+    """Whether weights are those of the backbone of a model, with any classes and input channels."""
+    is_on_one = isinstance(model, BackboneNet | BackboneSupernet)
+    return is_on_one and _difference(state_dict, plain_network(model.space.name)) is None
 
 
 def check_weights(backbone: str, path: str) -> None:

@@ -18,7 +18,7 @@ from timm.models import adapt_input_conv, clean_state_dict, get_model_args, load
 from timm.utils import CheckpointSaver
 from torch import nn
 
-from ..models.backbone import BackboneNet, BackboneSupernet, describe_origin
+from ..models.backbone import BackboneNet, BackboneSupernet, describe_origin, is_backbones
 from ..models.pretrained import PREPROCESSING, SOURCE_KEYS, config_beside, preprocessing_beside, readable
 from ..models.supernet import Supernet
 from ..utils.errors import RunError, UsageError, as_usage_error, concise
@@ -303,7 +303,10 @@ def load_weights(model: nn.Module, path: str, args: Namespace) -> None:
     except RunError:
         raise
     except RuntimeError as e:
-        problem = _what_differs(path, args) or ' '.join(line.strip() for line in str(e).splitlines()[1:3])[:300]
+        problem = _what_differs(path, args)
+        if is_backbones(state_dict, model):
+            problem = f'it holds weights of its backbone; start from them with --pretrained --pretrained-path {path}'
+        problem = problem or ' '.join(line.strip() for line in str(e).splitlines()[1:3])[:300]
         raise RunError(f'--initial-checkpoint {path!r} does not fit {args.model}: {problem}') from None
     _normalise_alike(path, args, own[first].shape[1] if first in own else 3)
     if args.head_init_scale not in (None, 1) and not left_out:
