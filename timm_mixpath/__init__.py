@@ -12,7 +12,7 @@ from .models.backbone import backbone_space, list_backbones
 from .models.cellnet import CellNet, CellSupernet
 from .models.layers import ShadowBatchNorm2d
 from .models.mixpath import MixPath, MixPathSupernet, register_space
-from .models.reconstruct import reconstruct
+from .models.refit import refit
 from .models.supernet import Supernet
 from .models.warm_start import warm_start
 from .spaces.arch import Arch, BlockChoice
@@ -46,7 +46,7 @@ __all__ = [
     'get_space',
     'list_backbones',
     'list_spaces',
-    'reconstruct',
+    'refit',
     'register_space',
     'sample',
     'warm_start',

@@ -57,7 +57,7 @@ def interrupt(*_: object, **__: object) -> None:
 def test_supernet_is_searched_as_it_starts(
     tiny: AdaptConfig, tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    config = replace(tiny, supernet_epochs=0, winner_epochs=2, reconstruction_images=0)
+    config = replace(tiny, supernet_epochs=0, winner_epochs=2, refit_images=0)
     monkeypatch.setattr('timm_mixpath.cli.adapt.inherit_blended', interrupt)
     with pytest.raises(KeyboardInterrupt):
         run_adapt(config, tmp_path / 'job')
@@ -99,7 +99,7 @@ def test_supernet_is_searched_as_it_starts(
 
 
 def test_winner_without_a_training(tiny: AdaptConfig, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    config = replace(tiny, supernet_epochs=0, winner_epochs=0, reconstruction_images=100)
+    config = replace(tiny, supernet_epochs=0, winner_epochs=0, refit_images=100)
     folder = run_adapt(config, tmp_path)
     assert 'fine-tuned for 1 epochs, the winner not at all.' in capsys.readouterr().out
     assert not (tmp_path / 'winner').exists()
@@ -246,7 +246,7 @@ def test_all_stages_see_images_as_the_tag_does(tiny: AdaptConfig, tmp_path: Path
         (dict(latency_table='none.json'), "latency table 'none.json' can not be read"),
         (dict(m=9), 'm=9 is out of range'),
         (dict(winner_epochs=-1), '--winner-epochs -1 must be at least 0'),
-        (dict(reconstruction_images=-1), '--reconstruction-images -1 must be at least 0'),
+        (dict(refit_images=-1), '--refit-images -1 must be at least 0'),
         (dict(supernet_epochs=-1), '--supernet-epochs -1 must be at least 0'),
         (dict(train_split='nope'), 'nope'),
         # which the search or the first training would find

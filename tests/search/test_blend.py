@@ -7,7 +7,7 @@ from conftest import small_args
 
 import timm_mixpath
 from timm_mixpath.search.accuracy import evaluate, recalibrate_bn
-from timm_mixpath.search.blend import SHARES, inherit_blended, inherit_reconstructed
+from timm_mixpath.search.blend import SHARES, inherit_blended, inherit_refitted
 from timm_mixpath.search.images import SearchData, load_images
 from timm_mixpath.train.checkpoint import load_model, write_checkpoint
 from timm_mixpath.train.loop import train
@@ -65,7 +65,7 @@ def test_source_of_another_network_is_refused(checkpoint: Path) -> None:
 
 
 @pytest.mark.parametrize('is_better', [True, False])
-def test_reconstructed_where_that_scores_better(
+def test_refitted_where_that_scores_better(
     checkpoint: Path, source: torch.nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_better: bool
 ) -> None:
     loaded = load_model(checkpoint)
@@ -80,9 +80,9 @@ def test_reconstructed_where_that_scores_better(
         assert images.batches.num_images == 20
     (x, _), *_ = images.batches
 
-    def reconstruct(model: torch.nn.Module, source: torch.nn.Module, batches: object) -> None:
+    def refit(model: torch.nn.Module, source: torch.nn.Module, batches: object) -> None:
         """The classes as they are, or anything but them."""
-        timm_mixpath.reconstruct(model, source, batches)
+        timm_mixpath.refit(model, source, batches)
         with torch.no_grad():
             model.eval()
             features = model.forward_head(model.forward_features(x), pre_logits=True)
@@ -91,8 +91,8 @@ def test_reconstructed_where_that_scores_better(
             model.classifier.weight.copy_(torch.linalg.lstsq(features, targets).solution.T)
             model.classifier.bias.zero_()
 
-    monkeypatch.setattr('timm_mixpath.search.blend.reconstruct', reconstruct)
-    found = inherit_reconstructed(
+    monkeypatch.setattr('timm_mixpath.search.blend.refit', refit)
+    found = inherit_refitted(
         tmp_path / 'start.pth.tar', arch, source, num_images=64, data=data, workers=0, device='cpu'
     )
     loss = evaluate(found.model, images.batches)['loss']

@@ -26,7 +26,7 @@ from ..models.latency_table import LatencyTable
 from ..models.pretrained import PREPROCESSING
 from ..models.warm_start import warm_start
 from ..search.accuracy import evaluate, prepare_device
-from ..search.blend import SHARES, inherit_blended, inherit_reconstructed
+from ..search.blend import SHARES, inherit_blended, inherit_refitted
 from ..search.config import SearchConfig
 from ..search.front import print_result
 from ..search.images import SearchData
@@ -83,8 +83,8 @@ class AdaptConfig:
         generations: Generations of the search.
         num_images: Number of images to score archs with, at most.
         recalibration_images: Training images to recalibrate the batch norms of every candidate with, 0 for none.
-        reconstruction_images: Training images on which the blocks of the winner are brought near the backbone's before
-            it is trained, see `timm_mixpath.reconstruct`, 0 for none; not behind a supernet that was trained.
+        refit_images: Training images on which the blocks of the winner are brought near the backbone's before
+            it is trained, see `timm_mixpath.refit`, 0 for none; not behind a supernet that was trained.
         lr: Learning rate of AdamW for the supernet and the winner; a quarter of it for the backbone, and for a winner
             that starts within 3 points of the backbone's top-1.
         distill: The fine-tuned backbone teaches the supernet and the winner.
@@ -116,7 +116,7 @@ class AdaptConfig:
     generations: int = 10
     num_images: int = 500
     recalibration_images: int = 256
-    reconstruction_images: int = 512
+    refit_images: int = 512
     lr: float = 1e-3
     distill: bool = True
     seed: int = 0
@@ -154,7 +154,7 @@ def run_adapt(config: AdaptConfig, output: str | os.PathLike) -> Path:
         raise UsageError('no images: pass --data-dir DIR with train/ and validation/, or --dataset NAME')
     # The search would find its own only behind hours of training
     at_least = dict.fromkeys(('img_size', 'finetune_epochs', 'batch_size', 'num_images'), 1)
-    at_least |= dict.fromkeys(('recalibration_images', 'reconstruction_images', 'supernet_epochs', 'winner_epochs'), 0)
+    at_least |= dict.fromkeys(('recalibration_images', 'refit_images', 'supernet_epochs', 'winner_epochs'), 0)
     for option, least in at_least.items():
         if (number := getattr(config, option)) is not None and number < least:
             raise UsageError(f'--{option.replace("_", "-")} {number} must be at least {least}')
@@ -282,7 +282,7 @@ _OF_THE_SUPERNET = ('supernet_epochs', 'm', 'distill')
 # Options that may differ between a job and the one whose backbone it uses
 _NOT_OF_THE_BACKBONE = frozenset({
     'max_macs', 'max_params', 'max_latency', 'latency_table', 'generations', 'num_images', 'recalibration_images',
-    'reconstruction_images', 'reuse', 'workers', 'device', 'cpu_kernels', 'winner_epochs', *_OF_THE_SUPERNET,
+    'refit_images', 'reuse', 'workers', 'device', 'cpu_kernels', 'winner_epochs', *_OF_THE_SUPERNET,
 })  # fmt: skip
 
 
@@ -385,10 +385,8 @@ class _Job:
             source = timm.create_model(f'local-dir:{teacher}', pretrained=True)
             common: dict[str, Any] = dict(workers=config.workers, device=config.device)
             common['data'] = SearchData(num_images=config.num_images)
-            if not config.supernet_epochs and config.reconstruction_images:
-                blend = inherit_reconstructed(
-                    checkpoint, arch, source, num_images=config.reconstruction_images, **common
-                )
+            if not config.supernet_epochs and config.refit_images:
+                blend = inherit_refitted(checkpoint, arch, source, num_images=config.refit_images, **common)
             else:
                 shares = SHARES if config.supernet_epochs else SHARES[:1]
                 common['recalibration_images'] = config.recalibration_images
@@ -528,7 +526,7 @@ def add_adapt(parser: argparse.ArgumentParser) -> None:
     add('--num-images', type=parse_count, default=500, metavar='N', help='images to score archs with (default: 500)')
     add('--recalibration-images', type=parse_count, default=256, metavar='N', help='0 for none (default: 256)')
     add(
-        '--reconstruction-images',
+        '--refit-images',
         type=parse_count,
         default=512,
         metavar='N',

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from ..models.reconstruct import reconstruct
+from ..models.refit import refit
 from ..models.warm_start import warm_start
 from ..spaces.arch import Arch
 from ..train.checkpoint import LoadedModel, load_supernet
@@ -16,7 +16,7 @@ from ..utils.distributed import open_process
 from .accuracy import evaluate, prepare_device, recalibrate_bn
 from .images import SearchData, load_images
 
-__all__ = ['SHARES', 'Blend', 'inherit_blended', 'inherit_reconstructed']
+__all__ = ['SHARES', 'Blend', 'inherit_blended', 'inherit_refitted']
 
 _logger = logging.getLogger(__name__)
 
@@ -99,7 +99,7 @@ def inherit_blended(
     return Blend(best.cpu().to(memory_format=torch.contiguous_format), chosen, scores, loaded)
 
 
-def inherit_reconstructed(
+def inherit_refitted(
     checkpoint: str | os.PathLike,
     arch: Arch | str,
     source: nn.Module,
@@ -111,14 +111,14 @@ def inherit_reconstructed(
 ) -> Blend:
     """Extract an arch of a supernet that is as it started, with projections that come closest to the source's features.
 
-    See `timm_mixpath.reconstruct`. What it inherits is kept, with recalibrated batch norms, where that scores better:
+    See `timm_mixpath.refit`. What it inherits is kept, with recalibrated batch norms, where that scores better:
     the source's features may be no good ones, or the images too few to learn them from.
 
     Args:
         checkpoint: Checkpoint of a supernet that was warm-started from `source` and not trained.
         arch: The arch.
         source: The network that it started from.
-        num_images: Training images to reconstruct with.
+        num_images: Training images to refit with.
         data: Images to score with, the held-out ones of the training if None.
         workers: Processes that decode the images.
         device: Device, the GPU if there is one and None is given.
@@ -127,7 +127,7 @@ def inherit_reconstructed(
         UsageError: The checkpoint is not of a supernet around `source`, or a number is out of range.
         RunError: The checkpoint or the images can't be read.
     """
-    loaded = load_supernet(checkpoint, 'reconstruct', num_images)
+    loaded = load_supernet(checkpoint, 'refit', num_images)
     with open_process(device) as process:
         supernet = loaded.model.to(device=process.device, memory_format=torch.channels_last).eval()
         batch_size, _ = prepare_device(process.device, None, None)
@@ -135,9 +135,9 @@ def inherit_reconstructed(
         with recalibrate_bn(supernet, arch, images.recalibration):
             inherited, score = supernet.extract(arch), evaluate(supernet, images.batches)
         model = supernet.extract(arch)
-        reconstruct(model, source.to(process.device), images.recalibration)
+        refit(model, source.to(process.device), images.recalibration)
         found = evaluate(model, images.batches)
-    for what, metrics in ('Inherited weights', score), ('Reconstructed', found):
+    for what, metrics in ('Inherited weights', score), ('Refitted', found):
         _logger.info(f'{what}: {metrics["top1"]:.2f} % top-1 and a loss of {metrics["loss"]:.4f} on the search split')
     if not found['loss'] < score['loss']:
         model, found = inherited, score

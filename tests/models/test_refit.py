@@ -9,7 +9,7 @@ import torch
 from backbones import exact_archs, make_backbone
 from torch import nn
 
-from timm_mixpath import Arch, backbone_space, reconstruct, warm_start
+from timm_mixpath import Arch, backbone_space, refit, warm_start
 from timm_mixpath.utils.errors import UsageError
 
 FAMILIES = ['mobilenetv2_050', 'mobilenetv3_small_050', 'tf_efficientnet_lite0', 'mobilenetv4_conv_small_035']
@@ -71,7 +71,7 @@ def test_network_comes_nearer_to_its_backbone(name: str) -> None:
     with torch.inference_mode():
         expected = source.forward_features(x)
         before = (net.forward_features(x) - expected).square().mean()
-    missed = reconstruct(net, source, batches)
+    missed = refit(net, source, batches)
     assert missed and all(0 <= after <= first for first, after in missed.values())
     assert sum(after for _, after in missed.values()) < 0.9 * sum(first for first, _ in missed.values())
     with torch.inference_mode():
@@ -100,7 +100,7 @@ def test_first_changed_block_is_the_solution_of_the_least_squares() -> None:
     batches = images()
     inputs = [features(source, x) for x, _ in batches]
     previous = space.block_names[changed - 1]
-    reconstruct(net, source, batches, ridge=1e-9)
+    refit(net, source, batches, ridge=1e-9)
 
     # Inside the block the norms have the statistics of the images, averaged over batches
     for norm in (block.bn1, block.bn2):
@@ -139,7 +139,7 @@ def test_what_computes_the_same_is_left_as_it_is(name: str) -> None:
     for arch in (backbone_space(name).default_arch, exact_archs(backbone_space(name), 1)[0]):
         net = make_net(source, arch)
         before = copy.deepcopy(net.state_dict())
-        assert reconstruct(net, source, images(1)) == {}
+        assert refit(net, source, images(1)) == {}
         assert all(torch.equal(value, before[key]) for key, value in net.state_dict().items())
 
 
@@ -157,7 +157,7 @@ def test_projections_in_groups_keep_their_weights() -> None:
     net = make_net(source, Arch.from_blocks(blocks))
     name = space.block_names[index]
     before = copy.deepcopy(net.get_submodule(name).state_dict())
-    missed = reconstruct(net, source, images(2))
+    missed = refit(net, source, images(2))
     assert missed and name not in missed
     after = net.get_submodule(name).state_dict()
     assert {key.split('.')[-1] for key, value in after.items() if not torch.equal(value, before[key])} == {
@@ -172,7 +172,7 @@ def test_modes_and_dtype_are_kept() -> None:
     net = make_net(source.double(), smaller('mobilenetv3_small_050')).float().train()
     source = source.float()
     batches = [(x.float(), None) for x, _ in images(2)]
-    assert reconstruct(net, source, iter(batches))
+    assert refit(net, source, iter(batches))
     assert net.training and not source.training
     assert all(v.dtype in (torch.float32, torch.int64) and v.isfinite().all() for v in net.state_dict().values())
     assert all(module.momentum is not None for module in net.modules() if isinstance(module, nn.BatchNorm2d))
@@ -190,5 +190,5 @@ def test_wrong_values_change_nothing() -> None:
         (net, source, images(1), float('nan'), 'ridge=nan must be above 0'),
     ):
         with pytest.raises(UsageError, match=message):
-            reconstruct(model, other, batches, ridge=ridge)
+            refit(model, other, batches, ridge=ridge)
     assert all(torch.equal(value, before[key]) for key, value in net.state_dict().items())

@@ -12,7 +12,7 @@ from .backbone import BackboneNet
 from .backbone_blocks import BlockSite
 from .warm_start import check_source
 
-__all__ = ['RIDGE', 'reconstruct']
+__all__ = ['RIDGE', 'refit']
 
 # How far weights are drawn to those that are inherited, in shares of the mean variance of the projected features:
 # recipes/warm_start/README.md
@@ -23,7 +23,7 @@ _EXACT = 1e-8
 
 
 @torch.no_grad()
-def reconstruct(
+def refit(
     model: nn.Module, source: nn.Module, batches: Iterable[tuple[torch.Tensor, Any]], *, ridge: float = RIDGE
 ) -> dict[str, tuple[float, float]]:
     """Give the blocks of a network the projections with which they come closest to its backbone, in place.
@@ -67,14 +67,14 @@ def reconstruct(
             ours.append(model.bn1(model.conv_stem(x)))
             theirs.append(source.bn1(source.conv_stem(x)))
         if not ours:
-            raise UsageError('there are no images to reconstruct with')
-        return _reconstruct(model, source, ours, theirs, ridge)
+            raise UsageError('there are no images to refit with')
+        return _refit(model, source, ours, theirs, ridge)
     finally:
         for network, mode in modes:
             network.train(mode)
 
 
-def _reconstruct(
+def _refit(
     model: nn.Module, source: nn.Module, ours: list[torch.Tensor], theirs: list[torch.Tensor], ridge: float
 ) -> dict[str, tuple[float, float]]:
     # Blocks of the network, each with those of the backbone that it stands for
