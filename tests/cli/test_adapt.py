@@ -128,6 +128,30 @@ def test_backbone_itself_is_chosen(
     assert 'The search chose the backbone itself' in caplog.text and '--supernet-epochs 5' in caplog.text
 
 
+@pytest.mark.parametrize(
+    'img_size, max_macs, expected',
+    [(64, 2_000_000, 48), (64, 1_200_000, 32), (64, 2_288_448, None), (64, 3_000_000, None), (60, 1_900_000, 48)],
+)
+def test_smaller_images_are_the_other_way_to_a_limit(
+    tiny: AdaptConfig,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+    img_size: int,
+    max_macs: int,
+    expected: int | None,
+) -> None:
+    monkeypatch.setattr('timm_mixpath.cli.adapt._Job.train', interrupt)
+    with pytest.raises(KeyboardInterrupt), caplog.at_level('INFO'):
+        run_adapt(replace(tiny, img_size=img_size, max_macs=max_macs), tmp_path / 'job')
+    backbone = timm.create_model(BACKBONE, num_classes=10, device='meta').eval()
+    macs = {size: sum(count_macs(backbone, (3, size, size)).values()) for size in (32, 48, img_size)}
+    within = max((size for size in macs if macs[size] <= max_macs), default=None)
+    assert (within if within != img_size else None) == expected
+    text = f'With images of {expected}x{expected} pixels the backbone itself has less than {max_macs / 1e6:g} M MACs'
+    assert (text in caplog.text) == (expected is not None) == ('With images of' in caplog.text)
+
+
 @pytest.mark.parametrize('near, factor', [(-100.0, 1), (100.0, 4)])
 def test_winner_is_trained_gently_where_it_starts_near_the_backbone(
     tiny: AdaptConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, near: float, factor: int

@@ -203,6 +203,11 @@ def run_adapt(config: AdaptConfig, output: str | os.PathLike) -> Path:
         f'{config.backbone} has {own_macs / 1e6:.1f} M MACs at {size}x{size} pixels, the networks around it '
         f'{low / 1e6:.1f} to {high / 1e6:.1f} M'
     )
+    if config.max_macs and (smaller := _smaller_images(name, len(classes), size, config.max_macs)):
+        _logger.info(
+            f'With images of {smaller}x{smaller} pixels the backbone itself has less than {config.max_macs / 1e6:g} M '
+            f'MACs: where details matter little, an --img-size of {smaller} or a little more is the better way there'
+        )
 
     with job_folder(output, config, 'adapt.json') as output:
         # The supernet and the winner know the name of the backbone only, not the tag, whose preprocessing may differ
@@ -428,6 +433,15 @@ class _Job:
             params=sum(p.numel() for p in loaded.model.parameters()),
             latency_ms=round(measure_latency(loaded.model, input_size=size, **how), 2),
         )
+
+
+def _smaller_images(name: str, num_classes: int, size: int, max_macs: int) -> int | None:
+    """Largest size of images below `size` with which a network is within a limit; None if it is with `size`."""
+    network = timm.create_model(name, num_classes=num_classes, device='meta').eval()
+    for smaller in (size, *range((size - 1) // 16 * 16, 31, -16)):
+        if sum(count_macs(network, (3, smaller, smaller)).values()) <= max_macs:
+            return smaller if smaller < size else None
+    return None
 
 
 class _Stages:
