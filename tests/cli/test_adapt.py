@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 from argparse import Namespace
 from dataclasses import replace
 from pathlib import Path
@@ -11,6 +12,7 @@ import timm
 import torch
 from safetensors.torch import save_file
 
+import timm_mixpath
 from timm_mixpath import backbone_space, cli
 from timm_mixpath.cli.adapt import AdaptConfig, run_adapt
 from timm_mixpath.models.cost import count_macs
@@ -96,11 +98,27 @@ def test_supernet_is_searched_as_it_starts(
         name for name in ('other', 'trained', 'same', 'more paths') if (tmp_path / name / 'supernet').exists()
     ]
     assert with_supernet == ['trained', 'more paths']
+    # which is not used by a job that has one, wherever it appears later
+    shutil.rmtree('more paths/model')
+    shutil.copytree('more paths/supernet', 'trained/supernet', dirs_exist_ok=True)
+    (tmp_path / 'trained' / 'supernet' / 'last.pth.tar').write_bytes(b'of others')
+    run_adapt(replace(config, reuse='trained', data_dir=images, m=3), 'more paths')
+    assert (tmp_path / 'more paths' / 'model').exists()
 
 
-def test_winner_without_a_training(tiny: AdaptConfig, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+def test_winner_without_a_training(
+    tiny: AdaptConfig, tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
     config = replace(tiny, supernet_epochs=0, winner_epochs=0, refit_images=100)
+    refits: list[int] = []
+
+    def refit(model: torch.nn.Module, source: torch.nn.Module, batches: list) -> None:
+        timm_mixpath.refit(model, source, batches)
+        refits.append(sum(len(x) for x, _ in batches))
+
+    monkeypatch.setattr('timm_mixpath.search.blend.refit', refit)
     folder = run_adapt(config, tmp_path)
+    assert refits == [100]
     assert 'fine-tuned for 1 epochs, the winner not at all.' in capsys.readouterr().out
     assert not (tmp_path / 'winner').exists()
     assert config.data_dir is not None
@@ -171,6 +189,10 @@ def test_job_is_cut_off_and_goes_on(
     kept = ['backbone/last.pth.tar', 'supernet/last.pth.tar', 'search/archive.jsonl']
     before = [(tmp_path / name).read_bytes() for name in kept]
     monkeypatch.undo()
+    # A version without an option has not written it
+    job = json.loads((tmp_path / 'adapt.json').read_text())
+    del job['refit_images']
+    (tmp_path / 'adapt.json').write_text(json.dumps(job))
 
     folder = run_adapt(tiny, tmp_path)
     assert [(tmp_path / name).read_bytes() for name in kept] == before

@@ -262,18 +262,19 @@ def test_folder_holds_the_defaults_that_made_the_weights(
 ) -> None:
     model = timm.create_model(name, backbone='mobilenetv3_small_050', num_classes=3).eval()
     default = timm.create_model(name, num_classes=3)
-    for folder, saved in ('named', model), ('default', default):
+    mixed = timm.create_model(name, backbone='mixnet_s', num_classes=3)  # kernels of its own in every block
+    for folder, saved in ('named', model), ('default', default), ('mixed', mixed):
         save_for_hf(saved, tmp_path / folder, safe_serialization=True)
     # As a later version might have them
     monkeypatch.setattr(backbone_module, '_KERNEL_SIZES', (3, 5))
     monkeypatch.setattr(backbone_module, 'DEFAULT_BACKBONE', 'mobilenetv3_small_050')
-    for folder, saved in ('named', model), ('default', default):
+    for folder, saved in ('named', model), ('default', default), ('mixed', mixed):
         again = timm.create_model(f'local-dir:{tmp_path / folder}', pretrained=True).eval()
         assert again.space.name == saved.space.name and again.state_dict().keys() == saved.state_dict().keys()
         assert name == 'mixpath' or again.space == saved.space
     config = json.loads((tmp_path / 'named' / 'config.json').read_text())
     if name == 'mixpath_supernet':
-        expected = dict(kernel_sizes=[3, 5, 7], expansions=[0.5, 0.75, 1.0], skip=True, share_widths=True)
+        expected = dict(more_kernel_sizes=[3, 5, 7], expansions=[0.5, 0.75, 1.0], skip=True, share_widths=True)
         assert config['model_args'].items() >= dict(expected, m=2, sum_norm='sbn').items()
 
 

@@ -1,6 +1,7 @@
 """Least squares against plain references, for networks of every family."""
 
 import copy
+from collections.abc import Iterator
 from dataclasses import replace
 
 import pytest
@@ -12,7 +13,13 @@ from torch import nn
 from timm_mixpath import Arch, backbone_space, refit, warm_start
 from timm_mixpath.utils.errors import UsageError
 
-FAMILIES = ['mobilenetv2_050', 'mobilenetv3_small_050', 'tf_efficientnet_lite0', 'mobilenetv4_conv_small_035']
+FAMILIES = [
+    'mobilenetv2_050',
+    'mobilenetv3_small_050',
+    'tf_efficientnet_lite0',
+    'mobilenetv4_conv_small_035',
+    'lcnet_050',  # with an activation behind the projection
+]
 
 
 def images(count: int = 3, size: int = 64, seed: int = 0) -> list[tuple[torch.Tensor, None]]:
@@ -30,15 +37,17 @@ def make_net(source: nn.Module, arch: str | Arch) -> nn.Module:
 
 
 def smaller(name: str, every: int = 2) -> Arch:
-    """The backbone's arch with every other block narrower or left out, where it can be."""
+    """The backbone's arch with every other block narrower or left out where it can be, or else with a small kernel."""
     space = backbone_space(name)
     blocks = list(space.default_arch.blocks)
     for index in range(1, len(blocks), every):
         spec = space.blocks[index]
         if spec.can_skip and index % 4 == 1:
             blocks[index] = type(blocks[index])((), 0)
-        else:
+        elif len(spec.expand_ratios) > 1:
             blocks[index] = replace(blocks[index], expand_ratio=min(spec.expand_ratios))
+        else:  # of lcnet nothing but kernels can get smaller
+            blocks[index] = replace(blocks[index], groups=((min(spec.kernel_sizes),),))
     return Arch.from_blocks(blocks)
 
 
@@ -81,7 +90,8 @@ def test_network_comes_nearer_to_its_backbone(name: str) -> None:
     last = max(missed, key=lambda key: tuple(map(int, key.split('.')[1:])))
     ours, theirs = ([features(model, x)[last] for x, _ in batches] for model in (net, source))
     lacking = sum((a - b).square().sum() for a, b in zip(ours, theirs))
-    varies = sum((b - b.mean((0, 2, 3), keepdim=True)).square().sum() for b in theirs)
+    together = torch.cat(theirs)
+    varies = (together - together.mean((0, 2, 3), keepdim=True)).square().sum()
     assert missed[last][1] == pytest.approx((lacking / varies).item(), rel=1e-5)
 
 
@@ -170,25 +180,82 @@ def test_projections_in_groups_keep_their_weights() -> None:
 def test_modes_and_dtype_are_kept() -> None:
     source = make_backbone('mobilenetv3_small_050')
     net = make_net(source.double(), smaller('mobilenetv3_small_050')).float().train()
+    net.bn1.eval()
     source = source.float()
+    modes = [module.training for module in net.modules()]
     batches = [(x.float(), None) for x, _ in images(2)]
     assert refit(net, source, iter(batches))
-    assert net.training and not source.training
+    assert [module.training for module in net.modules()] == modes and not source.training
     assert all(v.dtype in (torch.float32, torch.int64) and v.isfinite().all() for v in net.state_dict().values())
     assert all(module.momentum is not None for module in net.modules() if isinstance(module, nn.BatchNorm2d))
+
+
+@pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16])
+def test_half_precision(dtype: torch.dtype) -> None:
+    source = make_backbone('mobilenetv2_050').double()
+    net, exact = make_net(source, smaller('mobilenetv2_050')), make_net(source, source_arch(source, larger=True))
+    for model in source, net, exact:
+        model.to(dtype)
+    # More pixels than float16 can count
+    batches = [(x.to(dtype), None) for x, _ in images(1, size=192)]
+    assert batches[0][0][:, 0, ::2, ::2].numel() > torch.finfo(torch.float16).max
+    missed = refit(net, source, batches)
+    assert missed and all(0 <= after <= first < 100 for first, after in missed.values())
+    assert sum(after for _, after in missed.values()) < 0.9 * sum(first for first, _ in missed.values())
+    assert all(value.isfinite().all() for value in net.state_dict().values())
+    # Rounding adds up from block to block, but does not make the first ones others
+    assert not {'blocks.0.0', 'blocks.1.0', 'blocks.1.1'} & refit(exact, source, batches).keys()
+
+
+def source_arch(source: nn.Module, larger: bool) -> Arch:
+    space = backbone_space(source.pretrained_cfg['architecture'])
+    return exact_archs(space, 1)[0] if larger else space.default_arch
+
+
+def test_images_count_the_same_in_batches_of_any_size() -> None:
+    source = make_backbone('mobilenetv2_050').double()
+    x = torch.cat([batch for batch, _ in images(2)])[:33]
+    arch = smaller('mobilenetv2_050')
+    whole, uneven = make_net(source, arch), make_net(source, arch)
+    first = refit(whole, source, [(x, None)])
+    second = refit(uneven, source, [(x[:30], None), (x[30:], None)])
+    assert first.keys() == second.keys()
+    for name, shares in first.items():
+        assert second[name] == pytest.approx(shares, rel=0.1), name
 
 
 def test_wrong_values_change_nothing() -> None:
     source = make_backbone('mobilenetv3_small_050').double()
     net = make_net(source, smaller('mobilenetv3_small_050'))
-    before = copy.deepcopy(net.state_dict())
-    for model, other, batches, ridge, message in (
-        (source, source, images(1), 0.3, 'MobileNetV3 is no network around a backbone'),
-        (net, make_backbone('mobilenetv3_small_075'), images(1), 0.3, 'not those of mobilenetv3_small_050'),
-        (net, source, [], 0.3, 'there are no images'),
-        (net, source, images(1), 0.0, r'ridge=0\.0 must be above 0'),
-        (net, source, images(1), float('nan'), 'ridge=nan must be above 0'),
+    dilated = timm.create_model(
+        'mixpath', backbone='mobilenetv3_small_050', arch=net.arch, num_classes=10, output_stride=8
+    ).double()
+
+    def interrupted() -> Iterator[tuple[torch.Tensor, None]]:
+        yield from images(1)
+        raise KeyboardInterrupt
+
+    for model, other, batches, ridge, error, message in (
+        (source, source, images(1), 0.3, UsageError, 'MobileNetV3 is no network around a backbone'),
+        (net, make_backbone('mobilenetv3_small_075'), images(1), 0.3, UsageError, 'not those of mobilenetv3_small_050'),
+        (net, source, [], 0.3, UsageError, 'there are no images'),
+        (net, source, images(1), 0.0, UsageError, r'ridge=0\.0 must be above 0'),
+        (net, source, images(1), float('nan'), UsageError, 'ridge=nan must be above 0'),
+        (
+            net,
+            copy.deepcopy(source).float(),
+            images(1),
+            0.3,
+            UsageError,
+            r'the source is of torch\.float32, the model of',
+        ),
+        (net, source, [(images(1, 32)[0][0][:1], None)], 0.3, UsageError, r'a batch of 1 image\(s\) is too small'),
+        (net, source, interrupted(), 0.3, KeyboardInterrupt, ''),
+        (dilated, source, images(1), 0.3, UsageError, r'the two need the same options, such as output_stride'),
     ):
-        with pytest.raises(UsageError, match=message):
+        before = copy.deepcopy(model.state_dict())
+        momenta = [module.momentum for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
+        with pytest.raises(error, match=message):
             refit(model, other, batches, ridge=ridge)
-    assert all(torch.equal(value, before[key]) for key, value in net.state_dict().items())
+        assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+        assert momenta == [module.momentum for module in model.modules() if isinstance(module, nn.BatchNorm2d)]

@@ -71,6 +71,19 @@ def test_network_of_the_same_shapes_that_computes_otherwise(backbone: str, sourc
         warm_start(supernet, plain)
 
 
+@pytest.mark.parametrize('backbone', ['mobilenetv2_050', 'mobilenetv3_small_050'])
+def test_models_without_a_head(backbone: str) -> None:
+    source = make_backbone(backbone)
+    net = timm.create_model('mixpath', backbone=backbone, num_classes=10)
+    net.prune_intermediate_layers([2], prune_head=True)
+    features = timm.create_model('mixpath_supernet', backbone=backbone, features_only=True)
+    for model in net, features.model:
+        warm_start(model, source)
+        assert torch.equal(model.conv_stem.weight, source.conv_stem.weight)
+    with pytest.raises(UsageError, match='the class of its bn1'):
+        warm_start(net, timm.create_model(backbone, act_layer='silu'))
+
+
 @pytest.fixture(scope='module')
 def mixnet() -> torch.nn.Module:
     return make_backbone('mixnet_m').double()

@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from timm_mixpath import cli
 from timm_mixpath.hub.export import export
 from timm_mixpath.train import default_args, train
-from timm_mixpath.train.checkpoint import load_model, load_weights
+from timm_mixpath.train.checkpoint import load_model, load_weights, write_checkpoint
 from timm_mixpath.utils.errors import RunError, UsageError
 
 ARCH = 'k3_e6,k5_e6,k3+7_e3,k3_e6,k5_e6,k7_e6,k3+5_e6,k3_e3'
@@ -234,3 +234,21 @@ def test_weights_of_the_backbone_have_an_option_of_their_own(tmp_path: Path) -> 
     args = default_args(model='mixpath_supernet', model_kwargs=dict(backbone='mobilenetv3_small_050'))
     with pytest.raises(RunError, match=f'weights of its backbone; start from them with --pretrained .* {path}$'):
         load_weights(supernet, path, args)
+
+
+@pytest.mark.parametrize('config', ['{}', 'no json'])
+def test_checkpoint_loads_whatever_lies_where_its_weights_were(tmp_path: Path, config: str) -> None:
+    """Those of timm's train.py do not say themselves where they come from."""
+    (tmp_path / 'config.json').write_text(config)
+    args = default_args(
+        model='mixpath_supernet',
+        model_kwargs=dict(backbone='mobilenetv3_small_050'),
+        num_classes=10,
+        pretrained=True,
+        pretrained_path=str(tmp_path / 'model.safetensors'),
+    )
+    args.label_names = None
+    model = timm.create_model('mixpath_supernet', num_classes=10, **args.model_kwargs)
+    write_checkpoint(tmp_path / 'last.pth.tar', model, args)
+    (note,) = load_model(tmp_path / 'last.pth.tar').model.pretrained_cfg['notes']
+    assert note.startswith('warm start from weights of mobilenetv3_small_050 in model.safetensors')

@@ -267,7 +267,7 @@ def run_adapt(config: AdaptConfig, output: str | os.PathLike) -> Path:
                 trained = job.folder('winner') / 'last.pth.tar'
             else:
                 winner = job.validate(inherited)
-            folder = job.save(trained, output / 'model')
+            folder = job.save(trained, output / 'model', teacher)
 
         rows = [
             job.row(f'{config.backbone}, fine-tuned', job.folder('backbone') / 'last.pth.tar', backbone),
@@ -357,7 +357,9 @@ class _Job:
 
     def folder(self, experiment: str) -> Path:
         """Where a training is, in this job's folder or in that of the job that is reused."""
-        return self.reused.get(experiment, self.output / experiment)
+        own = self.output / experiment
+        # What the other job gets only later does not take the place of what this one has begun
+        return own if own.exists() else self.reused.get(experiment, own)
 
     def train(self, experiment: str, **options: Any) -> float:
         """Train, or go on; return the validation accuracy of the last epoch in percent."""
@@ -411,11 +413,13 @@ class _Job:
             loader = create_loader(split, batch_size=size, **data_config, **how)
             return evaluate(model, ((x.to(process.device), y.to(process.device)) for x, y in loader))['top1']
 
-    def save(self, trained: Path, folder: Path) -> Path:
-        """Write the model folder of a checkpoint, or of another folder."""
+    def save(self, trained: Path, folder: Path, source: Path | None = None) -> Path:
+        """Write the model folder of a checkpoint or another folder, whose weights go back to those of `source`."""
         if not folder.exists():
             loaded = load_model(trained)
-            notes = (describe_origin(self.config.backbone, self.config.backbone_weights or ''),)
+            before = load_model(source).model.pretrained_cfg if source else loaded.model.pretrained_cfg
+            origin = describe_origin(self.config.backbone, self.config.backbone_weights or '')
+            notes = tuple(dict.fromkeys((origin, *(before.get('notes') or ()))))
             loaded.model.pretrained_cfg = {**loaded.model.pretrained_cfg, 'notes': notes}
             save_model(loaded.model, folder, loaded.data_config, loaded.label_names)
         return folder

@@ -201,8 +201,10 @@ def _check_same_run(config: Any, path: Path) -> None:
             other = describe_job(json.loads(path.read_text()))
         except ValueError:
             raise UsageError(f'{str(path)!r} is damaged; choose another --output') from None
-        # where and with how many processes it runs does not change what it is
-        changed = [k for k in content if content[k] != other.get(k) and k not in ('workers', 'device', 'cpu_kernels')]
+        # where and with how many processes it runs does not change what it is, and what an earlier version did not ask
+        # could not be answered otherwise
+        left_out = ('workers', 'device', 'cpu_kernels')
+        changed = [k for k in content if k in other and content[k] != other[k] and k not in left_out]
         if changed:
             raise UsageError(
                 f'{str(path.parent)!r} holds a run with another {changed[0]} ({other.get(changed[0])!r}, now '

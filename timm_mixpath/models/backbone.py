@@ -56,6 +56,7 @@ __all__ = [
     'check_backbone',
     'check_weights',
     'describe_origin',
+    'difference',
     'inherited',
     'is_backbones',
     'list_backbones',
@@ -131,6 +132,7 @@ class BackboneSupernet(Supernet):
         *Supernet._supernet_args,
         'sum_norm',
         'kernel_sizes',
+        'more_kernel_sizes',
         'expansions',
         'skip',
         'share_widths',
@@ -265,17 +267,19 @@ def backbone_space(
     expansions: Sequence[float] = _EXPANSIONS,
     skip: bool = True,
     m: int | None = None,
+    more_kernel_sizes: Sequence[int] = _KERNEL_SIZES,
 ) -> BackboneSpace:
     """Make the search space around a backbone.
 
     Args:
         backbone: Name in timm, see `list_backbones`.
-        kernel_sizes: Kernels that every block may choose from; 3, 5, 7 and the block's own if None.
+        kernel_sizes: Kernels that every block may choose from; `more_kernel_sizes` and the block's own if None.
         expansions: Expansions that every block may choose from, in shares of its own, which is among them. Blocks
             without an expansion keep what they have, and so do those that deal their channels out to several pointwise
             convolutions (some of mixnet).
         skip: Residual blocks may be left out.
         m: Largest number of paths that are summed, 2 if None.
+        more_kernel_sizes: Kernels beside the block's own where `kernel_sizes` is None.
 
     Raises:
         UsageError: The name can't be a backbone, or a value is out of range; the message says why.
@@ -300,7 +304,7 @@ def backbone_space(
     for block_name, block, site in _sites(network):
         own_kernels, own_expansion = site.kernel_sizes(block), site.expand_ratio(block)
         if kernel_sizes is None:
-            kernels = tuple(sorted({*_KERNEL_SIZES, *own_kernels}))
+            kernels = tuple(sorted({*more_kernel_sizes, *own_kernels}))
         else:
             kernels = tuple(kernel_sizes)
             if missing := sorted(set(own_kernels) - set(kernels)):
@@ -448,9 +452,7 @@ def _build_network(
     if type(plain_network(name)) is EfficientNet:
         return make(output_stride=output_stride, **kwargs)
     network = make(**kwargs)
-    of_head = ('num_classes', 'global_pool', 'cache_dir')
-    own = {key: value for key, value in kwargs.items() if key not in of_head}
-    dilated = timm.create_model(name, features_only=True, output_stride=output_stride, **own)
+    dilated = timm.create_model(name, features_only=True, output_stride=output_stride, **kwargs)
     dilated.blocks.load_state_dict(network.blocks.state_dict(), assign=True)
     network.blocks, network.feature_info = dilated.blocks, dilated.feature_info.info
     return network
@@ -472,7 +474,7 @@ def _create(variant: str, pretrained: bool, backbone: str | None = None, **kwarg
     sources = {key: overlay[key] for key in SOURCE_KEYS if overlay.get(key)}
     config = config_beside(sources['file']) if pretrained and sources.get('file') else {}
     if backbone is None:
-        of_file = config.get('model_args', {}) if config.get('architecture') == variant else {}
+        of_file = config.get('model_args') or {} if config.get('architecture') == variant else {}
         backbone = of_file.get('backbone', DEFAULT_BACKBONE)
     check_backbone(backbone)
     name = backbone.partition('.')[0]
@@ -516,6 +518,7 @@ def _create(variant: str, pretrained: bool, backbone: str | None = None, **kwarg
         sampling: str = 'paths',
         share_widths: bool = True,
         backbone: str = backbone,  # which config.json says of own weights
+        more_kernel_sizes: Sequence[int] | None = None,
         **network_kwargs: Any,
     ) -> nn.Module:
         if backbone.partition('.')[0] != name:
@@ -523,7 +526,8 @@ def _create(variant: str, pretrained: bool, backbone: str | None = None, **kwarg
         for option, value in (('skip', skip), ('share_widths', share_widths)):
             if not isinstance(value, bool):
                 raise UsageError(f'{option}={value!r} must be True or False')
-        space = backbone_space(backbone, kernel_sizes, expansions, skip, m)
+        more_kernel_sizes = more_kernel_sizes or _KERNEL_SIZES
+        space = backbone_space(backbone, kernel_sizes, expansions, skip, m, more_kernel_sizes)
         if not variant.endswith('_supernet'):
             space = _including(space, arch)
             space.arch(arch if arch is not None else space.default_arch)  # before anything is loaded
@@ -538,8 +542,8 @@ def _create(variant: str, pretrained: bool, backbone: str | None = None, **kwarg
         own = {key: value for key, value in network_kwargs.items() if key not in ('device', 'dtype')}
         model = _SUPERNETS[type(network)](network, space, own, arch, sum_norm, seed, sampling, share_widths)
         model._model_args = dict(backbone=backbone, expansions=expansions, skip=skip, share_widths=share_widths)
-        if kernel_sizes is None and len({spec.kernel_sizes for spec in space.blocks}) == 1:
-            model._model_args['kernel_sizes'] = list(space.blocks[0].kernel_sizes)
+        if kernel_sizes is None:
+            model._model_args['more_kernel_sizes'] = list(more_kernel_sizes)
         return model
 
     def check(state_dict: dict[str, Any], model: nn.Module) -> dict[str, Any]:
@@ -575,32 +579,40 @@ def _look_into(sources: dict[str, Any], backbone: str) -> tuple[bool, int | None
             raise UsageError(f'weights file {str(path)!r} does not exist')
         with readable(backbone, sources):
             state_dict = load_state_dict(path, device='cpu', weights_only=True)
-    network = plain_network(backbone.partition('.')[0])
-    weight = state_dict.get(f'{network.pretrained_cfg["classifier"]}.weight')
-    return _difference(state_dict, network) is not None, None if weight is None else weight.shape[0]
+    name = backbone.partition('.')[0]
+    weight = state_dict.get(f'{plain_network(name).pretrained_cfg["classifier"]}.weight')
+    return _backbone_difference(state_dict, name) is not None, None if weight is None else weight.shape[0]
 
 
-def _difference(state_dict: dict[str, Any], network: nn.Module) -> str | None:
-    """What a state dict has otherwise than a network, beside classes and input channels, None if nothing."""
-    adapted = (f'{network.pretrained_cfg["classifier"]}.', f'{network.pretrained_cfg["first_conv"]}.')
-    given, expected = (
-        {key: getattr(value, 'shape', None) for key, value in tensors.items() if not key.startswith(adapted)}
-        for tensors in (state_dict, network.state_dict())
-    )
+def difference(
+    given: dict[str, Any], expected: dict[str, torch.Tensor], left_out: str | tuple[str, ...] = ()
+) -> str | None:
+    """Say what some weights have otherwise than those of a network, None if names and shapes are the same.
+
+    Args:
+        given: The weights.
+        expected: Those of the network.
+        left_out: What the names of those begin with that do not matter.
+    """
     for key in sorted({*given, *expected}):
-        if given.get(key) != expected.get(key):
-            found, needed = (
-                f'shape {tuple(shapes[key])}' if shapes.get(key) is not None else 'nothing'
-                for shapes in (given, expected)
-            )
+        found, needed = (getattr(tensors.get(key), 'shape', None) for tensors in (given, expected))
+        if found != needed and not key.startswith(left_out):
+            found, needed = (f'shape {tuple(shape)}' if shape is not None else 'nothing' for shape in (found, needed))
             return f'they have {found} at {key}, it has {needed}'
     return None
+
+
+def _backbone_difference(state_dict: dict[str, Any], name: str) -> str | None:
+    """What weights have otherwise than a backbone, beside classes and input channels."""
+    network = plain_network(name)
+    adapted = (f'{network.pretrained_cfg["classifier"]}.', f'{network.pretrained_cfg["first_conv"]}.')
+    return difference(state_dict, network.state_dict(), adapted)
 
 
 def is_backbones(state_dict: dict[str, Any], model: nn.Module) -> bool:
     """Whether weights are those of the backbone of a model, with any classes and input channels."""
     is_on_one = isinstance(model, BackboneNet | BackboneSupernet)
-    return is_on_one and _difference(state_dict, plain_network(model.space.name)) is None
+    return is_on_one and _backbone_difference(state_dict, model.space.name) is None
 
 
 def check_weights(backbone: str, path: str) -> None:
@@ -617,7 +629,7 @@ def check_weights(backbone: str, path: str) -> None:
         raise UsageError(f'weights file {str(path)!r} does not exist')
     with readable(name, {'file': path}):
         state_dict = load_state_dict(path, device='cpu', weights_only=True)
-    if problem := _difference(state_dict, plain_network(name)):
+    if problem := _backbone_difference(state_dict, name):
         raise UsageError(f'the weights in {str(path)!r} are not those of {name}: {problem}')
 
 

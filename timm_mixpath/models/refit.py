@@ -18,9 +18,6 @@ __all__ = ['RIDGE', 'refit']
 # recipes/warm_start/README.md
 RIDGE = 0.3
 
-# A block that misses less of its backbone's output than this computes the same, but for rounding
-_EXACT = 1e-8
-
 
 @torch.no_grad()
 def refit(
@@ -34,33 +31,37 @@ def refit(
     is the reconstruction step of channel pruning (arXiv 1707.06168, section 3.1), for a network that has been chosen.
 
     Blocks whose projection is no plain 1x1 convolution (some of mixnet), those with a layer scale or a convolution
-    behind it, and those that have no choice keep their weights.
+    behind it, and those that have no choice keep their weights; so do those that come no nearer, as may happen where an
+    activation follows the projection (lcnet).
 
     Args:
         model: A `mixpath` with the weights that `warm_start` gave it, or an extracted sub-network.
         source: The backbone whose features are to be met, on the same device.
-        batches: Normalised training images [B, C, H, W] and anything; some hundred in batches of about 100. The
-            features of all of them are kept, at the size of the stem's output.
+        batches: Normalised training images [B, C, H, W] and anything; some hundred in batches of about 100. Their
+            features in both networks are kept, of one block at a time: the largest are those of the stem.
         ridge: How far the weights are drawn to those that the network has, in shares of the mean variance of the
             features that a projection takes; above 0.
 
     Returns:
-        By block, the shares of the backbone's variance that it misses before and after, on these images. Blocks
-        without an entry were not changed, or are left out.
+        By fitted block, the shares of the backbone's variance that it misses before and after, on these images.
 
     Raises:
-        UsageError: The model is none around a backbone, the source is another network, or a value is out of range.
+        UsageError: The model is none around a backbone, the source is another network or has other options, a batch is
+            too small for batch statistics, or a value is out of range. The model is as it was then.
     """
     if not isinstance(model, BackboneNet):
         raise UsageError(f'{type(model).__name__} is no network around a backbone of timm, such as mixpath')
     if not ridge > 0:
         raise UsageError(f'ridge={ridge} must be above 0')
     check_source(model, source)
-    modes = [(network, network.training) for network in (model, source)]
     weight = model.conv_stem.weight
+    if source.conv_stem.weight.dtype != weight.dtype:
+        raise UsageError(f'the source is of {source.conv_stem.weight.dtype}, the model of {weight.dtype}')
+    modes = {module: module.training for network in (model, source) for module in network.modules()}
+    before = {key: value.clone() for key, value in model.state_dict().items()}
     try:
-        for network, _ in modes:
-            network.eval()
+        model.eval()
+        source.eval()
         ours, theirs = [], []
         for x, _ in batches:
             x = x.to(weight.device, weight.dtype)
@@ -69,9 +70,12 @@ def refit(
         if not ours:
             raise UsageError('there are no images to refit with')
         return _refit(model, source, ours, theirs, ridge)
+    except BaseException:
+        model.load_state_dict(before)  # an interrupt, or no memory for the next block: half of it is worse than none
+        raise
     finally:
-        for network, mode in modes:
-            network.train(mode)
+        for module, mode in modes.items():
+            module.training = mode
 
 
 def _refit(
@@ -84,30 +88,39 @@ def _refit(
             groups[-1][2].append(source.get_submodule(name))
         else:
             groups.append((name, block, [source.get_submodule(name)]))
+    # Rounding is no difference; of float32 on GPUs, which round it to TF32, neither
+    exact = max(1e-6, 10 * torch.finfo(theirs[0].dtype).eps ** 2)
     found: dict[str, tuple[float, float]] = {}
     is_exact = True
     for name, block, others in groups:
         for other in others:
             _run(other, theirs)
+        shape, wanted = (tuple(x.shape[1:]) for x in (block(ours[0][:1]), theirs[0]))
+        if shape != wanted:
+            raise UsageError(
+                f'the features of {name} are {shape}, those of the source {wanted}: the two need the same options, '
+                'such as output_stride'
+            )
+        variation = _variation(theirs)
         if is_exact:
             outputs = [block(x) for x in ours]
-            missed = sum(_sum_of_squares(y - z) for y, z in zip(theirs, outputs))
-            is_exact = missed < _EXACT * _variation(theirs)
+            is_exact = _missed(outputs, theirs) <= exact * variation
             if is_exact:
                 ours[:] = outputs
                 continue
             del outputs
         _recalibrate(_norms(block), block, ours)
         if projection := _projection(block, others[0]):
-            found[name] = _fit(block, *projection, ours, theirs, ridge)
+            shares = _fit(block, *projection, ours, theirs, ridge)
+            found[name] = tuple(share / max(variation, 1e-30) for share in shares)
         _run(block, ours)
     if not is_exact:
         # The head has the backbone's weights, but sees what the smaller network makes of the images
-        in_front = {id(norm) for part in (model.bn1, model.blocks) for norm in _norms(part)}
-        norms = [norm for norm in _norms(model) if id(norm) not in in_front]
-        has_norm_in_features = isinstance(model, EfficientNet)
-        head = nn.Sequential(model.conv_head, model.bn2) if has_norm_in_features else model.forward_head
-        _recalibrate(norms, head, ours)
+        if isinstance(model, EfficientNet):
+            head = nn.Sequential(model.conv_head, model.bn2)
+            _recalibrate(_norms(head), head, ours)
+        else:
+            _recalibrate(_norms(model.norm_head), model.forward_head, ours)
     return found
 
 
@@ -116,12 +129,15 @@ def _run(block: nn.Module, features: list[torch.Tensor]) -> None:
         features[i] = block(x)  # one after the other: both of all images would take twice the memory
 
 
-def _sum_of_squares(x: torch.Tensor) -> float:
-    return x.double().square().sum().item()
+def _missed(ours: list[torch.Tensor], theirs: list[torch.Tensor]) -> float:
+    return sum((y.double() - x.double()).square().sum().item() for x, y in zip(ours, theirs))
 
 
 def _variation(features: list[torch.Tensor]) -> float:
-    return sum(_sum_of_squares(y - y.mean((0, 2, 3), keepdim=True)) for y in features)
+    """Squared differences from the mean of every channel, summed."""
+    count = sum(y.numel() // y.shape[1] for y in features)
+    sums, squares = (sum(f(y.double()).sum((0, 2, 3)) for y in features) for f in (torch.clone, torch.square))
+    return (squares - sums**2 / count).sum().item()
 
 
 def _norms(module: nn.Module) -> list[nn.BatchNorm2d]:
@@ -133,17 +149,24 @@ def _recalibrate(norms: list[nn.BatchNorm2d], run: Callable[[torch.Tensor], Any]
     momenta = [norm.momentum for norm in norms]
     for norm in norms:
         norm.reset_running_stats()
-        norm.momentum = None
         norm.train()
-    for x in features if norms else ():
-        run(x)
-    for norm, momentum in zip(norms, momenta):
-        norm.momentum = momentum
-        norm.eval()
+    seen = 0
+    try:
+        for x in features if norms else ():
+            seen += len(x)
+            for norm in norms:
+                norm.momentum = len(x) / seen  # the mean over images, of batches of any size
+            run(x)
+    except ValueError as e:  # torch's of a single value per channel
+        raise UsageError(f'a batch of {len(x)} image(s) is too small for batch statistics: {e}') from None
+    finally:
+        for norm, momentum in zip(norms, momenta):
+            norm.momentum = momentum
+            norm.eval()
 
 
 def _projection(block: nn.Module, other: nn.Module) -> tuple[nn.Conv2d, nn.BatchNorm2d] | None:
-    """The projection of a block and the norm behind it, None where the block's output is not linear in its input."""
+    """The projection of a block and the norm behind it, None where it is no plain one or more than a norm follows."""
     site = BlockSite.of(other)
     if isinstance(block, nn.Identity) or isinstance(site, str):
         return None
@@ -164,21 +187,26 @@ def _fit(
     theirs: list[torch.Tensor],
     ridge: float,
 ) -> tuple[float, float]:
-    """Solve for the change of projection and bias that explains most of what the block's output lacks."""
+    """Solve for the change of projection and bias that explains most of what the block's output lacks.
+
+    Returns:
+        What is lacking before and after, in sums of squares.
+    """
     taken: list[torch.Tensor] = []
     hook = conv.register_forward_pre_hook(lambda _, args: taken.append(args[0]))
     width = conv.in_channels
     gram = torch.zeros(width + 1, width + 1, dtype=torch.double)  # of the features and a one
     moment = torch.zeros(width + 1, conv.out_channels, dtype=torch.double)
     before, count = 0.0, 0
+    dtype = torch.promote_types(conv.weight.dtype, torch.float32)  # half precision can not hold such sums
     try:
         for x, y in zip(ours, theirs):
-            lacking = (y - block(x)).movedim(1, -1).flatten(0, -2)
-            features = taken.pop().movedim(1, -1).flatten(0, -2)
+            lacking = (y - block(x)).movedim(1, -1).flatten(0, -2).to(dtype)
+            features = taken.pop().movedim(1, -1).flatten(0, -2).to(dtype)
             features = torch.cat([features, features.new_ones(len(features), 1)], 1)
             gram += (features.T @ features).double().cpu()
             moment += (features.T @ lacking).double().cpu()
-            before += _sum_of_squares(lacking)
+            before += lacking.double().square().sum().item()
             count += len(features)
     finally:
         hook.remove()
@@ -187,22 +215,35 @@ def _fit(
     penalty = torch.full((width + 1,), ridge * cov.diag().mean().clamp(min=1e-12).item(), dtype=torch.double)
     penalty[width] = 0  # the bias is free
     change = torch.linalg.solve(gram / count + penalty.diag(), moment / count)
-    after = before - 2 * (change * moment).sum().item() + (change * (gram @ change)).sum().item()
+    if not change.isfinite().all():
+        return before, before
 
     # What projection and norm do together, and then apart again: the norm with the statistics that it will see, the
     # rows of the projection as long as they were, which a training's step sizes depend on
+    old = [tensor.clone() for tensor in _tensors(conv, norm)]
     scale, shift = norm.weight.double().cpu(), norm.bias.double().cpu()
     scale = scale / (norm.running_var.double().cpu() + norm.eps).sqrt()
     shift = shift - norm.running_mean.double().cpu() * scale + change[width]
     rows = conv.weight.flatten(1).double().cpu()
     weight = rows * scale[:, None] + change[:width].T
     length = rows.norm(dim=1) / weight.norm(dim=1)
-    length = torch.where(length.isfinite() & (length > 0), length, 1.0)
-    conv.weight.copy_((weight * length[:, None]).view_as(conv.weight))
-    norm.running_mean.copy_(weight @ mean * length)
+    length = torch.where((length > 1e-2) & (length < 1e2), length, 1.0)  # but for dead rows
     variance = torch.einsum('oc,cd,od->o', weight, cov, weight).clamp(min=0) * length**2
-    norm.running_var.copy_(variance)
-    norm.weight.copy_((variance + norm.eps).sqrt() / length)
-    norm.bias.copy_(shift + weight @ mean)
-    total = _variation(theirs)
-    return before / total, after / total
+    new = [
+        (weight * length[:, None]).view_as(conv.weight),
+        (variance + norm.eps).sqrt() / length,
+        shift + weight @ mean,
+    ]
+    new += [weight @ mean * length, variance]
+    for tensor, value in zip(_tensors(conv, norm), new):
+        tensor.copy_(value)
+    after = sum(_missed([block(x)], [y]) for x, y in zip(ours, theirs))
+    if not after < before:
+        for tensor, value in zip(_tensors(conv, norm), old):
+            tensor.copy_(value)
+        after = before
+    return before, after
+
+
+def _tensors(conv: nn.Conv2d, norm: nn.BatchNorm2d) -> list[torch.Tensor]:
+    return [conv.weight, norm.weight, norm.bias, norm.running_mean, norm.running_var]

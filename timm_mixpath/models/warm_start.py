@@ -9,7 +9,7 @@ from timm.layers import DropPath, SelectAdaptivePool2d
 from torch import nn
 
 from ..utils.errors import UsageError
-from .backbone import BackboneNet, BackboneSupernet, inherited, plain_network
+from .backbone import BackboneNet, BackboneSupernet, difference, inherited, plain_network
 from .backbone_blocks import SEARCHED_BLOCKS, BackboneChoice
 from .blocks import GroupedPaths, MultiPathResidual, PathSum
 from .choice_blocks import ChoiceBlock, GroupNorms
@@ -87,18 +87,11 @@ def _classifier(name: str) -> str:
 
 
 def _check_weights(source: nn.Module, name: str, own: dict[str, torch.Tensor]) -> None:
-    given = {key: value.shape for key, value in source.state_dict().items()}
     plain = plain_network(name)
-    expected = {key: value.shape for key, value in plain.state_dict().items()}
     first_conv = f'{plain.pretrained_cfg["first_conv"]}.weight'
-    expected[first_conv] = own[first_conv].shape
-    for key in sorted({*expected, *given}):
-        if not key.startswith(_classifier(name)) and given.get(key) != expected.get(key):
-            found, needed = (
-                f'shape {tuple(shape)}' if shape is not None else 'nothing'
-                for shape in (given.get(key), expected.get(key))
-            )
-            raise UsageError(f'the weights are not those of {name}: they have {found} at {key}, it has {needed}')
+    expected = {**plain.state_dict(), first_conv: own[first_conv]}
+    if problem := difference(source.state_dict(), expected, _classifier(name)):
+        raise UsageError(f'the weights are not those of {name}: {problem}')
 
 
 # What does not change what a network computes in eval mode, or is not of its weights
@@ -109,7 +102,7 @@ def _computation(module: nn.Module) -> tuple[str, Any] | None:
     """What a layer does beside what the shapes of its weights tell, and how to call it."""
     if isinstance(module, nn.Conv2d):
         return 'class', type(module).__name__
-    if isinstance(module, nn.BatchNorm2d):
+    if isinstance(module, nn.BatchNorm2d | nn.SyncBatchNorm):
         return 'eps', module.eps
     is_leaf = next(module.children(), None) is None and next(module.parameters(), None) is None
     return ('class', type(module).__name__) if is_leaf and not isinstance(module, _NO_COMPUTATION) else None
@@ -125,17 +118,18 @@ def _check_computation(source: nn.Module, model: nn.Module, name: str) -> None:
     if any(tensor.is_meta for tensor in source.state_dict().values()):
         raise UsageError(f'the source has no weights, it is a {name} on the meta device')
     theirs, blocks = dict(source.named_modules()), model.get_choice_blocks()
-    prefixes = tuple(f'{block}.' for block in blocks)
-    problem = None
+    plain = dict(plain_network(name).named_modules())
+    left_out = ('global_pool', *(f'{block}.' for block in blocks))
+    problems: list[str] = []
     for key, ours in model.named_modules():
-        other = theirs.get(key)
-        if other is None or key.startswith((*prefixes, 'global_pool', *blocks)):
+        is_without = isinstance(ours, nn.Identity) and not isinstance(plain.get(key), nn.Identity)  # a head, or a block
+        if key not in theirs or key in blocks or key.startswith(left_out) or is_without:
             continue
-        mine, given = _computation(ours), _computation(other)
+        mine, given = _computation(ours), _computation(theirs[key])
         if mine != given:
             what = (mine or given)[0]
             mine, given = (found[1] if found else 'none' for found in (mine, given))
-            problem = problem or f'the {what} of its {key} is {given}, not {mine}'
+            problems.append(f'the {what} of its {key} is {given}, not {mine}')
     for key, block in blocks.items():
         given = _block_computation(theirs[key])
         if isinstance(block, BackboneChoice):
@@ -146,14 +140,12 @@ def _check_computation(source: nn.Module, model: nn.Module, name: str) -> None:
             continue  # left out
         else:  # of S2 or S3, which is built otherwise, with an epsilon that is the model's choice
             eps = {found for found in given if found[0] == 'eps'}
-            mine = _block_computation(plain_network(name).get_submodule(key))
-            mine = {found for found in mine if found[0] != 'eps'} | eps
-        if different := sorted(mine ^ given, key=str):
-            kind, value = different[0]
-            has, verb = ('has', 'lacks') if different[0] in given else ('lacks', 'has')
-            problem = problem or f'its {key} {has} a {kind} {value}, which {name} {verb} there'
-    if problem:
-        raise UsageError(f'the weights are those of a network that computes otherwise than {name}: {problem}')
+            mine = {found for found in _block_computation(plain[key]) if found[0] != 'eps'} | eps
+        for kind, value in sorted(mine ^ given, key=str):
+            has, verb = ('has', 'lacks') if (kind, value) in given else ('lacks', 'has')
+            problems.append(f'its {key} {has} a {kind} {value}, which {name} {verb} there')
+    if problems:
+        raise UsageError(f'the weights are those of a network that computes otherwise than {name}: {problems[0]}')
 
 
 def _origin(source: nn.Module, name: str) -> str:

@@ -13,6 +13,7 @@ from ..models.warm_start import warm_start
 from ..spaces.arch import Arch
 from ..train.checkpoint import LoadedModel, load_supernet
 from ..utils.distributed import open_process
+from ..utils.errors import UsageError
 from .accuracy import evaluate, prepare_device, recalibrate_bn
 from .images import SearchData, load_images
 
@@ -127,6 +128,8 @@ def inherit_refitted(
         UsageError: The checkpoint is not of a supernet around `source`, or a number is out of range.
         RunError: The checkpoint or the images can't be read.
     """
+    if num_images < 1:
+        raise UsageError(f'{num_images} images are none to refit with')
     loaded = load_supernet(checkpoint, 'refit', num_images)
     with open_process(device) as process:
         supernet = loaded.model.to(device=process.device, memory_format=torch.channels_last).eval()
@@ -135,7 +138,8 @@ def inherit_refitted(
         with recalibrate_bn(supernet, arch, images.recalibration):
             inherited, score = supernet.extract(arch), evaluate(supernet, images.batches)
         model = supernet.extract(arch)
-        refit(model, source.to(process.device), images.recalibration)
+        source = source.to(device=process.device, memory_format=torch.channels_last)
+        refit(model, source, images.recalibration)
         found = evaluate(model, images.batches)
     for what, metrics in ('Inherited weights', score), ('Refitted', found):
         _logger.info(f'{what}: {metrics["top1"]:.2f} % top-1 and a loss of {metrics["loss"]:.4f} on the search split')

@@ -234,7 +234,7 @@ def _find_origin(model: nn.Module, args: Namespace) -> list[str]:
         # A file holds the weights of the backbone of such a model, unless it says that they are its own
         is_of_backbone = isinstance(model, BackboneNet | BackboneSupernet)
         if path and is_of_backbone:
-            is_of_backbone = config_beside(path).get('architecture') != args.model
+            is_of_backbone = _what_is_beside(path).get('architecture') != args.model
         if ':' in source or (cfg is not None and (path or cfg.has_weights) and not (path and is_of_backbone)):
             name = source
         elif is_of_backbone:
@@ -249,16 +249,22 @@ def _find_origin(model: nn.Module, args: Namespace) -> list[str]:
     return list(dict.fromkeys(notes))
 
 
+def _what_is_beside(path: str) -> dict[str, Any]:
+    """The config.json of weights, nothing where it is damaged or out of reach: a checkpoint loads without it."""
+    try:
+        return config_beside(path)
+    except (OSError, RunError):
+        return {}
+
+
 def _notes_of(path: str) -> list[str]:
     """What a model folder, the file in it or a training checkpoint says of where its weights came from."""
+    if config := _what_is_beside(path):
+        return [str(note) for note in config['pretrained_cfg'].get('notes') or ()]
     try:
-        config = config_beside(path)
-        found = (
-            config['pretrained_cfg'].get('notes') if config else getattr(read_checkpoint(path)['args'], 'origin', [])
-        )
-    except (UsageError, RunError):
+        return list(getattr(read_checkpoint(path)['args'], 'origin', None) or ())
+    except (OSError, UsageError, RunError):
         return []  # weights alone say nothing
-    return [str(note) for note in found or ()]
 
 
 def load_weights(model: nn.Module, path: str, args: Namespace) -> None:
@@ -304,7 +310,7 @@ def load_weights(model: nn.Module, path: str, args: Namespace) -> None:
         raise
     except RuntimeError as e:
         problem = _what_differs(path, args)
-        if is_backbones(state_dict, model):
+        if not problem and is_backbones(state_dict, model):
             problem = f'it holds weights of its backbone; start from them with --pretrained --pretrained-path {path}'
         problem = problem or ' '.join(line.strip() for line in str(e).splitlines()[1:3])[:300]
         raise RunError(f'--initial-checkpoint {path!r} does not fit {args.model}: {problem}') from None
