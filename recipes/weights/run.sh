@@ -96,7 +96,9 @@ for job in "$@"; do
             warm_start
             supernet_start mixpath_a s3_supernet
             network mixpath_a-96 mixpath_a "$output/mixpath_a-inherited/model.safetensors" 96 20 1e-3
-            network mixpath_a mixpath_a "$output/mixpath_a-96/last.pth.tar" 128 4 4e-4
+            network mixpath_a-128 mixpath_a "$output/mixpath_a-96/last.pth.tar" 128 4 4e-4
+            network mixpath_a-96-2 mixpath_a "$output/mixpath_a-128/last.pth.tar" 96 20 1e-3
+            network mixpath_a mixpath_a "$output/mixpath_a-96-2/last.pth.tar" 128 8 4e-4
             ;;
         mixpath_b)
             warm_start
