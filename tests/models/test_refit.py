@@ -193,7 +193,10 @@ def test_modes_and_dtype_are_kept() -> None:
 @pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16])
 def test_half_precision(dtype: torch.dtype) -> None:
     source = make_backbone('mobilenetv2_050').double()
-    net, exact = make_net(source, smaller('mobilenetv2_050')), make_net(source, source_arch(source, larger=True))
+    net, exact = (
+        make_net(source, smaller('mobilenetv2_050')),
+        make_net(source, exact_archs(backbone_space('mobilenetv2_050'), 1)[0]),
+    )
     for model in source, net, exact:
         model.to(dtype)
     # More pixels than float16 can count
@@ -205,11 +208,6 @@ def test_half_precision(dtype: torch.dtype) -> None:
     assert all(value.isfinite().all() for value in net.state_dict().values())
     # Rounding adds up from block to block, but does not make the first ones others
     assert not {'blocks.0.0', 'blocks.1.0', 'blocks.1.1'} & refit(exact, source, batches).keys()
-
-
-def source_arch(source: nn.Module, larger: bool) -> Arch:
-    space = backbone_space(source.pretrained_cfg['architecture'])
-    return exact_archs(space, 1)[0] if larger else space.default_arch
 
 
 def test_images_count_the_same_in_batches_of_any_size() -> None:

@@ -229,7 +229,7 @@ def run_adapt(config: AdaptConfig, output: str | os.PathLike) -> Path:
                 **finetuning,
                 **head,
             )
-            teacher = job.save(job.folder('backbone') / 'last.pth.tar', job.folder('backbone') / 'model')
+            teacher = job.save(job.checkpoint('backbone'), job.folder('backbone') / 'model')
         made = 'Training the supernet, which starts as' if config.supernet_epochs else 'Making the supernet,'
         with stages(f'{made} a copy of it'):
             checkpoint = job.supernet(teacher, kwargs)
@@ -264,13 +264,13 @@ def run_adapt(config: AdaptConfig, output: str | os.PathLike) -> Path:
                     **(finetuning if is_near else {}),
                     **job.distillation,
                 )
-                trained = job.folder('winner') / 'last.pth.tar'
+                trained = job.checkpoint('winner')
             else:
                 winner = job.validate(inherited)
             folder = job.save(trained, output / 'model', teacher)
 
         rows = [
-            job.row(f'{config.backbone}, fine-tuned', job.folder('backbone') / 'last.pth.tar', backbone),
+            job.row(f'{config.backbone}, fine-tuned', job.checkpoint('backbone'), backbone),
             job.row('winner', trained, winner),
         ]
         write_json(output / 'summary.json', dict(arch=arch, input_size=[3, size, size], rows=rows))
@@ -361,6 +361,9 @@ class _Job:
         # What the other job gets only later does not take the place of what this one has begun
         return own if own.exists() else self.reused.get(experiment, own)
 
+    def checkpoint(self, experiment: str) -> Path:
+        return self.folder(experiment) / 'last.pth.tar'
+
     def train(self, experiment: str, **options: Any) -> float:
         """Train, or go on; return the validation accuracy of the last epoch in percent."""
         place = dict(output=str(self.folder(experiment).parent), experiment=experiment)
@@ -371,7 +374,7 @@ class _Job:
     def supernet(self, teacher: Path, kwargs: dict[str, Any]) -> Path:
         """Train the supernet, or make what it starts as; return its checkpoint."""
         options = dict(model='mixpath_supernet', model_kwargs=kwargs)
-        path = self.folder('supernet') / 'last.pth.tar'
+        path = self.checkpoint('supernet')
         if self.config.supernet_epochs:
             start = dict(pretrained=True, pretrained_path=str(teacher / 'model.safetensors'))
             self.train('supernet', epochs=self.config.supernet_epochs, **options, **start, **self.distillation)
