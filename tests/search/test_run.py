@@ -56,6 +56,26 @@ def test_search_respects_limits_and_recalibrates(supernet_run: Path, tmp_path: P
     assert [c.loss for c in plain.evaluations[:6]] != [c.loss for c in recalibrated.evaluations[:6]]
 
 
+def test_search_with_images_of_another_size(supernet_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    last = supernet_run / 'last.pth.tar'
+    result = search_checkpoint(last, tmp_path / 's', SMALL, img_size=24, recalibration_images=0, workers=0)
+    assert result.fingerprint['input_size'] == result.fingerprint['cost_input_size'] == [3, 24, 24]
+    loaded = load_model(last)
+    chosen, model = result.chosen, loaded.model.extract(result.chosen.arch)
+    assert chosen.macs == sum(count_macs(model, (3, 24, 24)).values())
+    _, search_set = hold_out(open_dataset('', loaded.args.data_dir, 'train'), 0.1)
+    batches = load_batches(search_set, {**loaded.data_config, 'input_size': (3, 24, 24)}, workers=0)
+    assert evaluate(model, batches)['loss'] == pytest.approx(chosen.loss, rel=1e-4)
+
+    # It is another search than that with the images of the training, also on the command line
+    words = ['search', '--checkpoint', str(last), '--output', str(tmp_path / 's'), '-j', '0', '--device', 'cpu']
+    words += ['--population', '6', '--offspring', '3', '--generations', '2', '--recalibration-images', '0']
+    assert cli.main([*words, '--img-size', '24']) == 0
+    assert cli.main(words) == 2 and 'images_sha256' in capsys.readouterr().err
+    assert cli.main([*words, '--img-size', '-1']) == 2
+    assert capsys.readouterr().err.splitlines()[-1].endswith('image size -1 must be positive')
+
+
 @pytest.mark.parametrize('options', [{}, dict(cost_input_size=(3, 24, 24), cost_num_classes=7)])
 def test_latency_is_of_the_networks_whose_costs_are_counted(
     supernet_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: dict

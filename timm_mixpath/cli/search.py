@@ -58,8 +58,9 @@ def add_search(parser: argparse.ArgumentParser) -> None:
     add('--recalibration-images', type=parse_count, default=256, metavar='N',
         help='recalibrate the batch norms of every candidate with N training images, 0 for not (default: '
         '%(default)s)')  # fmt: skip
+    add('--img-size', type=int, metavar='N', help='pixels of the images (default: as in the training)')
     add('--cost-input-size', nargs=3, type=int, metavar='N',
-        help='channels, height, width to count MACs for (default: as in the training)')  # fmt: skip
+        help='channels, height, width to count MACs for (default: those of the images)')  # fmt: skip
     add('--cost-num-classes', type=int, metavar='N', help='classes to count costs for (default: as in the training)')
     add('--latency', action='store_true', help='measure the latency of the archs on the front without a table')
     add_device_option(parser)
@@ -78,6 +79,7 @@ def run_search(args: argparse.Namespace) -> None:
         from_args(SearchConfig, args),
         from_args(SearchData, args),
         recalibration_images=args.recalibration_images,
+        img_size=args.img_size,
         cost_input_size=tuple(args.cost_input_size) if args.cost_input_size else None,
         cost_num_classes=args.cost_num_classes,
         batch_size=args.batch_size,

@@ -17,7 +17,7 @@ from ..models.supernet import Supernet
 from ..search.accuracy import recalibrate_bn
 from ..search.images import SearchData, open_search_split, recalibration_batches
 from ..spaces.arch import Arch
-from ..train.checkpoint import LoadedModel, load_model
+from ..train.checkpoint import load_model, set_img_size
 from ..utils.errors import UsageError
 from ..utils.files import write_dir_atomic
 from .records import find_label_names
@@ -83,22 +83,6 @@ def export(
         raise UsageError('recalibration needs --arch: it is for a sub-network with inherited weights')
     save_model(model, output, loaded.data_config, find_label_names(loaded), dtype)
     return model
-
-
-def set_img_size(loaded: LoadedModel, img_size: int | None) -> None:
-    """Say that a model is for images of another size than those of its training, unless `img_size` is None.
-
-    Raises:
-        UsageError: The size is not positive.
-    """
-    if img_size is None:
-        return
-    if img_size < 1:
-        raise UsageError(f'image size {img_size} must be positive')
-    loaded.data_config = {
-        **loaded.data_config,
-        'input_size': (loaded.data_config['input_size'][0], img_size, img_size),
-    }
 
 
 def save_model(

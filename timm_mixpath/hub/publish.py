@@ -17,13 +17,13 @@ from ..models.backbone import BackboneNet, BackboneSupernet
 from ..models.cellnet import CellNet
 from ..models.mixpath import MixPath
 from ..models.pretrained import HUB_ORG, OFFICIAL_ORG, check_packaged, packaged_weights
-from ..train.checkpoint import load_model, state_dict_sha256
+from ..train.checkpoint import load_model, set_img_size, state_dict_sha256
 from ..utils.errors import UsageError
 from ..utils.files import write_dir_atomic
 from ..utils.hub_client import hub_errors
 from ..version import __version__
 from .card import CardDetails, make_card
-from .export import set_img_size, write_model
+from .export import write_model
 from .records import PLOT, find_label_names, read_results, read_search, read_training
 
 __all__ = ['PushResult', 'push', 'push_packaged', 'write_packaged_repo', 'write_repo']

@@ -49,6 +49,7 @@ def inherit_blended(
     *,
     shares: Sequence[float] = SHARES,
     data: SearchData | None = None,
+    img_size: int | None = None,
     recalibration_images: int = 0,
     workers: int = 2,
     device: str | None = None,
@@ -66,6 +67,7 @@ def inherit_blended(
         source: The network that it started from.
         shares: Shares of the start to try.
         data: Images to score with, the held-out ones of the training if None.
+        img_size: Size that the images are brought to, in pixels; that of the supernet's training if None.
         recalibration_images: Training images to recalibrate the batch norms with, 0 for none.
         workers: Processes that decode the images.
         device: Device, the GPU if there is one and None is given.
@@ -74,7 +76,7 @@ def inherit_blended(
         UsageError: The checkpoint is not of a supernet around `source`, or a number is out of range.
         RunError: The checkpoint or the images can't be read.
     """
-    loaded = load_supernet(checkpoint, 'blend', recalibration_images)
+    loaded = load_supernet(checkpoint, 'blend', recalibration_images, img_size=img_size)
     with open_process(device) as process, torch.no_grad():
         supernet = loaded.model.to(device=process.device, memory_format=torch.channels_last).eval()
         batch_size, _ = prepare_device(process.device, None, None)
@@ -107,6 +109,7 @@ def inherit_refitted(
     *,
     num_images: int,
     data: SearchData | None = None,
+    img_size: int | None = None,
     workers: int = 2,
     device: str | None = None,
 ) -> Blend:
@@ -121,6 +124,7 @@ def inherit_refitted(
         source: The network that it started from.
         num_images: Training images to refit with.
         data: Images to score with, the held-out ones of the training if None.
+        img_size: Size that the images are brought to, in pixels; that of the supernet's training if None.
         workers: Processes that decode the images.
         device: Device, the GPU if there is one and None is given.
 
@@ -130,7 +134,7 @@ def inherit_refitted(
     """
     if num_images < 1:
         raise UsageError(f'{num_images} images are none to refit with')
-    loaded = load_supernet(checkpoint, 'refit', num_images)
+    loaded = load_supernet(checkpoint, 'refit', num_images, img_size=img_size)
     with open_process(device) as process:
         supernet = loaded.model.to(device=process.device, memory_format=torch.channels_last).eval()
         batch_size, _ = prepare_device(process.device, None, None)

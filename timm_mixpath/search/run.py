@@ -181,6 +181,7 @@ def search_checkpoint(
     data: SearchData | None = None,
     *,
     recalibration_images: int = 256,
+    img_size: int | None = None,
     cost_input_size: tuple[int, int, int] | None = None,
     cost_num_classes: int | None = None,
     batch_size: int | None = None,
@@ -203,8 +204,10 @@ def search_checkpoint(
         config: What to search for.
         data: Where the search split comes from.
         recalibration_images: Training images to recalibrate the batch norms of every candidate with, 0 for none.
-        cost_input_size: Input (channels, height, width) to count MACs for, in pixels; that of the training if None.
-            A supernet may be trained at a lower resolution than its winner.
+        img_size: Size that the images are brought to, in pixels; that of the training if None. Recalibration
+            makes up for much of a difference.
+        cost_input_size: Input (channels, height, width) to count MACs for, in pixels; that of the images if None. A
+            supernet may be trained at a lower resolution than its winner.
         cost_num_classes: Number of classes to count MACs and parameters for, that of the supernet if None.
         batch_size: Images per forward pass, 100 on a CPU and 512 elsewhere if None.
         amp_dtype: 'bfloat16' or 'float16' to score archs in mixed precision, None for float32.
@@ -227,7 +230,7 @@ def search_checkpoint(
     """
     if config.algorithm == 'nsga2':
         require_pymoo()
-    loaded = load_supernet(checkpoint, 'search', recalibration_images, like)
+    loaded = load_supernet(checkpoint, 'search', recalibration_images, like, img_size)
     with open_process(device) as process:
         rank = process.rank
         output = make_output_dir(output)

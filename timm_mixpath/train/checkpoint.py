@@ -42,6 +42,7 @@ __all__ = [
     'own_model',
     'read_checkpoint',
     'resolve_data',
+    'set_img_size',
     'state_dict_sha256',
     'write_checkpoint',
 ]
@@ -487,15 +488,36 @@ def check_model_name(name: str) -> None:
 
 
 def load_supernet(
-    checkpoint: str | os.PathLike, what: str, recalibration_images: int, like: Namespace | None = None
+    checkpoint: str | os.PathLike,
+    what: str,
+    recalibration_images: int,
+    like: Namespace | None = None,
+    img_size: int | None = None,
 ) -> LoadedModel:
-    """Load the supernet that a search or ranking is of, see `load_model`."""
+    """Load the supernet that a search or ranking is of, for images of a size, see `load_model` and `set_img_size`."""
     if recalibration_images < 0:
         raise UsageError(f'number of recalibration images {recalibration_images} must not be negative')
     loaded = load_model(checkpoint, like=like)
     if not isinstance(loaded.model, Supernet):
         raise UsageError(f'{str(checkpoint)!r} holds {type(loaded.model).__name__}, a {what} needs a supernet')
+    set_img_size(loaded, img_size)
     return loaded
+
+
+def set_img_size(loaded: LoadedModel, img_size: int | None) -> None:
+    """Make a model one for images of another size than those of its training, unless `img_size` is None.
+
+    Raises:
+        UsageError: The size is not positive.
+    """
+    if img_size is None:
+        return
+    if img_size < 1:
+        raise UsageError(f'image size {img_size} must be positive')
+    loaded.data_config = {
+        **loaded.data_config,
+        'input_size': (loaded.data_config['input_size'][0], img_size, img_size),
+    }
 
 
 def state_dict_sha256(tensors: dict[str, torch.Tensor]) -> str:
