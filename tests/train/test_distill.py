@@ -162,6 +162,8 @@ def test_torchrun_with_a_teacher(digits: Path, teacher: Path, tmp_path: Path) ->
     [
         (dict(kd_model_name='resnet999'), 'resnet999'),
         (dict(kd_model_name='mixpath_s1'), 'no weights of mixpath_s1'),
+        (dict(kd_teacher_img_size=64), r'--kd-teacher-img-size 64 has no effect without --kd-model-name'),
+        (dict(kd_model_name='resnet18', kd_teacher_img_size=0), '--kd-teacher-img-size 0 must be positive'),
         (dict(distill_loss_weight=2.0), r'--distill-loss-weight 2.0 has no effect without --kd-model-name'),
         (dict(kd_model_name='resnet18', kd_temperature=0.0), '--kd-temperature 0.0 must be positive'),
         (dict(kd_model_name='resnet18', task_loss_weight=-1.0), '--task-loss-weight -1.0 must not be negative'),
@@ -200,6 +202,38 @@ def test_teacher_gets_images_as_it_was_trained(
     pixels = inputs['student'] * column(given['std']) + column(given['mean'])
     mean, std = (v if in_chans == 3 else [sum(v) / 3] for v in (cfg['mean'], cfg['std']))
     torch.testing.assert_close(inputs['teacher'], (pixels - column(mean)) / column(std), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize('kind', ['logit', 'feature'])
+@pytest.mark.parametrize('img_size', [None, 16, 24])
+def test_teacher_gets_images_of_its_own_size(
+    digits: Path, teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, img_size: int | None
+) -> None:
+    """As seen by its first convolution; the students' are 16x16."""
+    students: list[torch.Tensor] = []
+    seen: list[torch.Tensor] = []
+    made, create = DistillationTeacher.normalize_input, timm.create_model
+
+    def spy(self: DistillationTeacher, input: torch.Tensor, *args: torch.Tensor) -> torch.Tensor:
+        students.append(made(self, input, *args).clone())
+        return students[-1]
+
+    def create_model(name: str, *args: object, **kwargs: object) -> torch.nn.Module:
+        model = create(name, *args, **kwargs)
+        if name.startswith('local-dir:'):
+            conv = next(m for m in model.modules() if isinstance(m, torch.nn.Conv2d))
+            conv.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].clone()))
+        return model
+
+    monkeypatch.setattr(DistillationTeacher, 'normalize_input', spy)
+    monkeypatch.setattr('timm_mixpath.train.distill.timm.create_model', create_model)
+    options = dict(kd_model_name=f'local-dir:{teacher}', kd_distill_type=kind, kd_teacher_img_size=img_size)
+    train(small_args(digits, tmp_path, epochs=1, **options))
+    seen = seen[-len(students) :]  # the task may ask the teacher for the number of its features
+    assert students[0].shape[-2:] == (16, 16) and seen[0].shape[-2:] == (img_size or 16,) * 2
+    for student, teachers in zip(students, seen, strict=True):
+        how = dict(size=seen[0].shape[-2:], mode='bicubic', antialias=True, align_corners=False)
+        torch.testing.assert_close(teachers, torch.nn.functional.interpolate(student, **how))
 
 
 def column(values: list[float]) -> torch.Tensor:

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import timm
+import torch
 from timm.task import (
     DistillationTeacher,
     FeatureDistillationTask,
@@ -15,6 +16,8 @@ from timm.task import (
     TrainingTask,
 )
 from torch import nn
+from torchvision.transforms import InterpolationMode
+from torchvision.transforms.functional import resize
 
 from ..utils.errors import UsageError, as_usage_error
 from ..utils.numbers import parse_float
@@ -24,11 +27,17 @@ from .task import STAND_INS
 __all__ = ['add_distillation_options', 'check_distillation', 'create_distillation_task']
 
 
+# Options whose default means nothing without a teacher
+_ONLY_WITH_TEACHER = ('distill_loss_weight', 'task_loss_weight', 'kd_teacher_img_size')
+
+
 def add_distillation_options(parser: argparse.ArgumentParser) -> None:
     """Add the options of timm's train.py for distillation."""
     add = parser.add_argument_group('distillation').add_argument
     add('--kd-model-name', default=None, metavar='NAME',
         help='teacher, with its pretrained weights: any timm name, local-dir:DIR or hf-hub:ORG/NAME')  # fmt: skip
+    add('--kd-teacher-img-size', type=int, default=None, metavar='N',
+        help="pixels that the teacher's images are resized to (default: it gets the student's as they are)")  # fmt: skip
     add('--kd-distill-type', default='logit', choices=('logit', 'feature', 'token'), help='what the student matches')
     add('--kd-loss-type', default='kl', choices=('kl',), help='loss between logits')
     add('--distill-loss-weight', type=parse_float, default=None, metavar='N', help='weight of the distillation loss')
@@ -47,13 +56,15 @@ def check_distillation(args: Namespace) -> None:
         UsageError: One is out of range, or has no effect without a teacher.
     """
     if not args.kd_model_name:
-        given = [name for name in ('distill_loss_weight', 'task_loss_weight') if getattr(args, name) is not None]
+        given = [name for name in _ONLY_WITH_TEACHER if getattr(args, name) is not None]
         if given:
             option = given[0].replace('_', '-')
             raise UsageError(
                 f'--{option} {getattr(args, given[0])} has no effect without --kd-model-name, name a teacher'
             )
         return
+    if args.kd_teacher_img_size is not None and args.kd_teacher_img_size < 1:
+        raise UsageError(f'--kd-teacher-img-size {args.kd_teacher_img_size} must be positive')
     if args.kd_temperature <= 0:
         raise UsageError(f'--kd-temperature {args.kd_temperature} must be positive')
     for name in ('distill_loss_weight', 'task_loss_weight'):
@@ -120,4 +131,27 @@ def _create_teacher(model: nn.Module, args: Namespace, device: Any) -> Distillat
         )
     data_config = resolve_data(Namespace(in_chans=model.in_chans), teacher)
     with _normalised(teacher, data_config['mean'], data_config['std']):
-        return DistillationTeacher(teacher, device=device)
+        size = args.kd_teacher_img_size
+        return DistillationTeacher(teacher, device=device) if size is None else _ResizingTeacher(teacher, size, device)
+
+
+class _ResizingTeacher(DistillationTeacher):
+    """timm's teacher, with images of a size of its own.
+
+    A network is best at the size that it was trained with. It sees objects at the scale of its training again where a
+    student's smaller images are enlarged for it, although they show no more than before.
+
+    Args:
+        model: Teacher.
+        img_size: Size that its images [B, C, H, W] are resized to, in pixels.
+        device: Its device.
+    """
+
+    def __init__(self, model: nn.Module, img_size: int, device: Any) -> None:
+        super().__init__(model, device=device)
+        self.img_size = img_size
+
+    def forward(self, input: torch.Tensor, return_features: bool = False) -> torch.Tensor:
+        if input.shape[-2:] != (self.img_size, self.img_size):
+            input = resize(input, [self.img_size, self.img_size], InterpolationMode.BICUBIC, antialias=True)
+        return super().forward(input, return_features)
