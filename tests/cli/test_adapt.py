@@ -16,6 +16,7 @@ import timm_mixpath
 from timm_mixpath import backbone_space, cli
 from timm_mixpath.cli.adapt import AdaptConfig, run_adapt
 from timm_mixpath.models.cost import count_macs
+from timm_mixpath.search.blend import Blend
 from timm_mixpath.search.result import SearchResult
 from timm_mixpath.search.run import search_checkpoint
 from timm_mixpath.train.checkpoint import load_model
@@ -166,8 +167,99 @@ def test_smaller_images_are_the_other_way_to_a_limit(
     macs = {size: sum(count_macs(backbone, (3, size, size)).values()) for size in (32, 48, img_size)}
     within = max((size for size in macs if macs[size] <= max_macs), default=None)
     assert (within if within != img_size else None) == expected
-    text = f'With images of {expected}x{expected} pixels the backbone itself has less than {max_macs / 1e6:g} M MACs'
+    text = f'With images of {expected}x{expected} pixels the backbone itself is within {max_macs / 1e6:g} M MACs'
     assert (text in caplog.text) == (expected is not None) == ('With images of' in caplog.text)
+
+
+def test_best_of_several_image_sizes(
+    tiny: AdaptConfig,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    blends: dict[int, float] = {}
+
+    def inherit_blended(*args: object, **kwargs: object) -> Blend:
+        blend = blends_of(*args, **kwargs)
+        blends[kwargs['img_size']] = blend.scores[blend.share]['loss']
+        return blend
+
+    blends_of = timm_mixpath.search.blend.inherit_blended
+    monkeypatch.setattr('timm_mixpath.cli.adapt.inherit_blended', inherit_blended)
+    config = replace(tiny, img_size=(64, 24, 32, 48), max_macs=1_200_000, supernet_epochs=0, refit_images=0)
+    with caplog.at_level('INFO'):
+        folder = run_adapt(config, tmp_path / 'job')
+    assert 'so smaller images (24x24) are left out' in caplog.text and '--img-size' not in caplog.text
+
+    # With images of 32 pixels the backbone itself is within the limit, with larger ones networks around it are
+    job = tmp_path / 'job'
+    evaluated = {
+        int(path.name): [json.loads(line) for line in (path / 'archive.jsonl').read_text().splitlines()[1:]]
+        for path in (job / 'search').iterdir()
+    }
+    own = str(backbone_space(BACKBONE, m=tiny.m).default_arch)
+    assert sorted(evaluated) == sorted(blends) == [32, 48, 64]
+    assert [record['arch'] for record in evaluated[32]] == [own]
+    assert all(record['macs'] <= 1_200_000 for size in evaluated for record in evaluated[size])
+    assert {len(evaluated[48]), len(evaluated[64])} == {36}
+
+    # What gives the lowest loss is trained with images of its size
+    size = min(blends, key=lambda n: blends[n])
+    summary = json.loads((job / 'summary.json').read_text())
+    backbone, winner = summary['rows']
+    assert summary['input_size'] == [3, size, size] and (backbone['img_size'], winner['img_size']) == (64, size)
+    trained = load_model(job / 'winner' / 'last.pth.tar')
+    assert trained.data_config['input_size'] == (3, size, size) and trained.args.kd_teacher_img_size == 64 > size
+    model = timm.create_model(f'local-dir:{folder}', pretrained=True).eval()
+    assert timm.data.resolve_model_data_config(model)['input_size'] == (3, size, size)
+    assert winner['macs'] == sum(count_macs(model, (3, size, size)).values()) <= 1_200_000
+    assert summary['arch'] in {record['arch'] for record in evaluated[size]}
+    assert f'are in {job / "search" / str(size)}' in capsys.readouterr().out
+
+    # A job that was cut off has chosen; another one takes the backbone, which has seen images of the largest size
+    before = (job / 'winner' / 'last.pth.tar').read_bytes()
+    shutil.rmtree(job / 'model')
+    blends.clear()
+    assert run_adapt(config, job) == folder and not blends
+    assert (job / 'winner' / 'last.pth.tar').read_bytes() == before
+    run_adapt(replace(config, img_size=(48, 64), reuse=str(job), winner_epochs=0), tmp_path / 'other')
+    assert not (tmp_path / 'other' / 'backbone').exists() and sorted(blends) == [48, 64]
+    with pytest.raises(UsageError, match=r'has another img_size \(64, now 48\), and so another backbone'):
+        run_adapt(replace(config, img_size=(32, 48), reuse=str(job)), tmp_path / 'third')
+
+
+@pytest.mark.parametrize(
+    'changes, expected',
+    [
+        # Of sizes with which the backbone is within the limit, the largest: with all of them it is as usual
+        (dict(img_size=(32, 64), max_macs=None), {64: 24}),
+        (dict(img_size=(32, 64), max_macs=None, supernet_epochs=0), {64: 24}),
+        (dict(img_size=(32, 64), max_macs=2_000_000), {32: 1, 64: 24}),
+        # A supernet that is trained may know better
+        (dict(img_size=(32, 64), max_macs=2_000_000, supernet_epochs=1), {32: 24, 64: 24}),
+        # and with large ones there may be nothing
+        (dict(img_size=(32, 128), max_macs=600_000), {32: 24}),
+    ],
+)
+def test_sizes_that_are_searched(
+    tiny: AdaptConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changes: dict, expected: dict
+) -> None:
+    searched: dict[int, int] = {}
+
+    def search(*args: object, img_size: int, **kwargs: object) -> None:
+        searched[img_size] = args[2].num_evaluations
+        if len(searched) == len(expected):
+            interrupt()
+
+    monkeypatch.setattr('timm_mixpath.cli.adapt._Job.train', lambda *_, **__: 50.0)
+    monkeypatch.setattr('timm_mixpath.cli.adapt._Job.save', lambda *_: None)
+    monkeypatch.setattr('timm_mixpath.cli.adapt._Job.supernet', lambda *_: None)
+    monkeypatch.setattr('timm_mixpath.cli.adapt.search_checkpoint', search)
+    config = replace(tiny, generations=0, supernet_epochs=None)
+    with pytest.raises(KeyboardInterrupt):
+        run_adapt(replace(config, **changes), tmp_path)
+    assert searched == expected
 
 
 @pytest.mark.parametrize('near, factor', [(-100.0, 1), (100.0, 4)])

@@ -1,15 +1,13 @@
 """From a pretrained network of timm to one that fits a budget, on images of one's own."""
 
 import argparse
-import json
 import logging
-import math
 import os
 import time
 from argparse import Namespace
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,31 +15,35 @@ import timm
 import torch
 from timm.data import create_loader
 from timm.models import get_pretrained_cfg
+from torch import nn
 
 from ..hub.export import save_model
-from ..models.backbone import check_backbone, check_weights, describe_origin
-from ..models.cost import cost_table, count_macs
+from ..models.backbone import describe_origin
+from ..models.cost import count_macs
 from ..models.latency import measure_latency
 from ..models.latency_table import LatencyTable
 from ..models.pretrained import PREPROCESSING
 from ..models.warm_start import warm_start
 from ..search.accuracy import evaluate, prepare_device
-from ..search.blend import SHARES, inherit_blended, inherit_refitted
+from ..search.blend import SHARES, Blend, inherit_blended, inherit_refitted
 from ..search.config import SearchConfig
 from ..search.front import print_result
 from ..search.images import SearchData
 from ..search.pareto import require_pymoo
-from ..search.pool import ArchPool, check_limits
+from ..search.result import SearchResult
 from ..search.run import search_checkpoint
+from ..spaces.arch import Arch
 from ..train.checkpoint import create_model, load_model, write_checkpoint
 from ..train.data import open_dataset
 from ..train.loop import train_or_resume
 from ..train.options import CPU_KERNELS_HELP, default_args, make_storable
 from ..utils.distributed import open_process
-from ..utils.errors import UsageError, as_usage_error
+from ..utils.errors import UsageError
 from ..utils.numbers import parse_count, parse_float
 from ..utils.tables import format_table, write_json
-from .common import add_latency_limit, describe_job, from_args, job_folder, setup_logging, user_images
+from .adapt_config import AdaptConfig, check_config, find_reused
+from .adapt_plan import SizedSearch, is_backbone_alone, plan_searches, share_evaluations
+from .common import add_latency_limit, from_args, job_folder, setup_logging, user_images
 
 __all__ = ['SUPERNET_EPOCHS', 'AdaptConfig', 'add_adapt', 'run_adapt', 'run_adapt_command']
 
@@ -53,77 +55,6 @@ SUPERNET_EPOCHS = 5
 # A winner that starts with all but so many points of the backbone's top-1 is trained as gently as the backbone was:
 # recipes/warm_start/README.md
 _NEAR = 3.0
-
-
-@dataclass(frozen=True)
-class AdaptConfig:
-    """What to adapt to what.
-
-    Attributes:
-        backbone: Network of timm, see `timm_mixpath.list_backbones`.
-        backbone_weights: File of its weights, those that timm has on the Hub if None.
-        data_dir: Root of an image data set with a training and a validation split.
-        dataset: Type and name as in timm.
-        train_split: Training split; a tenth of it scores archs in the search and trains nothing.
-        val_split: Validation split, for the final accuracies only.
-        dataset_download: Download the data set where timm can.
-        img_size: Size that the images are brought to, in pixels; the backbone's if None.
-        max_macs: Limit of the search, for images of `img_size`.
-        max_params: Limit of the search.
-        max_latency: Limit of the search, in milliseconds per batch of the latency table.
-        latency_table: File of a `LatencyTable` of the space around the backbone.
-        m: Largest number of paths that are summed.
-        finetune_epochs: Epochs of the backbone.
-        winner_epochs: Epochs of the winner; the less it costs than the backbone, the more it gains by them. 0 for none:
-            what the backbone's features give it by least squares.
-        supernet_epochs: Epochs of the supernet, 0 to search it as it starts. None takes 0 where the backbone is outside
-            the limits, `SUPERNET_EPOCHS` where it is inside them: at the start nothing is better than the backbone, and
-            kernels that are larger compute the same.
-        batch_size: Images per step.
-        generations: Generations of the search.
-        num_images: Number of images to score archs with, at most.
-        recalibration_images: Training images to recalibrate the batch norms of every candidate with, 0 for none.
-        refit_images: Training images on which the blocks of the winner are brought near the backbone's before
-            it is trained, see `timm_mixpath.refit`, 0 for none; not behind a supernet that was trained.
-        lr: Learning rate of AdamW for the supernet and the winner; a quarter of it for the backbone, and for a winner
-            that starts within 3 points of the backbone's top-1.
-        distill: The fine-tuned backbone teaches the supernet and the winner.
-        seed: Seed of everything.
-        reuse: Folder of an earlier job with the same images and the same training of the backbone, which is used, as is
-            a supernet that was trained for as many epochs. What follows is done again, for another limit.
-        workers: Processes that load images.
-        device: Device, the GPU if there is one and None is given.
-        cpu_kernels: Train with faster gradients on the CPU, see `models.cpu_kernels`.
-    """
-
-    backbone: str
-    backbone_weights: str | None = None
-    data_dir: str | None = None
-    dataset: str = ''
-    train_split: str = 'train'
-    val_split: str = 'validation'
-    dataset_download: bool = False
-    img_size: int | None = None
-    max_macs: int | None = None
-    max_params: int | None = None
-    max_latency: float | None = None
-    latency_table: str | None = None
-    m: int = 2
-    finetune_epochs: int = 3
-    winner_epochs: int = 8
-    supernet_epochs: int | None = None
-    batch_size: int = 32
-    generations: int = 10
-    num_images: int = 500
-    recalibration_images: int = 256
-    refit_images: int = 512
-    lr: float = 1e-3
-    distill: bool = True
-    seed: int = 0
-    reuse: str | None = None
-    workers: int = 2
-    device: str | None = None
-    cpu_kernels: bool = False
 
 
 def run_adapt(config: AdaptConfig, output: str | os.PathLike) -> Path:
@@ -147,19 +78,7 @@ def run_adapt(config: AdaptConfig, output: str | os.PathLike) -> Path:
         RunError: There are no weights, a training failed, or files can't be read or written.
     """
     require_pymoo()  # not after minutes of training
-    check_backbone(config.backbone)
-    if config.backbone_weights:
-        check_weights(config.backbone, config.backbone_weights)
-    if config.data_dir is None and not config.dataset:
-        raise UsageError('no images: pass --data-dir DIR with train/ and validation/, or --dataset NAME')
-    # The search would find its own only behind hours of training
-    at_least = dict.fromkeys(('img_size', 'finetune_epochs', 'batch_size', 'num_images'), 1)
-    at_least |= dict.fromkeys(('recalibration_images', 'refit_images', 'supernet_epochs', 'winner_epochs'), 0)
-    for option, least in at_least.items():
-        if (number := getattr(config, option)) is not None and number < least:
-            raise UsageError(f'--{option.replace("_", "-")} {number} must be at least {least}')
-    if not 0 < config.lr < math.inf:
-        raise UsageError(f'--lr {config.lr} must be a positive number')
+    check_config(config)
     search_config = SearchConfig(
         population=24,
         offspring=12,
@@ -173,50 +92,34 @@ def run_adapt(config: AdaptConfig, output: str | os.PathLike) -> Path:
     )
     images, classes, num_images = user_images(config, config.data_dir)
     pretrained_cfg = get_pretrained_cfg(config.backbone)
-    size = pretrained_cfg.input_size[1] if config.img_size is None else config.img_size
     name = config.backbone.partition('.')[0]
     kwargs = dict(backbone=name, m=config.m)
     finetuning = dict(lr=config.lr / 4)
     # A new classifier of timm's usual size sends large gradients into what is pretrained
     head = {} if len(classes) == pretrained_cfg.num_classes else dict(head_init_scale=0.01, head_init_bias=0.0)
     supernet = timm.create_model('mixpath_supernet', num_classes=len(classes), device='meta', **kwargs)
-    with as_usage_error(f'image size {size} is out of range'):
-        table = cost_table(supernet, (3, size, size))
-    own_arch = supernet.space.default_arch
-    own_macs = table.macs(own_arch)
-    low, high = table.bounds('macs')
-    latency = None
-    if config.latency_table:
-        latency = LatencyTable.load(config.latency_table)
-        latency.add_to(table)
-    check_limits(search_config, table)
+    latency = LatencyTable.load(config.latency_table) if config.latency_table else None
+    sizes = config.img_size or pretrained_cfg.input_size[1]
+    sizes = (sizes,) if isinstance(sizes, int) else sizes
+    searches = plan_searches(supernet, config.backbone, sizes, search_config, latency)
     if config.supernet_epochs is None:
-        is_within = ArchPool(supernet.space, table, search_config).violation(own_arch) == 0
-        config = replace(config, supernet_epochs=SUPERNET_EPOCHS if is_within else 0)
+        config = replace(config, supernet_epochs=SUPERNET_EPOCHS if is_backbone_alone(searches) else 0)
     if not config.supernet_epochs and not config.recalibration_images:
         raise UsageError(
             '--recalibration-images 0 leaves archs of a supernet that is not trained near chance, so nothing can be '
             f'chosen; recalibrate, or train it with --supernet-epochs {SUPERNET_EPOCHS}'
         )
-    reused = _reused(config, Path(config.reuse)) if config.reuse else {}
-    _logger.info(
-        f'{config.backbone} has {own_macs / 1e6:.1f} M MACs at {size}x{size} pixels, the networks around it '
-        f'{low / 1e6:.1f} to {high / 1e6:.1f} M'
-    )
-    if config.max_macs and (smaller := _smaller_images(name, len(classes), size, config.max_macs)):
-        _logger.info(
-            f'With images of {smaller}x{smaller} pixels the backbone itself has less than {config.max_macs / 1e6:g} M '
-            f'MACs: where details matter little, an --img-size of {smaller} or a little more is the better way there'
-        )
+    searches = share_evaluations(searches, is_trained=config.supernet_epochs > 0)
+    reused = find_reused(config, Path(config.reuse)) if config.reuse else {}
 
     with job_folder(output, config, 'adapt.json') as output:
         # The supernet and the winner know the name of the backbone only, not the tag, whose preprocessing may differ
         images |= dict(mean=list(pretrained_cfg.mean), std=list(pretrained_cfg.std))
         images |= dict(interpolation=pretrained_cfg.interpolation, crop_pct=pretrained_cfg.crop_pct)
         images |= dict(crop_mode=pretrained_cfg.crop_mode)
-        images |= dict(num_classes=len(classes), img_size=size)
-        job = _Job(config, output, images, classes, latency, reused)
-        stages = _Stages(_shares(config, num_images))
+        images |= dict(num_classes=len(classes), img_size=max(sizes))
+        job = _Job(config, output, images, classes, latency, searches, reused)
+        stages = _Stages(_shares(config, searches, num_images))
         with stages('Fine-tuning the backbone'):
             # A file of weights is of no tag
             model, weights = (name, config.backbone_weights) if config.backbone_weights else (config.backbone, '')
@@ -234,35 +137,30 @@ def run_adapt(config: AdaptConfig, output: str | os.PathLike) -> Path:
         with stages(f'{made} a copy of it'):
             checkpoint = job.supernet(teacher, kwargs)
         with stages('Searching'):
-            result = search_checkpoint(
-                checkpoint,
-                output / 'search',
-                search_config,
-                SearchData(num_images=config.num_images),
-                recalibration_images=config.recalibration_images,
-                workers=config.workers,
-                device=config.device,
-                latency_table=config.latency_table,
-            )
-        arch = str(result.chosen.arch)
-        if result.chosen.arch == own_arch:
-            advice = '' if config.supernet_epochs else f'; --supernet-epochs {SUPERNET_EPOCHS} looks beyond it'
-            _logger.warning(
-                f'The search chose the backbone itself, of what it tried nothing scored better: a lower limit makes it '
-                f'look for smaller networks{advice}'
-            )
+            results = {search.img_size: job.search(search, checkpoint) for search in searches}
         with stages('Fine-tuning the winner' if config.winner_epochs else 'Making the winner'):
-            trained = inherited = job.inherit(arch, checkpoint, teacher)
+            inherited, size = job.inherit(results, checkpoint, teacher)
+            result = results[size]
+            arch = str(result.chosen.arch)
+            if result.chosen.arch == supernet.space.default_arch and is_backbone_alone(searches):
+                advice = '' if config.supernet_epochs else f'; --supernet-epochs {SUPERNET_EPOCHS} looks beyond it'
+                _logger.warning(
+                    f'The search chose the backbone itself, of what it tried nothing scored better: a lower limit '
+                    f'makes it look for smaller networks{advice}'
+                )
+            trained = inherited
             if config.winner_epochs:
                 is_near = backbone - (100 - result.chosen.error) < _NEAR
                 winner = job.train(
                     'winner',
                     model='mixpath',
                     model_kwargs=dict(backbone=name, arch=arch),
+                    img_size=size,
                     initial_checkpoint=str(inherited / 'model.safetensors'),
                     epochs=config.winner_epochs,
                     **(finetuning if is_near else {}),
                     **job.distillation,
+                    **job.enlarge(size),
                 )
                 trained = job.checkpoint('winner')
             else:
@@ -275,41 +173,10 @@ def run_adapt(config: AdaptConfig, output: str | os.PathLike) -> Path:
         ]
         write_json(output / 'summary.json', dict(arch=arch, input_size=[3, size, size], rows=rows))
         print()
-        print_result(result, output / 'search')
-        print(f'\n{_format(rows, size, config, latency)}')
+        print_result(result, job.search_folder(size))
+        print(f'\n{_format(rows, config, latency)}')
         print(f"\ntimm.create_model('local-dir:{folder}', pretrained=True)  # after `import timm, timm_mixpath`")
         return folder
-
-
-# Options on which the training of the supernet depends, but not that of the backbone
-_OF_THE_SUPERNET = ('supernet_epochs', 'm', 'distill')
-
-# Options that may differ between a job and the one whose backbone it uses
-_NOT_OF_THE_BACKBONE = frozenset({
-    'max_macs', 'max_params', 'max_latency', 'latency_table', 'generations', 'num_images', 'recalibration_images',
-    'refit_images', 'reuse', 'workers', 'device', 'cpu_kernels', 'winner_epochs', *_OF_THE_SUPERNET,
-})  # fmt: skip
-
-
-def _reused(config: AdaptConfig, folder: Path) -> dict[str, Path]:
-    """Check that a job can go on from what another one trained; return the folders of the trainings that it takes."""
-    mine, jobs = describe_job(asdict(config)), {}
-    while folder not in jobs:
-        try:
-            jobs[folder] = describe_job(json.loads((folder / 'adapt.json').read_text()))
-        except (OSError, ValueError):
-            raise UsageError(f'--reuse {str(folder)!r} is not the output folder of an adapt job') from None
-        folder = Path(jobs[folder].get('reuse') or folder)  # of which it took what it did not train itself
-    for name in mine:
-        if name not in _NOT_OF_THE_BACKBONE and (other := jobs[folder].get(name)) != mine[name]:
-            raise UsageError(
-                f'--reuse {str(folder)!r} has another {name} ({other!r}, now {mine[name]!r}), and so another backbone'
-            )
-    reused = {'backbone': folder / 'backbone'}
-    for folder, other in jobs.items():
-        if (folder / 'supernet').exists() and all(other.get(name) == mine[name] for name in _OF_THE_SUPERNET):
-            return {**reused, 'supernet': folder / 'supernet'}
-    return reused
 
 
 class _Job:
@@ -322,12 +189,14 @@ class _Job:
         images: dict[str, Any],
         classes: list[str],
         latency: LatencyTable | None,
+        searches: list[SizedSearch],
         reused: dict[str, Path],
     ) -> None:
         self.config = config
         self.classes = classes
         self.reused = reused
         self.latency = latency
+        self.searches = searches
         self.output = output
         self.common = dict(
             **images,
@@ -354,6 +223,11 @@ class _Job:
         self.distillation: dict[str, Any] = {}
         if config.distill:
             self.distillation = dict(kd_model_name=f'local-dir:{self.folder("backbone") / "model"}')
+
+    def enlarge(self, img_size: int) -> dict[str, int]:
+        """Return the option by which the teacher of a winner with smaller images than its own gets them enlarged."""
+        own = self.common['img_size']
+        return dict(kd_teacher_img_size=own) if self.distillation and img_size < own else {}
 
     def folder(self, experiment: str) -> Path:
         """Where a training is, in this job's folder or in that of the job that is reused."""
@@ -388,21 +262,57 @@ class _Job:
             write_checkpoint(path, model, args)
         return path
 
-    def inherit(self, arch: str, checkpoint: Path, teacher: Path) -> Path:
-        """Write the model folder of what an arch inherits, made the best of."""
-        folder, config = self.output / 'inherited', self.config
+    def search_folder(self, img_size: int) -> Path:
+        """Where the search with images of a size is."""
+        folder = self.output / 'search'
+        return folder if len(self.searches) == 1 else folder / str(img_size)
+
+    def search(self, search: SizedSearch, checkpoint: Path) -> SearchResult:
+        """Search with images of one size, or go on."""
+        return search_checkpoint(
+            checkpoint,
+            self.search_folder(search.img_size),
+            search.config,
+            SearchData(num_images=self.config.num_images),
+            img_size=search.img_size,
+            recalibration_images=self.config.recalibration_images,
+            workers=self.config.workers,
+            device=self.config.device,
+            latency_table=self.config.latency_table,
+        )
+
+    def inherit(self, results: dict[int, SearchResult], checkpoint: Path, teacher: Path) -> tuple[Path, int]:
+        """Write the model folder of what a chosen arch inherits, made the best of.
+
+        Args:
+            results: Searches by the size of their images. The size is taken that gives the lowest loss.
+            checkpoint: Supernet that was searched.
+            teacher: Model folder of the backbone that it started from.
+
+        Returns:
+            The folder, and the size in pixels.
+        """
+        folder = self.output / 'inherited'
         if not folder.exists():
             source = timm.create_model(f'local-dir:{teacher}', pretrained=True)
-            common: dict[str, Any] = dict(workers=config.workers, device=config.device)
-            common['data'] = SearchData(num_images=config.num_images)
-            if not config.supernet_epochs and config.refit_images:
-                blend = inherit_refitted(checkpoint, arch, source, num_images=config.refit_images, **common)
-            else:
-                shares = SHARES if config.supernet_epochs else SHARES[:1]
-                common['recalibration_images'] = config.recalibration_images
-                blend = inherit_blended(checkpoint, arch, source, shares=shares, **common)
-            save_model(blend.model, folder, blend.loaded.data_config, blend.loaded.label_names)
-        return folder
+            blends: list[Blend] = []
+            for size, result in results.items():
+                if len(results) > 1:
+                    _logger.info(f'{size}x{size} pixels: {result.chosen.macs / 1e6:.1f} M MACs, {result.chosen.arch}')
+                blends.append(self._blend(result.chosen.arch, size, checkpoint, source))
+            best = min(blends, key=lambda blend: blend.scores[blend.share]['loss'])
+            save_model(best.model, folder, best.loaded.data_config, best.loaded.label_names)
+        return folder, load_model(folder).data_config['input_size'][1]
+
+    def _blend(self, arch: Arch, img_size: int, checkpoint: Path, source: nn.Module) -> Blend:
+        config = self.config
+        common: dict[str, Any] = dict(workers=config.workers, device=config.device, img_size=img_size)
+        common['data'] = SearchData(num_images=config.num_images)
+        if not config.supernet_epochs and config.refit_images:
+            return inherit_refitted(checkpoint, arch, source, num_images=config.refit_images, **common)
+        shares = SHARES if config.supernet_epochs else SHARES[:1]
+        common['recalibration_images'] = config.recalibration_images
+        return inherit_blended(checkpoint, arch, source, shares=shares, **common)
 
     def validate(self, folder: Path) -> float:
         """Top-1 of a model folder on the validation split, in percent."""
@@ -435,20 +345,12 @@ class _Job:
             how = dict(runtime=table.runtime, num_threads=table.threads, batch_size=table.batch_size)
         return dict(
             name=name,
+            img_size=size[1],
             top1=round(top1, 2),
             macs=sum(count_macs(loaded.model, size).values()),
             params=sum(p.numel() for p in loaded.model.parameters()),
             latency_ms=round(measure_latency(loaded.model, input_size=size, **how), 2),
         )
-
-
-def _smaller_images(name: str, num_classes: int, size: int, max_macs: int) -> int | None:
-    """Largest size of images below `size` with which a network is within a limit; None if it is with `size`."""
-    network = timm.create_model(name, num_classes=num_classes, device='meta').eval()
-    for smaller in (size, *range((size - 1) // 16 * 16, 31, -16)):
-        if sum(count_macs(network, (3, smaller, smaller)).values()) <= max_macs:
-            return smaller if smaller < size else None
-    return None
 
 
 class _Stages:
@@ -482,9 +384,9 @@ class _Stages:
             self.counted += share
 
 
-def _shares(config: AdaptConfig, num_images: int) -> list[float]:
+def _shares(config: AdaptConfig, searches: list[SizedSearch], num_images: int) -> list[float]:
     """Expected durations in forward passes of one image; a training step is about three."""
-    evaluations = 24 + 12 * config.generations
+    evaluations = sum(search.config.num_evaluations for search in searches)
     per_arch = min(config.num_images, num_images // 10) + config.recalibration_images
     teaching = 1 if config.distill else 0
     return [
@@ -495,11 +397,12 @@ def _shares(config: AdaptConfig, num_images: int) -> list[float]:
     ]
 
 
-def _format(rows: list[dict[str, Any]], size: int, config: AdaptConfig, latency: LatencyTable | None) -> str:
-    header = ('', 'top-1 (%)', 'MACs (M)', 'params (M)', 'ms')
+def _format(rows: list[dict[str, Any]], config: AdaptConfig, latency: LatencyTable | None) -> str:
+    header = ('', 'pixels', 'top-1 (%)', 'MACs (M)', 'params (M)', 'ms')
     cells = [
         (
             r['name'],
+            str(r['img_size']),
             f'{r["top1"]:.2f}',
             f'{r["macs"] / 1e6:.1f}',
             f'{r["params"] / 1e6:.3f}',
@@ -512,7 +415,7 @@ def _format(rows: list[dict[str, Any]], size: int, config: AdaptConfig, latency:
     where = f'{torch.get_num_threads()} thread(s)' if latency is None else f'as the latency table: {latency.describe()}'
     return (
         f'{format_table([header, *cells], "<>")}\n'
-        f'top-1 on the validation split; MACs for one image of {size}x{size} pixels; ms measured on this machine, '
+        f'top-1 on the validation split; MACs for one image; ms measured on this machine, '
         f'{where}. On the same images the backbone was fine-tuned for {config.finetune_epochs} epochs, the winner '
         f'{winner}.'
     )
@@ -528,7 +431,8 @@ def add_adapt(parser: argparse.ArgumentParser) -> None:
     add('--train-split', default='train', metavar='NAME')
     add('--val-split', default='validation', metavar='NAME')
     add('--dataset-download', action='store_true', help='download torch/ data sets')
-    add('--img-size', type=int, metavar='N', help="pixels (default: the backbone's)")
+    add('--img-size', type=int, nargs='+', metavar='N',
+        help="pixels (default: the backbone's); of several, the best for the limits is chosen")  # fmt: skip
     add('--max-macs', type=parse_count, metavar='N', help='limit of the search, for example 200M')
     add('--max-params', type=parse_count, metavar='N')
     add_latency_limit(parser)
@@ -543,7 +447,13 @@ def add_adapt(parser: argparse.ArgumentParser) -> None:
         f'outside the limits, else {SUPERNET_EPOCHS})',
     )
     add('-b', '--batch-size', type=int, default=32, metavar='N', help='images per step (default: 32)')
-    add('--generations', type=int, default=10, metavar='N', help='generations of the search (default: 10)')
+    add(
+        '--generations',
+        type=int,
+        default=10,
+        metavar='N',
+        help='generations of the search, which several image sizes share (default: 10)',
+    )
     add('--num-images', type=parse_count, default=500, metavar='N', help='images to score archs with (default: 500)')
     add('--recalibration-images', type=parse_count, default=256, metavar='N', help='0 for none (default: 256)')
     add(

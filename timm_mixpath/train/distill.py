@@ -37,7 +37,7 @@ def add_distillation_options(parser: argparse.ArgumentParser) -> None:
     add('--kd-model-name', default=None, metavar='NAME',
         help='teacher, with its pretrained weights: any timm name, local-dir:DIR or hf-hub:ORG/NAME')  # fmt: skip
     add('--kd-teacher-img-size', type=int, default=None, metavar='N',
-        help="pixels that the teacher's images are resized to (default: it gets the student's as they are)")  # fmt: skip
+        help="pixels that the teacher's images are resized to (default: those of the student)")  # fmt: skip
     add('--kd-distill-type', default='logit', choices=('logit', 'feature', 'token'), help='what the student matches')
     add('--kd-loss-type', default='kl', choices=('kl',), help='loss between logits')
     add('--distill-loss-weight', type=parse_float, default=None, metavar='N', help='weight of the distillation loss')

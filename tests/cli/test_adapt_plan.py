@@ -1,0 +1,67 @@
+"""With which images adapt searches, and how much."""
+
+from dataclasses import replace
+
+import pytest
+import timm
+
+from timm_mixpath.cli.adapt_plan import SizedSearch, is_backbone_alone, plan_searches, share_evaluations
+from timm_mixpath.models.backbone import BackboneSupernet
+from timm_mixpath.models.cost import cost_table
+from timm_mixpath.models.latency_table import LatencyTable
+from timm_mixpath.search.config import SearchConfig
+from timm_mixpath.utils.errors import UsageError
+
+BACKBONE = 'mobilenetv3_small_050'
+
+
+@pytest.fixture(scope='module')
+def supernet() -> BackboneSupernet:
+    return timm.create_model('mixpath_supernet', backbone=BACKBONE, num_classes=10, m=2, device='meta')
+
+
+def test_sizes_between_the_backbone_and_nothing(supernet: BackboneSupernet, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From the largest with which the backbone is within the limit, to the largest with which anything is."""
+    sizes = [96, 32, 64]
+    tables = {n: cost_table(supernet, (3, n, n)) for n in sizes}
+    # A table takes seconds
+    monkeypatch.setattr('timm_mixpath.cli.adapt_plan.cost_table', lambda _, size: tables[size[1]])
+    macs = {n: table.macs(supernet.space.default_arch) for n, table in tables.items()}
+    for limited in (64, 96):
+        config = SearchConfig(max_macs=macs[limited])
+        searches = plan_searches(supernet, BACKBONE, sizes, config)
+        reachable = [n for n in sorted(sizes) if n >= limited and tables[n].bounds('macs')[0] <= config.max_macs]
+        assert [s.img_size for s in searches] == reachable
+        assert [s.holds_backbone for s in searches] == [n == limited for n in reachable]
+        assert is_backbone_alone(searches) == (reachable == [limited])
+    assert not is_backbone_alone(plan_searches(supernet, BACKBONE, [64], SearchConfig(max_macs=macs[64] - 1)))
+    with pytest.raises(UsageError, match=r'max_macs=1000 excludes every arch, the smallest of the space has \d+'):
+        plan_searches(supernet, BACKBONE, sizes, SearchConfig(max_macs=1000))
+
+
+def test_latency_table_is_of_one_size(supernet: BackboneSupernet) -> None:
+    table = object.__new__(LatencyTable)
+    with pytest.raises(UsageError, match=r'a latency table is of images of one size, --img-size 32 64 names 2'):
+        plan_searches(supernet, BACKBONE, [32, 64], SearchConfig(), table)
+
+
+@pytest.mark.parametrize(
+    'generations, num_sizes, is_trained, expected',
+    [
+        (10, 1, False, [10]),
+        (10, 2, False, [0, 10]),  # the first holds the backbone
+        (10, 4, False, [0, 3, 3, 3]),
+        (10, 4, True, [2, 2, 2, 2]),
+        (10, 8, True, [2] * 8),
+        (1, 3, True, [1, 1, 1]),
+        (0, 3, False, [0, 0, 0]),
+    ],
+)
+def test_sizes_share_the_evaluations(generations: int, num_sizes: int, is_trained: bool, expected: list[int]) -> None:
+    config = SearchConfig(population=24, offspring=12, generations=generations)
+    searches = [SizedSearch(32 * (i + 1), config, holds_backbone=i == 0) for i in range(num_sizes)]
+    shared = share_evaluations(searches, is_trained)
+    assert [s.config.generations for s in shared] == expected
+    alone = num_sizes > 1 and not is_trained
+    assert [s.config.population for s in shared] == [1 if alone and i == 0 else 24 for i in range(num_sizes)]
+    assert [replace(s, config=config) for s in shared] == searches

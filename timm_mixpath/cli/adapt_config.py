@@ -1,0 +1,147 @@
+"""What `adapt` is to do, and what it may take from an earlier job."""
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from ..models.backbone import check_backbone, check_weights
+from ..utils.errors import UsageError
+from .common import describe_job
+
+__all__ = ['AdaptConfig', 'check_config', 'find_reused']
+
+
+@dataclass(frozen=True)
+class AdaptConfig:
+    """What to adapt to what.
+
+    Attributes:
+        backbone: Network of timm, see `timm_mixpath.list_backbones`.
+        backbone_weights: File of its weights, those that timm has on the Hub if None.
+        data_dir: Root of an image data set with a training and a validation split.
+        dataset: Type and name as in timm.
+        train_split: Training split; a tenth of it scores archs in the search and trains nothing.
+        val_split: Validation split, for the final accuracies only.
+        dataset_download: Download the data set where timm can.
+        img_size: Size that the images are brought to, in pixels; the backbone's if None. Of several the search chooses:
+            smaller images are the other way to a limit. The backbone is fine-tuned with the largest.
+        max_macs: Limit of the search, for the images of the size that it is made with.
+        max_params: Limit of the search.
+        max_latency: Limit of the search, in milliseconds per batch of the latency table.
+        latency_table: File of a `LatencyTable` of the space around the backbone.
+        m: Largest number of paths that are summed.
+        finetune_epochs: Epochs of the backbone.
+        winner_epochs: Epochs of the winner; the less it costs than the backbone, the more it gains by them. 0 for none:
+            what the backbone's features give it by least squares.
+        supernet_epochs: Epochs of the supernet, 0 to search it as it starts. None takes 0 where the backbone is outside
+            the limits, `SUPERNET_EPOCHS` where it is inside them: at the start nothing is better than the backbone, and
+            kernels that are larger compute the same.
+        batch_size: Images per step.
+        generations: Generations of the search; searches with images of several sizes share them, but have at least 2.
+        num_images: Number of images to score archs with, at most.
+        recalibration_images: Training images to recalibrate the batch norms of every candidate with, 0 for none.
+        refit_images: Training images on which the blocks of the winner are brought near the backbone's before
+            it is trained, see `timm_mixpath.refit`, 0 for none; not behind a supernet that was trained.
+        lr: Learning rate of AdamW for the supernet and the winner; a quarter of it for the backbone, and for a winner
+            that starts within 3 points of the backbone's top-1.
+        distill: The fine-tuned backbone teaches the supernet and the winner.
+        seed: Seed of everything.
+        reuse: Folder of an earlier job with the same images and the same training of the backbone, which is used, as is
+            a supernet that was trained for as many epochs. What follows is done again, for another limit.
+        workers: Processes that load images.
+        device: Device, the GPU if there is one and None is given.
+        cpu_kernels: Train with faster gradients on the CPU, see `models.cpu_kernels`.
+    """
+
+    backbone: str
+    backbone_weights: str | None = None
+    data_dir: str | None = None
+    dataset: str = ''
+    train_split: str = 'train'
+    val_split: str = 'validation'
+    dataset_download: bool = False
+    img_size: int | Sequence[int] | None = None
+    max_macs: int | None = None
+    max_params: int | None = None
+    max_latency: float | None = None
+    latency_table: str | None = None
+    m: int = 2
+    finetune_epochs: int = 3
+    winner_epochs: int = 8
+    supernet_epochs: int | None = None
+    batch_size: int = 32
+    generations: int = 10
+    num_images: int = 500
+    recalibration_images: int = 256
+    refit_images: int = 512
+    lr: float = 1e-3
+    distill: bool = True
+    seed: int = 0
+    reuse: str | None = None
+    workers: int = 2
+    device: str | None = None
+    cpu_kernels: bool = False
+
+    def __post_init__(self) -> None:
+        if isinstance(self.img_size, Sequence):  # the same sizes are the same job
+            sizes = tuple(sorted(set(self.img_size)))
+            object.__setattr__(self, 'img_size', sizes if len(sizes) > 1 else sizes[0])
+
+
+def check_config(config: AdaptConfig) -> None:
+    """Check what can be checked without images, before hours of training and not behind them.
+
+    Raises:
+        UsageError: There is no such backbone, or a value is out of range.
+    """
+    check_backbone(config.backbone)
+    if config.backbone_weights:
+        check_weights(config.backbone, config.backbone_weights)
+    if config.data_dir is None and not config.dataset:
+        raise UsageError('no images: pass --data-dir DIR with train/ and validation/, or --dataset NAME')
+    at_least = dict.fromkeys(('img_size', 'finetune_epochs', 'batch_size', 'num_images'), 1)
+    at_least |= dict.fromkeys(('recalibration_images', 'refit_images', 'supernet_epochs', 'winner_epochs'), 0)
+    for option, least in at_least.items():
+        value = getattr(config, option)
+        for number in value if isinstance(value, tuple) else (value,):
+            if number is not None and number < least:
+                raise UsageError(f'--{option.replace("_", "-")} {number} must be at least {least}')
+    if not 0 < config.lr < math.inf:
+        raise UsageError(f'--lr {config.lr} must be a positive number')
+
+
+# Options on which the training of the supernet depends, but not that of the backbone
+_OF_THE_SUPERNET = ('supernet_epochs', 'm', 'distill')
+
+# Options that may differ between a job and the one whose backbone it uses
+_NOT_OF_THE_BACKBONE = frozenset({
+    'max_macs', 'max_params', 'max_latency', 'latency_table', 'generations', 'num_images', 'recalibration_images',
+    'refit_images', 'reuse', 'workers', 'device', 'cpu_kernels', 'winner_epochs', *_OF_THE_SUPERNET,
+})  # fmt: skip
+
+
+def find_reused(config: AdaptConfig, folder: Path) -> dict[str, Path]:
+    """Check that a job can go on from what another one trained; return the folders of the trainings that it takes."""
+    mine, jobs = describe_job(asdict(config)), {}
+    while folder not in jobs:
+        try:
+            jobs[folder] = describe_job(json.loads((folder / 'adapt.json').read_text()))
+        except (OSError, ValueError):
+            raise UsageError(f'--reuse {str(folder)!r} is not the output folder of an adapt job') from None
+        folder = Path(jobs[folder].get('reuse') or folder)  # of which it took what it did not train itself
+    theirs = jobs[folder]
+    for options in (mine, theirs):
+        if isinstance(sizes := options.get('img_size'), list):
+            options['img_size'] = max(sizes)  # that of the backbone
+    for name in mine:
+        if name not in _NOT_OF_THE_BACKBONE and (other := theirs.get(name)) != mine[name]:
+            raise UsageError(
+                f'--reuse {str(folder)!r} has another {name} ({other!r}, now {mine[name]!r}), and so another backbone'
+            )
+    reused = {'backbone': folder / 'backbone'}
+    for folder, other in jobs.items():
+        if (folder / 'supernet').exists() and all(other.get(name) == mine[name] for name in _OF_THE_SUPERNET):
+            return {**reused, 'supernet': folder / 'supernet'}
+    return reused
