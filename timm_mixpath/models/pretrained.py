@@ -9,7 +9,7 @@ import math
 import os
 import pickle
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -199,7 +199,7 @@ def build_model(
     if bn_args:
         kwargs['norm_layer'] = partial(get_norm_layer(kwargs.get('norm_layer') or nn.BatchNorm2d), **bn_args)
     model_args = locate_weights(variant, kwargs) if pretrained else {}
-    with readable(variant, kwargs['pretrained_cfg']) if pretrained else nullcontext():
+    with readable(variant, kwargs['pretrained_cfg'] if pretrained else None):
         model = build_model_with_cfg(
             model_cls,
             variant,
@@ -358,12 +358,15 @@ def check_state_dict(state_dict: dict[str, torch.Tensor], model: nn.Module) -> d
 
 
 @contextmanager
-def readable(variant: str, pretrained_cfg: dict[str, Any]) -> Iterator[None]:
-    """Turn what is raised for an unreadable file of weights into one sentence.
+def readable(variant: str, pretrained_cfg: dict[str, Any] | None) -> Iterator[None]:
+    """Turn what is raised for an unreadable file of weights into one sentence; None names no file.
 
     Raises:
         RunError: The file is damaged, or would have to run code to be read.
     """
+    if pretrained_cfg is None:
+        yield
+        return
     try:
         yield
     except (UsageError, RunError):

@@ -5,7 +5,6 @@ import logging
 import os
 import shutil
 from argparse import Namespace
-from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from pickle import UnpicklingError
@@ -395,8 +394,7 @@ def create_model(args: Namespace, **overrides: Any) -> nn.Module:
         input_size = getattr(args, 'input_size', None)
         in_chans = input_size[0] if input_size else 3
     check_model_name(args.model)
-    overlay = overrides.get('pretrained_cfg_overlay')
-    file = readable(args.model, overlay) if overlay else nullcontext()
+    file = readable(args.model, overrides.get('pretrained_cfg_overlay'))
     with as_usage_error(f'model {args.model!r} can not be created'), file:
         kwargs = dict(
             in_chans=in_chans,

@@ -204,8 +204,7 @@ def _pretrained_kwargs(args: Namespace) -> dict[str, Any]:
 def _warm_start(model: nn.Module, args: Namespace) -> None:
     name = args.warm_start
     overlay = {'file': args.pretrained_path} if args.pretrained_path else None
-    file = readable(name, overlay) if overlay else nullcontext()
-    with as_usage_error(f'--warm-start {name!r} can not be loaded'), file:
+    with as_usage_error(f'--warm-start {name!r} can not be loaded'), readable(name, overlay):
         if ':' not in name and not overlay and not getattr(get_pretrained_cfg(name), 'has_weights', False):
             raise ValueError('timm has no pretrained weights of that name')
         source = timm.create_model(name, pretrained=True, in_chans=model.in_chans, pretrained_cfg_overlay=overlay)
