@@ -34,9 +34,29 @@ def test_sizes_between_the_backbone_and_nothing(supernet: BackboneSupernet, monk
         assert [s.img_size for s in searches] == reachable
         assert [s.holds_backbone for s in searches] == [n == limited for n in reachable]
         assert is_backbone_alone(searches) == (reachable == [limited])
+        # Where the backbone is above the limit, what is far below it is not looked at
+        for search in searches:
+            expected = config if search.holds_backbone else replace(config, min_macs=int(0.8 * macs[limited]))
+            assert search.config == expected
     assert not is_backbone_alone(plan_searches(supernet, BACKBONE, [64], SearchConfig(max_macs=macs[64] - 1)))
     with pytest.raises(UsageError, match=r'max_macs=1000 excludes every arch, the smallest of the space has \d+'):
         plan_searches(supernet, BACKBONE, sizes, SearchConfig(max_macs=1000))
+
+
+def test_several_limits_leave_no_floor(supernet: BackboneSupernet, monkeypatch: pytest.MonkeyPatch) -> None:
+    table = cost_table(supernet, (3, 64, 64))
+    monkeypatch.setattr('timm_mixpath.cli.adapt_plan.cost_table', lambda *_: table)
+    own = supernet.space.default_arch
+    limits = dict(max_macs=table.macs(own) - 1, max_params=table.params(own) - 1)
+    for name, limit in limits.items():
+        (search,) = plan_searches(supernet, BACKBONE, [64], SearchConfig(**{name: limit}))
+        assert search.config == SearchConfig(**{name: limit, name.replace('max', 'min'): int(0.8 * limit)})
+    (search,) = plan_searches(supernet, BACKBONE, [64], SearchConfig(**limits))
+    assert search.config == SearchConfig(**limits)
+    table.add_metric('latency', 1.0, dict.fromkeys(table.part_costs('macs'), 1.0))
+    config = SearchConfig(max_latency=table.cost('latency', own) - 1, objectives={'loss': 1, 'latency': 1})
+    (search,) = plan_searches(supernet, BACKBONE, [64], config)
+    assert search.config == replace(config, min_latency=0.8 * config.max_latency)
 
 
 def test_latency_table_is_of_one_size(supernet: BackboneSupernet) -> None:

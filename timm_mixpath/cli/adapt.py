@@ -54,7 +54,7 @@ SUPERNET_EPOCHS = 5
 
 # A winner that starts with all but so many points of the backbone's top-1 is trained as gently as the backbone was:
 # recipes/warm_start/README.md
-_NEAR = 3.0
+_NEAR = 5.0
 
 
 def run_adapt(config: AdaptConfig, output: str | os.PathLike) -> Path:
@@ -301,6 +301,9 @@ class _Job:
                     _logger.info(f'{size}x{size} pixels: {result.chosen.macs / 1e6:.1f} M MACs, {result.chosen.arch}')
                 blends.append(self._blend(result.chosen.arch, size, checkpoint, source))
             best = min(blends, key=lambda blend: blend.scores[blend.share]['loss'])
+            if len(results) > 1:
+                pixels = best.loaded.data_config['input_size'][1]
+                _logger.info(f'Images of {pixels}x{pixels} pixels give the lowest loss')
             save_model(best.model, folder, best.loaded.data_config, best.loaded.label_names)
         return folder, load_model(folder).data_config['input_size'][1]
 

@@ -27,7 +27,8 @@ class AdaptConfig:
         dataset_download: Download the data set where timm can.
         img_size: Size that the images are brought to, in pixels; the backbone's if None. Of several the search chooses:
             smaller images are the other way to a limit. The backbone is fine-tuned with the largest.
-        max_macs: Limit of the search, for the images of the size that it is made with.
+        max_macs: Limit of the search, for the images of the size that it is made with. Where the backbone is outside a
+            limit, and there is no other, networks of less than 0.8 times the limit are not looked at.
         max_params: Limit of the search.
         max_latency: Limit of the search, in milliseconds per batch of the latency table.
         latency_table: File of a `LatencyTable` of the space around the backbone.
@@ -45,7 +46,7 @@ class AdaptConfig:
         refit_images: Training images on which the blocks of the winner are brought near the backbone's before
             it is trained, see `timm_mixpath.refit`, 0 for none; not behind a supernet that was trained.
         lr: Learning rate of AdamW for the supernet and the winner; a quarter of it for the backbone, and for a winner
-            that starts within 3 points of the backbone's top-1.
+            that starts within 5 points of the backbone's top-1.
         distill: The fine-tuned backbone teaches the supernet and the winner.
         seed: Seed of everything.
         reuse: Folder of an earlier job with the same images and the same training of the backbone, which is used, as is

@@ -1,6 +1,7 @@
 """With which images `adapt` searches, and what for."""
 
 import logging
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -9,7 +10,7 @@ import timm
 from ..models.backbone import BackboneSupernet
 from ..models.cost import cost_table, count_macs
 from ..models.latency_table import LatencyTable
-from ..search.config import SearchConfig
+from ..search.config import LIMITED, SearchConfig
 from ..search.pool import ArchPool, check_limits
 from ..utils.errors import UsageError, as_usage_error
 
@@ -19,6 +20,9 @@ _logger = logging.getLogger(__name__)
 
 # Of a search that shares its generations with others
 _MIN_GENERATIONS = 2
+
+# Share of a limit below which nothing is searched: what is best there is hardly the best within the limit
+_FLOOR = 0.8
 
 
 @dataclass(frozen=True)
@@ -86,7 +90,7 @@ def plan_searches(
             left_out = ', '.join(f'{s.img_size}x{s.img_size}' for s in searches)
             _logger.info(f'That is within the limits, so smaller images ({left_out}) are left out')
             searches = []
-        searches.append(SizedSearch(img_size, config, holds_backbone))
+        searches.append(SizedSearch(img_size, config if holds_backbone else _focus(config), holds_backbone))
     if not searches[0].holds_backbone and config.max_macs is not None:
         _advise_smaller_images(backbone, supernet.num_classes, searches[0].img_size, config.max_macs)
     return searches
@@ -116,6 +120,19 @@ def share_evaluations(searches: Sequence[SizedSearch], is_trained: bool) -> list
         else replace(s, config=replace(s.config, generations=shared))
         for s, is_alone in zip(searches, alone)
     ]
+
+
+def _focus(config: SearchConfig) -> SearchConfig:
+    """Return a search that looks at what uses most of its only limit, which the backbone is above.
+
+    NSGA-II keeps a whole front, and would spend half of its evaluations far below.
+    """
+    limited = {metric: config.limits(metric)[1] for metric in LIMITED if config.limits(metric)[1] < math.inf}
+    if len(limited) != 1:  # few archs use most of several
+        return config
+    ((metric, limit),) = limited.items()
+    floor = _FLOOR * limit
+    return replace(config, **{f'min_{metric}': floor if metric == 'latency' else int(floor)})
 
 
 def _advise_smaller_images(backbone: str, num_classes: int, size: int, max_macs: int) -> None:
