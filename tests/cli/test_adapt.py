@@ -4,7 +4,7 @@ import json
 import os
 import shutil
 from argparse import Namespace
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -15,6 +15,8 @@ from safetensors.torch import save_file
 import timm_mixpath
 from timm_mixpath import backbone_space, cli
 from timm_mixpath.cli.adapt import AdaptConfig, run_adapt
+from timm_mixpath.cli.adapt_config import find_reused
+from timm_mixpath.cli.common import describe_job
 from timm_mixpath.models.cost import count_macs
 from timm_mixpath.search.blend import Blend
 from timm_mixpath.search.result import SearchResult
@@ -178,16 +180,17 @@ def test_best_of_several_image_sizes(
     caplog: pytest.LogCaptureFixture,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    blends: dict[int, float] = {}
+    losses = {32: 0.7, 48: 0.5, 64: 0.6}
+    blends: list[int] = []
 
-    def inherit_blended(*args: object, **kwargs: object) -> Blend:
-        blend = blends_of(*args, **kwargs)
-        blends[kwargs['img_size']] = blend.scores[blend.share]['loss']
-        return blend
+    def inherit_refitted(*args: object, img_size: int, **kwargs: object) -> Blend:
+        blend = timm_mixpath.search.blend.inherit_refitted(*args, img_size=img_size, **kwargs)
+        assert blend.loaded.data_config['input_size'] == (3, img_size, img_size)
+        blends.append(img_size)
+        return replace(blend, scores={blend.share: {**blend.score, 'loss': losses[img_size]}})
 
-    blends_of = timm_mixpath.search.blend.inherit_blended
-    monkeypatch.setattr('timm_mixpath.cli.adapt.inherit_blended', inherit_blended)
-    config = replace(tiny, img_size=(64, 24, 32, 48), max_macs=1_200_000, supernet_epochs=0, refit_images=0)
+    monkeypatch.setattr('timm_mixpath.cli.adapt.inherit_refitted', inherit_refitted)
+    config = replace(tiny, img_size=(64, 24, 32, 48), max_macs=1_200_000, supernet_epochs=0, refit_images=32)
     with caplog.at_level('INFO'):
         folder = run_adapt(config, tmp_path / 'job')
     assert 'so smaller images (24x24) are left out' in caplog.text and '--img-size' not in caplog.text
@@ -202,15 +205,16 @@ def test_best_of_several_image_sizes(
     assert sorted(evaluated) == sorted(blends) == [32, 48, 64]
     assert [record['arch'] for record in evaluated[32]] == [own]
     assert all(record['macs'] <= 1_200_000 for size in evaluated for record in evaluated[size])
+    assert all(record['macs'] >= 960_000 for size in (48, 64) for record in evaluated[size])
     assert {len(evaluated[48]), len(evaluated[64])} == {36}
 
     # What gives the lowest loss is trained with images of its size
-    size = min(blends, key=lambda n: blends[n])
+    size = 48
     summary = json.loads((job / 'summary.json').read_text())
     backbone, winner = summary['rows']
     assert summary['input_size'] == [3, size, size] and (backbone['img_size'], winner['img_size']) == (64, size)
     trained = load_model(job / 'winner' / 'last.pth.tar')
-    assert trained.data_config['input_size'] == (3, size, size) and trained.args.kd_teacher_img_size == 64 > size
+    assert trained.data_config['input_size'] == (3, size, size) and trained.args.kd_teacher_img_size == 64
     model = timm.create_model(f'local-dir:{folder}', pretrained=True).eval()
     assert timm.data.resolve_model_data_config(model)['input_size'] == (3, size, size)
     assert winner['macs'] == sum(count_macs(model, (3, size, size)).values()) <= 1_200_000
@@ -224,7 +228,7 @@ def test_best_of_several_image_sizes(
     assert run_adapt(config, job) == folder and not blends
     assert (job / 'winner' / 'last.pth.tar').read_bytes() == before
     run_adapt(replace(config, img_size=(48, 64), reuse=str(job), winner_epochs=0), tmp_path / 'other')
-    assert not (tmp_path / 'other' / 'backbone').exists() and sorted(blends) == [48, 64]
+    assert not (tmp_path / 'other' / 'backbone').exists() and blends == [48, 64]
     with pytest.raises(UsageError, match=r'has another img_size \(64, now 48\), and so another backbone'):
         run_adapt(replace(config, img_size=(32, 48), reuse=str(job)), tmp_path / 'third')
 
@@ -270,6 +274,38 @@ def test_winner_is_trained_gently_where_it_starts_near_the_backbone(
     run_adapt(replace(tiny, supernet_epochs=0), tmp_path)
     assert load_model(tmp_path / 'winner' / 'last.pth.tar').args.lr == tiny.lr / factor
     assert load_model(tmp_path / 'backbone' / 'last.pth.tar').args.lr == tiny.lr / 4
+
+
+def test_job_of_before_the_floor_goes_on(tiny: AdaptConfig, tmp_path: Path) -> None:
+    config = replace(tiny, supernet_epochs=0, winner_epochs=0, refit_images=0)
+    run_adapt(replace(config, search_floor=0.0), tmp_path)
+    archive = (tmp_path / 'search' / 'archive.jsonl').read_bytes()
+    job = json.loads((tmp_path / 'adapt.json').read_text())
+    with pytest.raises(UsageError, match=r'another search_floor \(0\.0, now 0\.8\)'):
+        run_adapt(config, tmp_path)
+    del job['search_floor']
+    (tmp_path / 'adapt.json').write_text(json.dumps(job))
+    shutil.rmtree(tmp_path / 'model')
+    folder = run_adapt(config, tmp_path)
+    assert folder.exists() and (tmp_path / 'search' / 'archive.jsonl').read_bytes() == archive
+
+
+@pytest.mark.parametrize('size, later', [(None, 224), (224, None), (None, (160, 224)), ((160, 224), None)])
+def test_size_of_the_backbone_has_two_names(
+    tiny: AdaptConfig, tmp_path: Path, size: int | tuple | None, later: int | tuple | None
+) -> None:
+    (tmp_path / 'backbone').mkdir()
+    content = describe_job(asdict(replace(tiny, img_size=size)))
+    (tmp_path / 'adapt.json').write_text(json.dumps(content))
+    assert find_reused(replace(tiny, img_size=later), tmp_path) == {'backbone': tmp_path / 'backbone'}
+    with pytest.raises(UsageError, match=r'has another img_size \(224, now 160\), and so another backbone'):
+        find_reused(replace(tiny, img_size=160), tmp_path)
+
+
+@pytest.mark.parametrize('sizes', [(), '128', [96.5], (32, '64'), (True,)])
+def test_sizes_are_integers(sizes: object) -> None:
+    with pytest.raises(UsageError, match='must be one or more integers'):
+        AdaptConfig(backbone=BACKBONE, img_size=sizes)
 
 
 def test_job_is_cut_off_and_goes_on(
@@ -392,6 +428,9 @@ def test_all_stages_see_images_as_the_tag_does(tiny: AdaptConfig, tmp_path: Path
         (dict(recalibration_images=-1), '--recalibration-images -1 must be at least 0'),
         (dict(recalibration_images=0, supernet_epochs=0), '--recalibration-images 0 leaves archs'),
         (dict(img_size=0), '--img-size 0 must be at least 1'),
+        (dict(img_size=(64, -1)), '--img-size -1 must be at least 1'),
+        (dict(search_floor=1.0), '--search-floor 1.0 must be at least 0 and below 1'),
+        (dict(search_floor=-0.1), '--search-floor -0.1 must be at least 0 and below 1'),
         (dict(batch_size=0), '--batch-size 0 must be at least 1'),
         (dict(lr=-1.0), r'--lr -1\.0 must be a positive number'),
         (dict(lr=float('nan')), '--lr nan must be a positive number'),

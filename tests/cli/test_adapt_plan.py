@@ -1,5 +1,6 @@
 """With which images adapt searches, and how much."""
 
+from contextlib import suppress
 from dataclasses import replace
 
 import pytest
@@ -29,7 +30,7 @@ def test_sizes_between_the_backbone_and_nothing(supernet: BackboneSupernet, monk
     macs = {n: table.macs(supernet.space.default_arch) for n, table in tables.items()}
     for limited in (64, 96):
         config = SearchConfig(max_macs=macs[limited])
-        searches = plan_searches(supernet, BACKBONE, sizes, config)
+        searches = plan_searches(supernet, BACKBONE, sizes, config, 0.8)
         reachable = [n for n in sorted(sizes) if n >= limited and tables[n].bounds('macs')[0] <= config.max_macs]
         assert [s.img_size for s in searches] == reachable
         assert [s.holds_backbone for s in searches] == [n == limited for n in reachable]
@@ -41,6 +42,35 @@ def test_sizes_between_the_backbone_and_nothing(supernet: BackboneSupernet, monk
     assert not is_backbone_alone(plan_searches(supernet, BACKBONE, [64], SearchConfig(max_macs=macs[64] - 1)))
     with pytest.raises(UsageError, match=r'max_macs=1000 excludes every arch, the smallest of the space has \d+'):
         plan_searches(supernet, BACKBONE, sizes, SearchConfig(max_macs=1000))
+    # Parameters do not depend on the images
+    params = tables[64].params(supernet.space.default_arch)
+    for limit, holds_backbone in ((params, True), (params - 1, False)):
+        (search,) = plan_searches(supernet, BACKBONE, sizes, SearchConfig(max_params=limit))
+        assert (search.img_size, search.holds_backbone) == (96, holds_backbone)
+
+
+@pytest.mark.parametrize(
+    'sizes, limits, advised',
+    [
+        ([96], dict(max_macs=2_300_000), '64 80 96'),
+        ([112, 96], dict(max_macs=2_300_000), '64 80 96 112'),
+        ([64], dict(max_macs=1_700_000), '48 64'),
+        ([224], dict(max_macs=12_500_000), '160 176 192 208 224'),
+        ([224], dict(max_macs=10_000_000), '128 160 192 224'),
+        ([224], dict(max_macs=7_000_000), '112 144 176 208 224'),  # and none is within the limit with the given one
+        ([96], dict(max_macs=100_000_000), None),  # as it is
+        ([64, 96], dict(max_macs=2_300_000), None),  # tried
+        ([96], dict(max_macs=2_300_000, max_params=500_000), None),  # of which none would be enough
+    ],
+)
+def test_advice_names_what_can_be_tried(
+    supernet: BackboneSupernet, caplog: pytest.LogCaptureFixture, sizes: list[int], limits: dict, advised: str | None
+) -> None:
+    with caplog.at_level('INFO'), suppress(UsageError):
+        plan_searches(supernet, BACKBONE, sizes, SearchConfig(**limits))
+    assert ('the backbone itself is within' in caplog.text) == (advised is not None)
+    if advised is not None:
+        assert f'--img-size {advised} tries them all' in caplog.text
 
 
 def test_several_limits_leave_no_floor(supernet: BackboneSupernet, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -49,20 +79,21 @@ def test_several_limits_leave_no_floor(supernet: BackboneSupernet, monkeypatch: 
     own = supernet.space.default_arch
     limits = dict(max_macs=table.macs(own) - 1, max_params=table.params(own) - 1)
     for name, limit in limits.items():
-        (search,) = plan_searches(supernet, BACKBONE, [64], SearchConfig(**{name: limit}))
+        assert plan_searches(supernet, BACKBONE, [64], SearchConfig(**{name: limit}))[0].config.limits(name[4:])[0] < 0
+        (search,) = plan_searches(supernet, BACKBONE, [64], SearchConfig(**{name: limit}), 0.8)
         assert search.config == SearchConfig(**{name: limit, name.replace('max', 'min'): int(0.8 * limit)})
-    (search,) = plan_searches(supernet, BACKBONE, [64], SearchConfig(**limits))
+    (search,) = plan_searches(supernet, BACKBONE, [64], SearchConfig(**limits), 0.8)
     assert search.config == SearchConfig(**limits)
     table.add_metric('latency', 1.0, dict.fromkeys(table.part_costs('macs'), 1.0))
     config = SearchConfig(max_latency=table.cost('latency', own) - 1, objectives={'loss': 1, 'latency': 1})
-    (search,) = plan_searches(supernet, BACKBONE, [64], config)
+    (search,) = plan_searches(supernet, BACKBONE, [64], config, 0.8)
     assert search.config == replace(config, min_latency=0.8 * config.max_latency)
 
 
 def test_latency_table_is_of_one_size(supernet: BackboneSupernet) -> None:
     table = object.__new__(LatencyTable)
     with pytest.raises(UsageError, match=r'a latency table is of images of one size, --img-size 32 64 names 2'):
-        plan_searches(supernet, BACKBONE, [32, 64], SearchConfig(), table)
+        plan_searches(supernet, BACKBONE, [32, 64], SearchConfig(), latency_table=table)
 
 
 @pytest.mark.parametrize(

@@ -236,5 +236,41 @@ def test_teacher_gets_images_of_its_own_size(
         torch.testing.assert_close(teachers, torch.nn.functional.interpolate(student, **how))
 
 
+def test_teacher_of_one_size(digits: Path, tmp_path: Path) -> None:
+    vit = timm.create_model('vit_tiny_patch16_224', img_size=32, depth=1, num_classes=CLASSES)
+    save_for_hf(vit, tmp_path / 'vit', model_args=dict(img_size=32, depth=1), safe_serialization=True)
+    options = dict(kd_model_name=f'local-dir:{tmp_path / "vit"}', epochs=1)
+    for size, shown in ((None, '16x16'), (48, '48x48')):
+        message = rf"teacher 'local-dir:.*' takes no images of {shown} pixels, see --kd-teacher-img-size: Input height"
+        with pytest.raises(UsageError, match=message):
+            train(small_args(digits, tmp_path / 'wrong', kd_teacher_img_size=size, **options))
+    assert not (tmp_path / 'wrong').exists()
+    assert (train(small_args(digits, tmp_path, kd_teacher_img_size=32, **options)).output_dir / 'last.pth.tar').exists()
+
+
+@pytest.mark.parametrize('then, now', [(24, None), (None, 24), ('missing', 24)])
+def test_another_size_of_the_teachers_images_is_named(
+    digits: Path,
+    teacher: Path,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    then: int | str | None,
+    now: int | None,
+) -> None:
+    options = dict(kd_model_name=f'local-dir:{teacher}', epochs=1)
+    before = None if then == 'missing' else then
+    last = train(small_args(digits, tmp_path, kd_teacher_img_size=before, **options)).output_dir / 'last.pth.tar'
+    if then == 'missing':  # a checkpoint of an earlier version
+        checkpoint = torch.load(last, weights_only=False)
+        del checkpoint['args'].kd_teacher_img_size
+        torch.save(checkpoint, last)
+    options |= dict(epochs=2, resume=str(last))
+    train(small_args(digits, tmp_path, kd_teacher_img_size=before, **options))
+    assert 'trained with other options' not in caplog.text
+    options['epochs'] = 3
+    train(small_args(digits, tmp_path, kd_teacher_img_size=now, **options))
+    assert f'--kd-teacher-img-size {before} -> {now}' in caplog.text
+
+
 def column(values: list[float]) -> torch.Tensor:
     return torch.tensor(values).view(1, -1, 1, 1)

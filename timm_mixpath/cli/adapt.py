@@ -39,9 +39,9 @@ from ..train.loop import train_or_resume
 from ..train.options import CPU_KERNELS_HELP, default_args, make_storable
 from ..utils.distributed import open_process
 from ..utils.errors import UsageError
-from ..utils.numbers import parse_count, parse_float
+from ..utils.numbers import parse_count, parse_float, parse_share
 from ..utils.tables import format_table, write_json
-from .adapt_config import AdaptConfig, check_config, find_reused
+from .adapt_config import AdaptConfig, as_begun, check_config, find_reused
 from .adapt_plan import SizedSearch, is_backbone_alone, plan_searches, share_evaluations
 from .common import add_latency_limit, from_args, job_folder, setup_logging, user_images
 
@@ -52,8 +52,8 @@ _logger = logging.getLogger(__name__)
 # Epochs of a supernet that is trained, unless told otherwise
 SUPERNET_EPOCHS = 5
 
-# A winner that starts with all but so many points of the backbone's top-1 is trained as gently as the backbone was:
-# recipes/warm_start/README.md
+# A winner that has all but so many points of the backbone's top-1 in the search, before it is fitted, is trained as
+# gently as the backbone was: recipes/warm_start/README.md
 _NEAR = 5.0
 
 
@@ -79,6 +79,7 @@ def run_adapt(config: AdaptConfig, output: str | os.PathLike) -> Path:
     """
     require_pymoo()  # not after minutes of training
     check_config(config)
+    config = as_begun(config, output)
     search_config = SearchConfig(
         population=24,
         offspring=12,
@@ -99,9 +100,7 @@ def run_adapt(config: AdaptConfig, output: str | os.PathLike) -> Path:
     head = {} if len(classes) == pretrained_cfg.num_classes else dict(head_init_scale=0.01, head_init_bias=0.0)
     supernet = timm.create_model('mixpath_supernet', num_classes=len(classes), device='meta', **kwargs)
     latency = LatencyTable.load(config.latency_table) if config.latency_table else None
-    sizes = config.img_size or pretrained_cfg.input_size[1]
-    sizes = (sizes,) if isinstance(sizes, int) else sizes
-    searches = plan_searches(supernet, config.backbone, sizes, search_config, latency)
+    searches = plan_searches(supernet, config.backbone, config.sizes, search_config, config.search_floor, latency)
     if config.supernet_epochs is None:
         config = replace(config, supernet_epochs=SUPERNET_EPOCHS if is_backbone_alone(searches) else 0)
     if not config.supernet_epochs and not config.recalibration_images:
@@ -117,7 +116,7 @@ def run_adapt(config: AdaptConfig, output: str | os.PathLike) -> Path:
         images |= dict(mean=list(pretrained_cfg.mean), std=list(pretrained_cfg.std))
         images |= dict(interpolation=pretrained_cfg.interpolation, crop_pct=pretrained_cfg.crop_pct)
         images |= dict(crop_mode=pretrained_cfg.crop_mode)
-        images |= dict(num_classes=len(classes), img_size=max(sizes))
+        images |= dict(num_classes=len(classes), img_size=config.sizes[-1])
         job = _Job(config, output, images, classes, latency, searches, reused)
         stages = _Stages(_shares(config, searches, num_images))
         with stages('Fine-tuning the backbone'):
@@ -295,12 +294,13 @@ class _Job:
         folder = self.output / 'inherited'
         if not folder.exists():
             source = timm.create_model(f'local-dir:{teacher}', pretrained=True)
-            blends: list[Blend] = []
+            best: Blend | None = None
             for size, result in results.items():
                 if len(results) > 1:
                     _logger.info(f'{size}x{size} pixels: {result.chosen.macs / 1e6:.1f} M MACs, {result.chosen.arch}')
-                blends.append(self._blend(result.chosen.arch, size, checkpoint, source))
-            best = min(blends, key=lambda blend: blend.scores[blend.share]['loss'])
+                blend = self._blend(result.chosen.arch, size, checkpoint, source)
+                if best is None or blend.score['loss'] < best.score['loss']:
+                    best = blend
             if len(results) > 1:
                 pixels = best.loaded.data_config['input_size'][1]
                 _logger.info(f'Images of {pixels}x{pixels} pixels give the lowest loss')
@@ -389,7 +389,9 @@ class _Stages:
 
 def _shares(config: AdaptConfig, searches: list[SizedSearch], num_images: int) -> list[float]:
     """Expected durations in forward passes of one image; a training step is about three."""
-    evaluations = sum(search.config.num_evaluations for search in searches)
+    # The search is with images of the size that the backbone has, or smaller ones
+    pixels = config.sizes[-1] ** 2
+    evaluations = sum(search.config.num_evaluations * search.img_size**2 / pixels for search in searches)
     per_arch = min(config.num_images, num_images // 10) + config.recalibration_images
     teaching = 1 if config.distill else 0
     return [
@@ -439,6 +441,13 @@ def add_adapt(parser: argparse.ArgumentParser) -> None:
     add('--max-macs', type=parse_count, metavar='N', help='limit of the search, for example 200M')
     add('--max-params', type=parse_count, metavar='N')
     add_latency_limit(parser)
+    add(
+        '--search-floor',
+        type=parse_share,
+        default=0.8,
+        metavar='SHARE',
+        help='do not look at networks below this share of the limit where the backbone is above it (default: 0.8)',
+    )
     add('--m', type=int, default=2, metavar='N', help='largest number of paths that are summed (default: 2)')
     add('--finetune-epochs', type=int, default=3, metavar='N', help='of the backbone (default: 3)')
     add('--winner-epochs', type=int, default=8, metavar='N', help='of the winner, 0 for none (default: 8)')

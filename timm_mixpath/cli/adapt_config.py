@@ -2,15 +2,18 @@
 
 import json
 import math
+import os
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+
+from timm.models import get_pretrained_cfg
 
 from ..models.backbone import check_backbone, check_weights
 from ..utils.errors import UsageError
 from .common import describe_job
 
-__all__ = ['AdaptConfig', 'check_config', 'find_reused']
+__all__ = ['AdaptConfig', 'as_begun', 'check_config', 'find_reused']
 
 
 @dataclass(frozen=True)
@@ -27,26 +30,28 @@ class AdaptConfig:
         dataset_download: Download the data set where timm can.
         img_size: Size that the images are brought to, in pixels; the backbone's if None. Of several the search chooses:
             smaller images are the other way to a limit. The backbone is fine-tuned with the largest.
-        max_macs: Limit of the search, for the images of the size that it is made with. Where the backbone is outside a
-            limit, and there is no other, networks of less than 0.8 times the limit are not looked at.
+        max_macs: Limit of the search, for the images of the size that it is made with.
         max_params: Limit of the search.
         max_latency: Limit of the search, in milliseconds per batch of the latency table.
+        search_floor: Share of the only limit below which networks are not looked at, where the backbone is above it; 0
+            for none.
         latency_table: File of a `LatencyTable` of the space around the backbone.
         m: Largest number of paths that are summed.
         finetune_epochs: Epochs of the backbone.
         winner_epochs: Epochs of the winner; the less it costs than the backbone, the more it gains by them. 0 for none:
             what the backbone's features give it by least squares.
         supernet_epochs: Epochs of the supernet, 0 to search it as it starts. None takes 0 where the backbone is outside
-            the limits, `SUPERNET_EPOCHS` where it is inside them: at the start nothing is better than the backbone, and
-            kernels that are larger compute the same.
+            the limits, `SUPERNET_EPOCHS` where it is inside them with the largest images: at the start nothing is
+            better than the backbone, and kernels that are larger compute the same.
         batch_size: Images per step.
-        generations: Generations of the search; searches with images of several sizes share them, but have at least 2.
+        generations: Generations of the search; searches with images of several sizes share them, but have at least 2
+            if there are as many.
         num_images: Number of images to score archs with, at most.
         recalibration_images: Training images to recalibrate the batch norms of every candidate with, 0 for none.
         refit_images: Training images on which the blocks of the winner are brought near the backbone's before
             it is trained, see `timm_mixpath.refit`, 0 for none; not behind a supernet that was trained.
         lr: Learning rate of AdamW for the supernet and the winner; a quarter of it for the backbone, and for a winner
-            that starts within 5 points of the backbone's top-1.
+            whose top-1 was within 5 points of the backbone's in the search.
         distill: The fine-tuned backbone teaches the supernet and the winner.
         seed: Seed of everything.
         reuse: Folder of an earlier job with the same images and the same training of the backbone, which is used, as is
@@ -67,6 +72,7 @@ class AdaptConfig:
     max_macs: int | None = None
     max_params: int | None = None
     max_latency: float | None = None
+    search_floor: float = 0.8
     latency_table: str | None = None
     m: int = 2
     finetune_epochs: int = 3
@@ -86,9 +92,23 @@ class AdaptConfig:
     cpu_kernels: bool = False
 
     def __post_init__(self) -> None:
-        if isinstance(self.img_size, Sequence):  # the same sizes are the same job
-            sizes = tuple(sorted(set(self.img_size)))
-            object.__setattr__(self, 'img_size', sizes if len(sizes) > 1 else sizes[0])
+        sizes = self.img_size if isinstance(self.img_size, Sequence) else (self.img_size,)
+        if self.img_size is not None and not (sizes and all(type(size) is int for size in sizes)):
+            raise UsageError(f'--img-size {self.img_size!r} must be one or more integers')
+        if len(sizes) > 1:  # in any order they are the same job
+            sizes = tuple(sorted(set(sizes)))
+        object.__setattr__(self, 'img_size', sizes if len(sizes) > 1 else sizes[0])
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """Sizes of images to try, in pixels, in ascending order; the backbone is fine-tuned with the last."""
+        return _sizes(self.img_size, self.backbone)
+
+
+def _sizes(img_size: int | Sequence[int] | None, backbone: str) -> tuple[int, ...]:
+    if img_size is None:
+        return (get_pretrained_cfg(backbone).input_size[1],)
+    return (img_size,) if isinstance(img_size, int) else tuple(img_size)
 
 
 def check_config(config: AdaptConfig) -> None:
@@ -102,13 +122,15 @@ def check_config(config: AdaptConfig) -> None:
         check_weights(config.backbone, config.backbone_weights)
     if config.data_dir is None and not config.dataset:
         raise UsageError('no images: pass --data-dir DIR with train/ and validation/, or --dataset NAME')
-    at_least = dict.fromkeys(('img_size', 'finetune_epochs', 'batch_size', 'num_images'), 1)
+    if config.sizes[0] < 1:
+        raise UsageError(f'--img-size {config.sizes[0]} must be at least 1')
+    at_least = dict.fromkeys(('finetune_epochs', 'batch_size', 'num_images'), 1)
     at_least |= dict.fromkeys(('recalibration_images', 'refit_images', 'supernet_epochs', 'winner_epochs'), 0)
     for option, least in at_least.items():
-        value = getattr(config, option)
-        for number in value if isinstance(value, tuple) else (value,):
-            if number is not None and number < least:
-                raise UsageError(f'--{option.replace("_", "-")} {number} must be at least {least}')
+        if (number := getattr(config, option)) is not None and number < least:
+            raise UsageError(f'--{option.replace("_", "-")} {number} must be at least {least}')
+    if not 0 <= config.search_floor < 1:
+        raise UsageError(f'--search-floor {config.search_floor} must be at least 0 and below 1')
     if not 0 < config.lr < math.inf:
         raise UsageError(f'--lr {config.lr} must be a positive number')
 
@@ -118,9 +140,19 @@ _OF_THE_SUPERNET = ('supernet_epochs', 'm', 'distill')
 
 # Options that may differ between a job and the one whose backbone it uses
 _NOT_OF_THE_BACKBONE = frozenset({
-    'max_macs', 'max_params', 'max_latency', 'latency_table', 'generations', 'num_images', 'recalibration_images',
-    'refit_images', 'reuse', 'workers', 'device', 'cpu_kernels', 'winner_epochs', *_OF_THE_SUPERNET,
+    'max_macs', 'max_params', 'max_latency', 'search_floor', 'latency_table', 'generations', 'num_images',
+    'recalibration_images', 'refit_images', 'reuse', 'workers', 'device', 'cpu_kernels', 'winner_epochs',
+    *_OF_THE_SUPERNET,
 })  # fmt: skip
+
+
+def as_begun(config: AdaptConfig, output: str | os.PathLike) -> AdaptConfig:
+    """Return a job as the version began it that made its folder: one without a floor has searched without."""
+    try:
+        job = json.loads((Path(output) / 'adapt.json').read_text())
+    except (OSError, ValueError):  # a new one, or damaged, which the job finds out
+        return config
+    return config if 'search_floor' in job else replace(config, search_floor=0.0)
 
 
 def find_reused(config: AdaptConfig, folder: Path) -> dict[str, Path]:
@@ -134,8 +166,7 @@ def find_reused(config: AdaptConfig, folder: Path) -> dict[str, Path]:
         folder = Path(jobs[folder].get('reuse') or folder)  # of which it took what it did not train itself
     theirs = jobs[folder]
     for options in (mine, theirs):
-        if isinstance(sizes := options.get('img_size'), list):
-            options['img_size'] = max(sizes)  # that of the backbone
+        options['img_size'] = max(_sizes(options.get('img_size'), config.backbone))  # that of the backbone
     for name in mine:
         if name not in _NOT_OF_THE_BACKBONE and (other := theirs.get(name)) != mine[name]:
             raise UsageError(

@@ -21,9 +21,6 @@ _logger = logging.getLogger(__name__)
 # Of a search that shares its generations with others
 _MIN_GENERATIONS = 2
 
-# Share of a limit below which nothing is searched: what is best there is hardly the best within the limit
-_FLOOR = 0.8
-
 
 @dataclass(frozen=True)
 class SizedSearch:
@@ -45,18 +42,21 @@ def plan_searches(
     backbone: str,
     sizes: Sequence[int],
     config: SearchConfig,
+    floor: float = 0.0,
     latency_table: LatencyTable | None = None,
 ) -> list[SizedSearch]:
     """Find the sizes of images with which there is something to search, in ascending order, and say what is there.
 
     Sizes are left out with which no network is within the limits, and those below one with which the backbone itself
-    is: larger images cost nothing there.
+    is: larger images cost nothing there, as they do where parameters alone are limited.
 
     Args:
         supernet: Supernet around the backbone, on any device.
         backbone: What the backbone is called.
         sizes: Sizes in pixels.
         config: What to search for.
+        floor: Share of the only limit below which nothing is looked at, where the backbone is above it: NSGA-II keeps a
+            whole front, and would spend half of its evaluations far below.
         latency_table: Table that a limit or an objective needs.
 
     Raises:
@@ -66,6 +66,10 @@ def plan_searches(
     if latency_table is not None and len(sizes) > 1:
         shown = ' '.join(map(str, sizes))
         raise UsageError(f'a latency table is of images of one size, --img-size {shown} names {len(sizes)}; name one')
+    limits = {metric: config.limits(metric)[1] for metric in LIMITED if config.limits(metric)[1] < math.inf}
+    if set(limits) == {'params'} and len(sizes) > 1:
+        _logger.info('The number of parameters does not depend on the images, so smaller ones are left out')
+        sizes = [max(sizes)]
     own_arch = supernet.space.default_arch
     searches: list[SizedSearch] = []
     for img_size in sorted(sizes):
@@ -77,6 +81,8 @@ def plan_searches(
             check_limits(config, table)
         except UsageError as e:
             if not searches:  # where everything costs the least
+                if set(limits) == {'macs'}:
+                    _advise_smaller_images(backbone, supernet.num_classes, sizes, limits['macs'])
                 raise
             _logger.info(f'Images of {img_size}x{img_size} pixels are left out: {e}')
             continue
@@ -90,9 +96,15 @@ def plan_searches(
             left_out = ', '.join(f'{s.img_size}x{s.img_size}' for s in searches)
             _logger.info(f'That is within the limits, so smaller images ({left_out}) are left out')
             searches = []
-        searches.append(SizedSearch(img_size, config if holds_backbone else _focus(config), holds_backbone))
-    if not searches[0].holds_backbone and config.max_macs is not None:
-        _advise_smaller_images(backbone, supernet.num_classes, searches[0].img_size, config.max_macs)
+        searches.append(SizedSearch(img_size, config, holds_backbone))
+    if floor and len(limits) == 1 and not searches[-1].holds_backbone:  # few archs use most of several limits
+        ((metric, limit),) = limits.items()
+        least = floor * limit if metric == 'latency' else int(floor * limit)
+        _logger.info(f'Networks of less than {floor:g} times the limit are not looked at')
+        focused = replace(config, **{f'min_{metric}': least})
+        searches = [s if s.holds_backbone else replace(s, config=focused) for s in searches]
+    if not searches[0].holds_backbone and set(limits) == {'macs'}:
+        _advise_smaller_images(backbone, supernet.num_classes, sizes, limits['macs'])
     return searches
 
 
@@ -122,26 +134,16 @@ def share_evaluations(searches: Sequence[SizedSearch], is_trained: bool) -> list
     ]
 
 
-def _focus(config: SearchConfig) -> SearchConfig:
-    """Return a search that looks at what uses most of its only limit, which the backbone is above.
-
-    NSGA-II keeps a whole front, and would spend half of its evaluations far below.
-    """
-    limited = {metric: config.limits(metric)[1] for metric in LIMITED if config.limits(metric)[1] < math.inf}
-    if len(limited) != 1:  # few archs use most of several
-        return config
-    ((metric, limit),) = limited.items()
-    floor = _FLOOR * limit
-    return replace(config, **{f'min_{metric}': floor if metric == 'latency' else int(floor)})
-
-
-def _advise_smaller_images(backbone: str, num_classes: int, size: int, max_macs: int) -> None:
-    """Say with which images below `size` a network is within a limit; nothing if there are none."""
+def _advise_smaller_images(backbone: str, num_classes: int, sizes: Sequence[int], max_macs: float) -> None:
+    """Say with which images below all `sizes` a network is within a limit; nothing if there are none."""
     network = timm.create_model(backbone.partition('.')[0], num_classes=num_classes, device='meta').eval()
-    for smaller in range((size - 1) // 16 * 16, 31, -16):
+    least = min(sizes)
+    for smaller in range((least - 1) // 16 * 16, 31, -16):
         if sum(count_macs(network, (3, smaller, smaller)).values()) <= max_macs:
+            step = 16 * max(1, round((least - smaller) / 64))
+            shown = ' '.join(map(str, sorted({*range(smaller, least, step), *sizes})))
             _logger.info(
-                f'With images of {smaller}x{smaller} pixels the backbone itself is within {max_macs / 1e6:g} M MACs; '
-                f'--img-size {smaller} {size} tries that, too'
+                f'With images of {smaller}x{smaller} pixels the backbone itself is within {max_macs / 1e6:g} M MACs, '
+                f'and in between there may be something better: --img-size {shown} tries them all'
             )
             return

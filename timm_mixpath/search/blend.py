@@ -41,6 +41,11 @@ class Blend:
     scores: dict[float, dict[str, float]]
     loaded: LoadedModel
 
+    @property
+    def score(self) -> dict[str, float]:
+        """What `model` scores."""
+        return self.scores[self.share]
+
 
 def inherit_blended(
     checkpoint: str | os.PathLike,

@@ -1,4 +1,4 @@
-"""Distillation from a teacher, with the options of timm's train.py."""
+"""Distillation from a teacher, with the options of timm's train.py and one more."""
 
 import argparse
 from argparse import Namespace
@@ -21,6 +21,7 @@ from torchvision.transforms.functional import resize
 
 from ..utils.errors import UsageError, as_usage_error
 from ..utils.numbers import parse_float
+from ..utils.tables import format_size
 from .checkpoint import resolve_data
 from .task import STAND_INS
 
@@ -32,12 +33,13 @@ _ONLY_WITH_TEACHER = ('distill_loss_weight', 'task_loss_weight', 'kd_teacher_img
 
 
 def add_distillation_options(parser: argparse.ArgumentParser) -> None:
-    """Add the options of timm's train.py for distillation."""
+    """Add the options of timm's train.py for distillation, and the size of the teacher's images."""
     add = parser.add_argument_group('distillation').add_argument
     add('--kd-model-name', default=None, metavar='NAME',
         help='teacher, with its pretrained weights: any timm name, local-dir:DIR or hf-hub:ORG/NAME')  # fmt: skip
     add('--kd-teacher-img-size', type=int, default=None, metavar='N',
-        help="pixels that the teacher's images are resized to (default: those of the student)")  # fmt: skip
+        help="pixels that the teacher's images are resized to (default: those of the student; not an option of timm's "
+             'train.py)')  # fmt: skip
     add('--kd-distill-type', default='logit', choices=('logit', 'feature', 'token'), help='what the student matches')
     add('--kd-loss-type', default='kl', choices=('kl',), help='loss between logits')
     add('--distill-loss-weight', type=parse_float, default=None, metavar='N', help='weight of the distillation loss')
@@ -85,10 +87,10 @@ def create_distillation_task(
         **kwargs: `device` and `verbose` of the task.
 
     Raises:
-        UsageError: No such teacher, it has no weights, its classifier is for other classes, or the student has no
-            second head.
+        UsageError: No such teacher, it has no weights, its classifier is for other classes, it can't take images of
+            this size, or the student has no second head.
     """
-    teacher = _create_teacher(model, args, kwargs['device'])
+    teacher = _create_teacher(model, args, data_config['input_size'], kwargs['device'])
     weights = dict(distill_loss_weight=args.distill_loss_weight, task_loss_weight=args.task_loss_weight)
     task_cls, options = {
         'logit': (LogitDistillationTask, dict(loss_type=args.kd_loss_type, temperature=args.kd_temperature)),
@@ -119,7 +121,9 @@ def _normalised(model: nn.Module, mean: Sequence[float], std: Sequence[float]) -
         model.pretrained_cfg = own
 
 
-def _create_teacher(model: nn.Module, args: Namespace, device: Any) -> DistillationTeacher:
+def _create_teacher(
+    model: nn.Module, args: Namespace, input_size: tuple[int, int, int], device: Any
+) -> DistillationTeacher:
     name = args.kd_model_name
     with as_usage_error(f'teacher --kd-model-name {name!r} can not be created'):
         teacher = timm.create_model(name, pretrained=True, in_chans=model.in_chans).to(device)
@@ -129,17 +133,22 @@ def _create_teacher(model: nn.Module, args: Namespace, device: Any) -> Distillat
             'is nothing to match: fine-tune it on these images and name its folder, local-dir:DIR, or take '
             '--kd-distill-type feature'
         )
+    size = args.kd_teacher_img_size
     data_config = resolve_data(Namespace(in_chans=model.in_chans), teacher)
     with _normalised(teacher, data_config['mean'], data_config['std']):
-        size = args.kd_teacher_img_size
-        return DistillationTeacher(teacher, device=device) if size is None else _ResizingTeacher(teacher, size, device)
+        made = DistillationTeacher(teacher, device=device) if size is None else _ResizingTeacher(teacher, size, device)
+    # Some networks take images of one size only, which the first step would find out
+    pixels = (f'{size}x{size}' if size else format_size(input_size[1:])) + ' pixels'
+    with as_usage_error(f'teacher {name!r} takes no images of {pixels}, see --kd-teacher-img-size'), torch.no_grad():
+        made(torch.zeros(2, *input_size, device=device))
+    return made
 
 
 class _ResizingTeacher(DistillationTeacher):
     """timm's teacher, with images of a size of its own.
 
-    A network is best at the size that it was trained with. It sees objects at the scale of its training again where a
-    student's smaller images are enlarged for it, although they show no more than before.
+    Smaller images of the student, enlarged, show the teacher objects as large as in its training: a network is best
+    near the scale at which it saw them there (arXiv 1906.06423).
 
     Args:
         model: Teacher.

@@ -532,8 +532,10 @@ def _warn_of_changes(args: Namespace, before: Namespace) -> None:
         now, then = getattr(args, name, None), getattr(before, name, None)
         if then is None and name in PREPROCESSING:
             continue  # of earlier versions, which did not keep what they found out
-        # None is derived from others, and train.py of timm and older versions do not know all names
-        if now is not None and hasattr(before, name) and _plain(now) != _plain(then):
+        # None is derived from others, and train.py of timm and older versions do not know all names; what they do not
+        # know of the teacher they do not do
+        is_known = now is not None and hasattr(before, name)
+        if (is_known or name == 'kd_teacher_img_size') and _plain(now) != _plain(then):
             changed[name] = f'--{name.replace("_", "-")} {then} -> {now}'
     if changed:
         kept = ', '.join(f'--{name.replace("_", "-")}' for name in changed if name in of_optimizer)
