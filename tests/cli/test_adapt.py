@@ -278,16 +278,34 @@ def test_winner_is_trained_gently_where_it_starts_near_the_backbone(
 
 def test_job_of_before_the_floor_goes_on(tiny: AdaptConfig, tmp_path: Path) -> None:
     config = replace(tiny, supernet_epochs=0, winner_epochs=0, refit_images=0)
-    run_adapt(replace(config, search_floor=0.0), tmp_path)
+    run_adapt(replace(config, search_floor=0.0, whole_space=True), tmp_path)
     archive = (tmp_path / 'search' / 'archive.jsonl').read_bytes()
     job = json.loads((tmp_path / 'adapt.json').read_text())
     with pytest.raises(UsageError, match=r'another search_floor \(0\.0, now 0\.8\)'):
-        run_adapt(config, tmp_path)
-    del job['search_floor']
+        run_adapt(replace(config, whole_space=True), tmp_path)
+    # It looked at what an untrained supernet can't tell from the backbone
+    assert more_than_the_backbone(tmp_path)
+    del job['search_floor'], job['whole_space']
     (tmp_path / 'adapt.json').write_text(json.dumps(job))
     shutil.rmtree(tmp_path / 'model')
     folder = run_adapt(config, tmp_path)
     assert folder.exists() and (tmp_path / 'search' / 'archive.jsonl').read_bytes() == archive
+    run_adapt(replace(config, reuse=str(tmp_path)), tmp_path / 'now')
+    assert not more_than_the_backbone(tmp_path / 'now')
+
+
+def more_than_the_backbone(job: Path) -> list[str]:
+    """Archs that a job evaluated with a sum of paths, or with a kernel that is larger than the backbone's."""
+    part = backbone_space(BACKBONE).without_more()
+    lines = (job / 'search' / 'archive.jsonl').read_text().splitlines()[1:]
+    archs = [json.loads(line)['arch'] for line in lines]
+    found = []
+    for arch in archs:
+        try:
+            part.arch(arch)
+        except ValueError:
+            found.append(arch)
+    return found
 
 
 @pytest.mark.parametrize('size, later', [(None, 224), (224, None), (None, (160, 224)), ((160, 224), None)])
@@ -325,6 +343,7 @@ def test_job_is_cut_off_and_goes_on(
     folder = run_adapt(tiny, tmp_path)
     assert [(tmp_path / name).read_bytes() for name in kept] == before
     assert (tmp_path / 'search' / 'pareto.png').exists()
+    assert more_than_the_backbone(tmp_path)  # a supernet that is trained may find them good
     # The search begins near the backbone
     header = json.loads((tmp_path / 'search' / 'archive.jsonl').read_text().splitlines()[0])
     assert header['config']['near'] == str(backbone_space(BACKBONE).default_arch)

@@ -34,6 +34,20 @@ def test_vectors_reach_every_arch_and_nothing_else() -> None:
         assert SPACE.decode(SPACE.encode(arch)) == arch == SPACE.arch(arch)
 
 
+def test_part_without_more_than_the_backbone() -> None:
+    part = SPACE.without_more()
+    expected = set()
+    for vector in product(*map(range, SPACE.gene_sizes)):
+        arch = SPACE.decode(vector)
+        groups = [(group, own) for choice, own in zip(arch.blocks, (3, 5, 5)) for group in choice.groups]
+        if all(len(group) == 1 and group[0] <= own for group, own in groups):
+            expected.add(arch)
+    archs = {part.decode(vector) for vector in product(*map(range, part.gene_sizes))}
+    assert archs == expected and len(archs) == part.size < SPACE.size
+    assert part.default_arch == SPACE.default_arch in archs
+    assert (part.name, part.block_names) == (SPACE.name, SPACE.block_names)
+
+
 @fixed
 @given(st.data())
 def test_a_skipped_block_has_one_vector(data: st.DataObject) -> None:

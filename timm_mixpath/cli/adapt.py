@@ -33,6 +33,7 @@ from ..search.pareto import require_pymoo
 from ..search.result import SearchResult
 from ..search.run import search_checkpoint
 from ..spaces.arch import Arch
+from ..spaces.backbone import BackboneSpace
 from ..train.checkpoint import create_model, load_model, write_checkpoint
 from ..train.data import open_dataset
 from ..train.loop import train_or_resume
@@ -136,7 +137,8 @@ def run_adapt(config: AdaptConfig, output: str | os.PathLike) -> Path:
         with stages(f'{made} a copy of it'):
             checkpoint = job.supernet(teacher, kwargs)
         with stages('Searching'):
-            results = {search.img_size: job.search(search, checkpoint) for search in searches}
+            part = None if config.supernet_epochs or config.whole_space else supernet.space.without_more()
+            results = {search.img_size: job.search(search, checkpoint, part) for search in searches}
         with stages('Fine-tuning the winner' if config.winner_epochs else 'Making the winner'):
             inherited, size = job.inherit(results, checkpoint, teacher)
             result = results[size]
@@ -266,8 +268,8 @@ class _Job:
         folder = self.output / 'search'
         return folder if len(self.searches) == 1 else folder / str(img_size)
 
-    def search(self, search: SizedSearch, checkpoint: Path) -> SearchResult:
-        """Search with images of one size, or go on."""
+    def search(self, search: SizedSearch, checkpoint: Path, part: BackboneSpace | None) -> SearchResult:
+        """Search with images of one size, the whole space or a part of it, or go on."""
         return search_checkpoint(
             checkpoint,
             self.search_folder(search.img_size),
@@ -278,6 +280,7 @@ class _Job:
             workers=self.config.workers,
             device=self.config.device,
             latency_table=self.config.latency_table,
+            space=part,
         )
 
     def inherit(self, results: dict[int, SearchResult], checkpoint: Path, teacher: Path) -> tuple[Path, int]:
@@ -449,6 +452,12 @@ def add_adapt(parser: argparse.ArgumentParser) -> None:
         help='do not look at networks below this share of the limit where the backbone is above it (default: 0.8)',
     )
     add('--m', type=int, default=2, metavar='N', help='largest number of paths that are summed (default: 2)')
+    add(
+        '--whole-space',
+        action='store_true',
+        help='look at larger kernels and sums of paths, too, in a supernet that is not trained and can not tell what '
+        'they are good for',
+    )
     add('--finetune-epochs', type=int, default=3, metavar='N', help='of the backbone (default: 3)')
     add('--winner-epochs', type=int, default=8, metavar='N', help='of the winner, 0 for none (default: 8)')
     add(

@@ -25,7 +25,7 @@ from ..models.latency_table import MIN_TAU, LatencyTable, measure_archs
 from ..models.runtimes import check_runtime, describe_device
 from ..models.supernet import Supernet
 from ..spaces.arch import Arch
-from ..spaces.space import SearchSpace
+from ..spaces.space import BlockSpace, SearchSpace
 from ..train.checkpoint import load_supernet
 from ..utils.distributed import Ranks, open_process
 from ..utils.errors import RunError, UsageError, as_usage_error
@@ -190,6 +190,7 @@ def search_checkpoint(
     workers: int = 2,
     latency: bool = False,
     latency_table: str | os.PathLike | None = None,
+    space: BlockSpace | None = None,
     progress: bool = True,
     like: Namespace | None = None,
 ) -> SearchResult:
@@ -217,6 +218,7 @@ def search_checkpoint(
         latency_table: JSON file of a `LatencyTable` of this space and the input that costs are counted for: predicts
             the latency of every arch, for `max_latency` and as an objective. If this is the device that it was
             measured on, the archs of the front are measured in the same way at the end.
+        space: Part of the supernet's space to search, such as `BackboneSpace.without_more`; all of it if None.
         progress: Show a progress bar on a terminal, lines elsewhere.
         like: What `checkpoint` is of, if it holds weights alone, see `load_model`.
 
@@ -260,15 +262,19 @@ def search_checkpoint(
             **({} if amp_dtype is None else dict(amp_dtype=amp_dtype)),
             **({} if table is None else dict(latency_table=table.fingerprint(), latency_of=table.describe())),
         )
+        if space is None:
+            space = supernet.space
+        else:
+            fingerprint |= dict(max_paths=space.max_paths, kernel_sizes=[list(b.kernel_sizes) for b in space.blocks])
         if rank == 0:
             _logger.info(
-                f'Searching space {supernet.space.name} (m = {supernet.space.max_paths}, {supernet.space.size:.3g} '
-                f'archs): {config.num_evaluations} evaluations on {fingerprint["num_images"]} images of split '
+                f'Searching space {space.name} (m = {space.max_paths}, {space.size:.3g} archs): '
+                f'{config.num_evaluations} evaluations on {fingerprint["num_images"]} images of split '
                 f'{fingerprint["split"]!r}'
             )
         show = _search_progress(config.num_evaluations, config.score) if progress and rank == 0 else None
         result = search(
-            supernet.space,
+            space,
             cost,
             SupernetEvaluator(supernet, images.batches, images.recalibration, ranks=ranks, autocast=autocast),
             config,

@@ -1,6 +1,6 @@
 """The space around a network of timm: what each of its blocks could be instead."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from .arch import Arch
 from .space import BlockSpace, BlockSpec
@@ -46,3 +46,11 @@ class BackboneSpace(BlockSpace):
     def default_arch(self) -> Arch:
         """The arch of the backbone itself."""
         return self.backbone_arch
+
+    def without_more(self) -> 'BackboneSpace':
+        """Return the part in which nothing is more than in the backbone: one kernel per group, up to its block's."""
+        blocks = []
+        for spec, choice in zip(self.blocks, self.backbone_arch.blocks):
+            largest = max(max(group) for group in choice.groups)
+            blocks.append(replace(spec, kernel_sizes=[k for k in spec.kernel_sizes if k <= largest]))
+        return replace(self, blocks=tuple(blocks), max_paths=1)
