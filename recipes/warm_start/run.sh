@@ -27,7 +27,7 @@ here=$(cd "$(dirname "$0")" && pwd)
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 [ $# -gt 0 ] || set -- half p80 full half-seed-{1,2} {half,p80}-untrained{,-1,-2} {half,p80}-recalibrated \
     half-recalibrated-16 half-128 half-sizes backbone-112-{3,11} trained-{half,p80,full} trained-{half,p80}-10 lite1 \
-    {sbn,bn,frozen,scratch}-{0,1,2} long-0 own-0 scratchlong-0
+    {sbn,bn,frozen}-{0,1,2} scratch-{0,1} long-0 own-0 scratchlong-0
 
 recipe=$here/../warm_start_lite0_imagenette.yaml weights=$output/lite0.safetensors teacher=$output/teacher/model
 

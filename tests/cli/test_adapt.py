@@ -278,19 +278,19 @@ def test_winner_is_trained_gently_where_it_starts_near_the_backbone(
 
 def test_job_of_before_the_floor_goes_on(tiny: AdaptConfig, tmp_path: Path) -> None:
     config = replace(tiny, supernet_epochs=0, winner_epochs=0, refit_images=0)
-    run_adapt(replace(config, search_floor=0.0, whole_space=True), tmp_path)
+    run_adapt(replace(config, search_floor=0.0), tmp_path)
     archive = (tmp_path / 'search' / 'archive.jsonl').read_bytes()
     job = json.loads((tmp_path / 'adapt.json').read_text())
     with pytest.raises(UsageError, match=r'another search_floor \(0\.0, now 0\.8\)'):
-        run_adapt(replace(config, whole_space=True), tmp_path)
-    # It looked at what an untrained supernet can't tell from the backbone
+        run_adapt(config, tmp_path)
+    # It looked at what an untrained supernet can't tell from the backbone, unless it is told not to
     assert more_than_the_backbone(tmp_path)
-    del job['search_floor'], job['whole_space']
+    del job['search_floor'], job['reduce_only']
     (tmp_path / 'adapt.json').write_text(json.dumps(job))
     shutil.rmtree(tmp_path / 'model')
     folder = run_adapt(config, tmp_path)
     assert folder.exists() and (tmp_path / 'search' / 'archive.jsonl').read_bytes() == archive
-    run_adapt(replace(config, reuse=str(tmp_path)), tmp_path / 'now')
+    run_adapt(replace(config, reuse=str(tmp_path), reduce_only=True), tmp_path / 'now')
     assert not more_than_the_backbone(tmp_path / 'now')
 
 

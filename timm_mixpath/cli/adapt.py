@@ -137,7 +137,8 @@ def run_adapt(config: AdaptConfig, output: str | os.PathLike) -> Path:
         with stages(f'{made} a copy of it'):
             checkpoint = job.supernet(teacher, kwargs)
         with stages('Searching'):
-            part = None if config.supernet_epochs or config.whole_space else supernet.space.without_more()
+            reduce = config.reduce_only and not config.supernet_epochs
+            part = supernet.space.without_more() if reduce else None
             results = {search.img_size: job.search(search, checkpoint, part) for search in searches}
         with stages('Fine-tuning the winner' if config.winner_epochs else 'Making the winner'):
             inherited, size = job.inherit(results, checkpoint, teacher)
@@ -453,10 +454,10 @@ def add_adapt(parser: argparse.ArgumentParser) -> None:
     )
     add('--m', type=int, default=2, metavar='N', help='largest number of paths that are summed (default: 2)')
     add(
-        '--whole-space',
+        '--reduce-only',
         action='store_true',
-        help='look at larger kernels and sums of paths, too, in a supernet that is not trained and can not tell what '
-        'they are good for',
+        help="look at no kernel larger than the backbone's and at no sum of paths in a supernet that is not trained, "
+        'which can not tell what they are good for',
     )
     add('--finetune-epochs', type=int, default=3, metavar='N', help='of the backbone (default: 3)')
     add('--winner-epochs', type=int, default=8, metavar='N', help='of the winner, 0 for none (default: 8)')

@@ -37,8 +37,8 @@ class AdaptConfig:
             for none.
         latency_table: File of a `LatencyTable` of the space around the backbone.
         m: Largest number of paths that are summed.
-        whole_space: Search larger kernels than the backbone's and sums of paths also where the supernet is not trained.
-            There they compute what the backbone does, so that all they do is cost.
+        reduce_only: Search neither kernels larger than the backbone's nor sums of paths where the supernet is not
+            trained. There they compute what the backbone does; it is the training of the winner that may use them.
         finetune_epochs: Epochs of the backbone.
         winner_epochs: Epochs of the winner; the less it costs than the backbone, the more it gains by them. 0 for none:
             what the backbone's features give it by least squares.
@@ -77,7 +77,7 @@ class AdaptConfig:
     search_floor: float = 0.8
     latency_table: str | None = None
     m: int = 2
-    whole_space: bool = False
+    reduce_only: bool = False
     finetune_epochs: int = 3
     winner_epochs: int = 8
     supernet_epochs: int | None = None
@@ -143,19 +143,19 @@ _OF_THE_SUPERNET = ('supernet_epochs', 'm', 'distill')
 
 # Options that may differ between a job and the one whose backbone it uses
 _NOT_OF_THE_BACKBONE = frozenset({
-    'max_macs', 'max_params', 'max_latency', 'search_floor', 'whole_space', 'latency_table', 'generations',
+    'max_macs', 'max_params', 'max_latency', 'search_floor', 'reduce_only', 'latency_table', 'generations',
     'num_images', 'recalibration_images', 'refit_images', 'reuse', 'workers', 'device', 'cpu_kernels', 'winner_epochs',
     *_OF_THE_SUPERNET,
 })  # fmt: skip
 
 
 def as_begun(config: AdaptConfig, output: str | os.PathLike) -> AdaptConfig:
-    """Return a job as the version began it that made its folder: earlier ones searched all there is."""
+    """Return a job as the version began it that made its folder: earlier ones searched without a floor."""
     try:
         job = json.loads((Path(output) / 'adapt.json').read_text())
     except (OSError, ValueError):  # a new one, or damaged, which the job finds out
         return config
-    return config if 'whole_space' in job else replace(config, search_floor=0.0, whole_space=True)
+    return config if 'search_floor' in job else replace(config, search_floor=0.0)
 
 
 def find_reused(config: AdaptConfig, folder: Path) -> dict[str, Path]:
