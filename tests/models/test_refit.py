@@ -193,10 +193,8 @@ def test_modes_and_dtype_are_kept() -> None:
 @pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16])
 def test_half_precision(dtype: torch.dtype) -> None:
     source = make_backbone('mobilenetv2_050').double()
-    net, exact = (
-        make_net(source, smaller('mobilenetv2_050')),
-        make_net(source, exact_archs(backbone_space('mobilenetv2_050'), 1)[0]),
-    )
+    net = make_net(source, smaller('mobilenetv2_050'))
+    exact = make_net(source, exact_archs(backbone_space('mobilenetv2_050'), 1)[0])
     for model in source, net, exact:
         model.to(dtype)
     # More pixels than float16 can count

@@ -161,8 +161,7 @@ def run_adapt(config: AdaptConfig, output: str | os.PathLike) -> Path:
                     initial_checkpoint=str(inherited / 'model.safetensors'),
                     epochs=config.winner_epochs,
                     **(finetuning if is_near else {}),
-                    **job.distillation,
-                    **job.enlarge(size),
+                    **job.distillation(size),
                 )
                 trained = job.checkpoint('winner')
             else:
@@ -222,14 +221,15 @@ class _Job:
             checkpoint_hist=1,
             log_interval=50,
         )
-        self.distillation: dict[str, Any] = {}
-        if config.distill:
-            self.distillation = dict(kd_model_name=f'local-dir:{self.folder("backbone") / "model"}')
 
-    def enlarge(self, img_size: int) -> dict[str, int]:
-        """Return the option by which the teacher of a winner with smaller images than its own gets them enlarged."""
-        own = self.common['img_size']
-        return dict(kd_teacher_img_size=own) if self.distillation and img_size < own else {}
+    def distillation(self, img_size: int) -> dict[str, Any]:
+        """Return the options by which the backbone teaches a network; it gets images that are smaller enlarged."""
+        if not self.config.distill:
+            return {}
+        options: dict[str, Any] = dict(kd_model_name=f'local-dir:{self.folder("backbone") / "model"}')
+        if img_size < self.common['img_size']:
+            options['kd_teacher_img_size'] = self.common['img_size']
+        return options
 
     def folder(self, experiment: str) -> Path:
         """Where a training is, in this job's folder or in that of the job that is reused."""
@@ -249,11 +249,12 @@ class _Job:
 
     def supernet(self, teacher: Path, kwargs: dict[str, Any]) -> Path:
         """Train the supernet, or make what it starts as; return its checkpoint."""
-        options = dict(model='mixpath_supernet', model_kwargs=kwargs)
+        options: dict[str, Any] = dict(model='mixpath_supernet', model_kwargs=kwargs)
         path = self.checkpoint('supernet')
         if self.config.supernet_epochs:
             start = dict(pretrained=True, pretrained_path=str(teacher / 'model.safetensors'))
-            self.train('supernet', epochs=self.config.supernet_epochs, **options, **start, **self.distillation)
+            options |= {**start, **self.distillation(self.common['img_size'])}
+            self.train('supernet', epochs=self.config.supernet_epochs, **options)
         elif not path.exists():
             args: Namespace = default_args(**self.common, **options)
             make_storable(args)

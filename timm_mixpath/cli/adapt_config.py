@@ -95,11 +95,12 @@ class AdaptConfig:
     cpu_kernels: bool = False
 
     def __post_init__(self) -> None:
+        if self.img_size is None:
+            return
         sizes = self.img_size if isinstance(self.img_size, Sequence) else (self.img_size,)
-        if self.img_size is not None and not (sizes and all(type(size) is int for size in sizes)):
+        if not sizes or not all(type(size) is int for size in sizes):
             raise UsageError(f'--img-size {self.img_size!r} must be one or more integers')
-        if len(sizes) > 1:  # in any order they are the same job
-            sizes = tuple(sorted(set(sizes)))
+        sizes = tuple(sorted(set(sizes)))  # in any order they are the same job
         object.__setattr__(self, 'img_size', sizes if len(sizes) > 1 else sizes[0])
 
     @property
