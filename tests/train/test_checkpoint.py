@@ -152,7 +152,8 @@ def test_initial_checkpoint_that_is_none(digits: Path, tmp_path: Path) -> None:
 @pytest.fixture(scope='module')
 def averaged_run(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     output = tmp_path_factory.mktemp('ema')
-    return train(small_args(digits, output, epochs=1, model_ema=True)).output_dir / 'last.pth.tar'
+    args = small_args(digits, output, epochs=1, model_ema=True, clip_grad=5.0)
+    return train(args).output_dir / 'last.pth.tar'
 
 
 @pytest.mark.parametrize('opts', [('sgd', 'adamw'), ('adamw', 'sgd'), ('sgd', 'lamb')])
@@ -197,11 +198,14 @@ def test_averaged_weights_are_not_dropped(averaged_run: Path, digits: Path, tmp_
         (dict(sched_on_updates=False, seed=1), ['--sched-on-updates True -> False', '--seed 42 -> 1']),
         (dict(scale=[0.5, 1.0], grad_accum_steps=2), ['--grad-accum-steps 1 -> 2', '--scale [0.7, 1.0] -> [0.5, 1.0]']),
         (dict(epochs=3, workers=0, checkpoint_hist=1, log_interval=1), None),
+        (dict(clip_grad=None), ['--clip-grad 5.0 -> None']),
+        # what a run finds out where it is not told
+        (dict(lr=None, num_classes=None, in_chans=None, crop_pct=None, mean=None, input_img_mode=None), None),
     ],
 )
 def test_changed_options_are_named(averaged_run: Path, digits: Path, tmp_path: Path, caplog, changes, texts) -> None:
     caplog.set_level(logging.WARNING)
-    args = {**dict(resume=str(averaged_run), model_ema=True, epochs=2), **changes}
+    args = {**dict(resume=str(averaged_run), model_ema=True, clip_grad=5.0, epochs=2), **changes}
     train(small_args(digits, tmp_path, **args))
     if texts is None:
         assert 'other options' not in caplog.text

@@ -526,16 +526,18 @@ def _warn_of_changes(args: Namespace, before: Namespace) -> None:
     left_out = {'model', 'model_kwargs', 'search_holdout', 'start_epoch', 'dist_bn'}
     left_out |= {'pretrained', 'pretrained_path', 'warm_start', 'initial_checkpoint'}
     left_out |= {'epochs', 'val_interval', 'val_split', 'validation_batch_size', 'class_map', *LOCAL_OPTIONS}
+    # where they are not given, a run finds them out of its model, its images or other options, and keeps what it found
+    found_out = {'lr', 'num_classes', 'in_chans', 'img_size', 'input_size', 'input_img_mode', 'gp', *PREPROCESSING}
     of_optimizer = {'lr', 'momentum', 'weight_decay', 'opt_eps', 'opt_betas', 'opt_kwargs', 'layer_decay'}
     changed: dict[str, str] = {}
     for name in sorted(vars(default_args()).keys() - left_out):
         now, then = getattr(args, name, None), getattr(before, name, None)
         if then is None and name in PREPROCESSING:
             continue  # of earlier versions, which did not keep what they found out
-        # None is derived from others, and train.py of timm and older versions do not know all names; what they do not
-        # know of the teacher they do not do
-        is_known = now is not None and hasattr(before, name)
-        if (is_known or name == 'kd_teacher_img_size') and _plain(now) != _plain(then):
+        if now is None and name in found_out:
+            continue
+        # train.py of timm and older versions do not know all names; what they do not know of the teacher they do not do
+        if (hasattr(before, name) or name == 'kd_teacher_img_size') and _plain(now) != _plain(then):
             changed[name] = f'--{name.replace("_", "-")} {then} -> {now}'
     if changed:
         kept = ', '.join(f'--{name.replace("_", "-")}' for name in changed if name in of_optimizer)
