@@ -384,6 +384,7 @@ def test_card_is_valid_and_its_links_lead_somewhere(
     assert all(link.startswith('https://') or (tmp_path / 'repo' / link).is_file() for link in links)
     entry = front['front'][0]
     assert f'error of {entry["error"]:.2f} %' in card.text and f'{front["num_evaluations"]} evaluations' in card.text
+    assert re.search(r'scored on 10 images of .*`, 16x16 pixels each', card.text)  # not always those of the model
 
 
 def test_card_tells_of_a_search_for_latency(supernet_run: Path, searched: Path, tmp_path: Path) -> None:

@@ -246,7 +246,7 @@ def test_wrong_values_change_nothing() -> None:
             r'the source is of torch\.float32, the model of',
         ),
         (net, source, [(images(1, 32)[0][0][:1], None)], 0.3, UsageError, r'a batch of 1 image\(s\) is too small'),
-        (net, source, interrupted(), 0.3, KeyboardInterrupt, ''),
+        (net, source, interrupted(), 0.3, KeyboardInterrupt, None),
         (dilated, source, images(1), 0.3, UsageError, r'the two need the same options, such as output_stride'),
     ):
         before = copy.deepcopy(model.state_dict())

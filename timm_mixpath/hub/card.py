@@ -409,7 +409,8 @@ def _search(searched: SearchRecord) -> str:
         facts.append(f'costs counted for {cost_size[1]}x{cost_size[2]} pixels and {cost_classes} classes')
     if 'num_images' in data:
         share = f'a held-out share of {data["holdout"]:g} of ' if data.get('holdout') else ''
-        facts.append(f'scored on {data["num_images"]:,} images of {share}split `{data["split"]}`')
+        size = f', {data["input_size"][1]}x{data["input_size"][2]} pixels each' if data.get('input_size') else ''
+        facts.append(f'scored on {data["num_images"]:,} images of {share}split `{data["split"]}`{size}')
     if data.get('recalibration_images'):
         facts.append(f'batch norms recalibrated with {data["recalibration_images"]:,} images for every candidate')
     if front.get('hypervolume') is not None:
