@@ -7,7 +7,7 @@ import torch.nn as nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from timm_mixpath import ShadowBatchNorm2d
-from timm_mixpath.models.layers import ReLU6FromOutput, run_out_of_place
+from timm_mixpath.models.layers import ReLU6FromOutput, keep_layout_of_gradient, run_out_of_place
 
 
 def make_sbn(m: int = 3, chs: int = 4, **kwargs) -> ShadowBatchNorm2d:
@@ -201,3 +201,23 @@ def test_out_of_place_is_the_same_to_the_bit() -> None:
     for m in (model, other):
         m(x).square().sum().backward()
     assert all(torch.equal(p.grad, q.grad) for p, q in zip(model.parameters(), other.parameters()))
+
+
+@pytest.mark.parametrize(
+    'name', ['mixpath_nano', 'mobilenetv3_small_050', 'mixpath_nb201', 'mobilenetv4_conv_small_050']
+)
+@pytest.mark.parametrize('memory_format', [torch.channels_last, torch.contiguous_format])
+def test_gradient_of_what_is_pooled_has_its_layout(name: str, memory_format: torch.memory_format) -> None:
+    torch.manual_seed(0)
+    model = timm.create_model(name, num_classes=10).to(torch.float64, memory_format=memory_format).train()
+    other = copy.deepcopy(model)
+    keep_layout_of_gradient(other)
+    x = torch.randn(2, 3, 96, 96, dtype=torch.float64).to(memory_format=memory_format)
+    layouts = []
+    for m in (model, other):
+        last = [module for module in m.modules() if isinstance(module, nn.BatchNorm2d) and module.num_features > 10][-1]
+        last.register_full_backward_hook(lambda _, __, grads: layouts.append(grads[0]))
+        m(x).square().sum().backward()
+    for p, q in zip(model.parameters(), other.parameters()):
+        torch.testing.assert_close(q.grad, p.grad, rtol=1e-9, atol=1e-12)
+    assert layouts[1].is_contiguous(memory_format=memory_format)

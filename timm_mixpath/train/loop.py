@@ -32,7 +32,7 @@ from timm.utils.summary import trim_summary
 from torch import nn
 
 from ..models.cpu_kernels import use_cpu_kernels
-from ..models.layers import run_out_of_place
+from ..models.layers import keep_layout_of_gradient, run_out_of_place
 from ..models.pretrained import PREPROCESSING, readable
 from ..models.supernet import Supernet
 from ..models.warm_start import warm_start
@@ -280,6 +280,7 @@ def _make_run(args: Namespace, stop: StopSignal, progress: dict[str, Any], outpu
     model.to(device=device)
     if args.channels_last:
         model.to(memory_format=torch.channels_last)
+        keep_layout_of_gradient(model)
     if args.distributed and args.sync_bn:
         args.dist_bn = ''  # nothing left to distribute
         model = convert_sync_batchnorm(model)
