@@ -16,7 +16,7 @@ export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 [ $# -gt 0 ] || set -- lite0 nano mixpath_a mixpath_b package
 
 teacher=$output/trained-half/backbone/model
-nano=k3+7_e6,k3_e3,k3+7_e6,k3+7_e3,k3+7_e3,k3+7_e6,k3+5_e3,k3+5_e3  # the choice of the search in recipes/README.md
+arch=k3+7_e6,k3_e3,k3+7_e6,k3+7_e3,k3+7_e3,k3+7_e6,k3+5_e3,k3+5_e3  # the choice of the search in recipes/README.md
 
 # train NAME OPTIONS: train, or go on
 train() {
@@ -87,9 +87,13 @@ for job in "$@"; do
             step lite0 "$output/trained-full/model/model.safetensors" 192 2 1e-4 -c mixpath_lite0_imagenette
             ;;
         nano)
-            train nano-32 -c nano_cifar10 --data-dir "$cifar10" --cache-images --model-kwargs "arch=$nano" --epochs 12
-            train nano -c nano_cifar10 --data-dir "$cifar10" --cache-images --model-kwargs "arch=$nano" --epochs 5 \
-                --img-size 48 --lr 0.05 --initial-checkpoint "$output/nano-32/last.pth.tar"
+            nano=(-c nano_cifar10 --data-dir "$cifar10" --cache-images --model-kwargs "arch=$arch")
+            train nano-32 "${nano[@]}" --epochs 12
+            train nano-48 "${nano[@]}" --epochs 5 --img-size 48 --lr 0.05 \
+                --initial-checkpoint "$output/nano-32/last.pth.tar"
+            train nano-32-2 "${nano[@]}" --epochs 16 --initial-checkpoint "$output/nano-48/last.pth.tar"
+            train nano "${nano[@]}" --epochs 10 --img-size 48 --lr 0.05 \
+                --initial-checkpoint "$output/nano-32-2/last.pth.tar"
             ;;
         mixpath_a)
             # Not joined by &&, which would let a failure within the functions pass
@@ -98,7 +102,9 @@ for job in "$@"; do
             network mixpath_a-96 mixpath_a "$output/mixpath_a-inherited/model.safetensors" 96 20 1e-3
             network mixpath_a-128 mixpath_a "$output/mixpath_a-96/last.pth.tar" 128 4 4e-4
             network mixpath_a-96-2 mixpath_a "$output/mixpath_a-128/last.pth.tar" 96 20 1e-3
-            network mixpath_a mixpath_a "$output/mixpath_a-96-2/last.pth.tar" 128 8 4e-4
+            network mixpath_a-128-2 mixpath_a "$output/mixpath_a-96-2/last.pth.tar" 128 8 4e-4
+            network mixpath_a-96-3 mixpath_a "$output/mixpath_a-128-2/last.pth.tar" 96 14 1e-3
+            network mixpath_a mixpath_a "$output/mixpath_a-96-3/last.pth.tar" 128 8 4e-4
             ;;
         mixpath_b)
             warm_start

@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import sys
 from argparse import Namespace
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -18,6 +19,7 @@ from timm_mixpath.cli.adapt import AdaptConfig, run_adapt
 from timm_mixpath.cli.adapt_config import find_reused
 from timm_mixpath.cli.common import describe_job
 from timm_mixpath.models.cost import count_macs
+from timm_mixpath.models.runtimes import describe_device
 from timm_mixpath.search.blend import Blend
 from timm_mixpath.search.result import SearchResult
 from timm_mixpath.search.run import search_checkpoint
@@ -312,12 +314,39 @@ def more_than_the_backbone(job: Path) -> list[str]:
 def test_size_of_the_backbone_has_two_names(
     tiny: AdaptConfig, tmp_path: Path, size: int | tuple | None, later: int | tuple | None
 ) -> None:
-    (tmp_path / 'backbone').mkdir()
+    (tmp_path / 'backbone' / 'model').mkdir(parents=True)
     content = describe_job(asdict(replace(tiny, img_size=size)))
     (tmp_path / 'adapt.json').write_text(json.dumps(content))
     assert find_reused(replace(tiny, img_size=later), tmp_path) == {'backbone': tmp_path / 'backbone'}
     with pytest.raises(UsageError, match=r'has another img_size \(224, now 160\), and so another backbone'):
         find_reused(replace(tiny, img_size=160), tmp_path)
+
+
+def test_what_another_job_still_trains_is_not_taken(tiny: AdaptConfig, tmp_path: Path) -> None:
+    for name in ('backbone', 'supernet'):
+        (tmp_path / name).mkdir()
+    (tmp_path / 'adapt.json').write_text(json.dumps(describe_job(asdict(tiny))))
+    with pytest.raises(UsageError, match='has not trained its backbone to the end yet'):
+        find_reused(tiny, tmp_path)
+    (tmp_path / 'backbone' / 'model').mkdir()
+    assert find_reused(tiny, tmp_path).keys() == {'backbone'}
+    (tmp_path / 'search').mkdir()
+    assert find_reused(tiny, tmp_path).keys() == {'backbone', 'supernet'}
+    (tmp_path / 'adapt.json').write_text('[1]')
+    with pytest.raises(UsageError, match='is not the output folder of an adapt job'):
+        find_reused(tiny, tmp_path)
+
+
+@pytest.mark.parametrize('command', ['adapt', 'demo'])
+def test_one_process_alone(
+    command: str, digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    for name, value in dict(WORLD_SIZE='2', RANK='1', LOCAL_RANK='1').items():
+        monkeypatch.setenv(name, value)
+    words = [command, '--data-dir', str(digits), '--output', str(tmp_path / 'job')]
+    assert cli.main([*words, *(['--backbone', BACKBONE] if command == 'adapt' else [])]) == 2
+    assert f'`timm-mixpath {command}` is one process, and was started as one of 2' in capsys.readouterr().err
+    assert not (tmp_path / 'job').exists()
 
 
 @pytest.mark.parametrize('sizes', [(), '128', [96.5], (32, '64'), (True,)])
@@ -454,6 +483,8 @@ def test_all_stages_see_images_as_the_tag_does(tiny: AdaptConfig, tmp_path: Path
         (dict(lr=-1.0), r'--lr -1\.0 must be a positive number'),
         (dict(lr=float('nan')), '--lr nan must be a positive number'),
         (dict(val_split='nope'), 'nope'),
+        (dict(val_split=''), "--val-split '': the result is measured on a split of its own"),
+        (dict(val_split='search-holdout'), "--val-split 'search-holdout': the result is measured on a split"),
         (dict(device='foo'), 'foo'),
     ],
 )
@@ -501,7 +532,13 @@ def test_command_line(capsys: pytest.CaptureFixture, tmp_path: Path, digits: Pat
     assert capsys.readouterr().err.strip().splitlines()[-1].startswith("timm-mixpath: error: 'resnet18' can not be")
 
 
-def test_latency_is_the_budget(tiny: AdaptConfig, tmp_path: Path) -> None:
+def printed(capsys: pytest.CaptureFixture) -> str:
+    return ' '.join(capsys.readouterr().out.split())
+
+
+def test_latency_is_the_budget(
+    tiny: AdaptConfig, tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
     words = 'latency --num-classes 10 --input-size 3 32 32 --num-archs 12 --test-archs 5 --rounds 1 --threads 1'
     model = ['--model', 'mixpath_supernet', '--model-kwargs', f'backbone={BACKBONE}', 'm=2']
     table = tmp_path / 'here.json'
@@ -514,5 +551,18 @@ def test_latency_is_the_budget(tiny: AdaptConfig, tmp_path: Path) -> None:
     assert all(c['latency'] <= config.max_latency for c in front['front'])
     rows = json.loads((tmp_path / 'job' / 'summary.json').read_text())['rows']
     assert all(row['latency_ms'] > 0 for row in rows)
+    assert f'ms measured on this machine, as the latency table: torch on {describe_device("cpu")}' in printed(capsys)
+    # A table of another device, or of a runtime that is not here, still leaves a result
+    content = json.loads(table.read_text())
+    for name, changes, reason in (
+        ('phone', dict(device_name='a phone'), 'the table is of a phone, this is'),
+        ('runtime', dict(runtime='onnxruntime'), 'the runtime needs onnxruntime'),
+    ):
+        other = tmp_path / f'{name}.json'
+        other.write_text(json.dumps({**content, **changes}))
+        if name == 'runtime':
+            monkeypatch.setitem(sys.modules, 'onnxruntime', None)
+        run_adapt(replace(config, latency_table=str(other), reuse=str(tmp_path / 'job')), tmp_path / name)
+        assert f'thread(s) (not as the latency table: {reason}' in printed(capsys)
     with pytest.raises(UsageError, match=r'max_latency=0\.0001 ms excludes every arch'):
         run_adapt(replace(config, max_latency=0.0001), tmp_path / 'other')

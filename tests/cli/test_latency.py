@@ -73,7 +73,7 @@ def test_table_of_another_device_measures_nothing(
     search += ['--latency-table', str(tmp_path / 'phone.json'), '--population', '4', '--generations', '0', '-j', '0']
     with caplog.at_level('INFO'):
         assert cli.main([*search, '--device', 'cpu']) == 0
-    assert 'predicted for a phone, this is' in caplog.text
+    assert 'predicted and not measured, the table is of a phone, this is' in caplog.text
     front = json.loads((tmp_path / 's' / 'front.json').read_text())['front']
     assert all('latency_ms' not in c['metrics'] and c['latency'] > 0 for c in front)
 
@@ -88,7 +88,7 @@ def test_missing_runtime_does_not_lose_a_search(
     search = ['search', '--checkpoint', str(supernet_run / 'last.pth.tar'), '--output', str(tmp_path / 's')]
     search += ['--latency-table', str(tmp_path / 'onnx.json'), '--population', '4', '--generations', '0', '-j', '0']
     assert cli.main([*search, '--device', 'cpu']) == 0
-    assert 'is not measured: the runtime needs onnxruntime' in caplog.text
+    assert 'predicted and not measured, the runtime needs onnxruntime' in caplog.text
     front = json.loads((tmp_path / 's' / 'front.json').read_text())['front']
     assert front and all('latency_ms' not in c['metrics'] for c in front)
 

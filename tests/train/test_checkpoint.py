@@ -199,6 +199,7 @@ def test_averaged_weights_are_not_dropped(averaged_run: Path, digits: Path, tmp_
         (dict(scale=[0.5, 1.0], grad_accum_steps=2), ['--grad-accum-steps 1 -> 2', '--scale [0.7, 1.0] -> [0.5, 1.0]']),
         (dict(epochs=3, workers=0, checkpoint_hist=1, log_interval=1), None),
         (dict(clip_grad=None), ['--clip-grad 5.0 -> None']),
+        (dict(head_init_scale=0.05, val_num_samples=10), None),  # of no effect on a run that goes on
         # what a run finds out where it is not told
         (dict(lr=None, num_classes=None, in_chans=None, crop_pct=None, mean=None, input_img_mode=None), None),
     ],

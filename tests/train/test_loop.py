@@ -413,6 +413,10 @@ def test_every_epoch_leaves_a_checkpoint_and_args_are_a_recipe(digits: Path, tmp
     add_train_options(parser)
     apply_config(parser, run / 'args.yaml')
     assert parser.parse_args([]).model == 'mixpath_nano_supernet'
+    # also those of a run that went on, which is not where another one begins
+    train(small_args(digits, tmp_path, epochs=4, resume=str(run / 'last.pth.tar')))
+    apply_config(parser, run / 'args.yaml')
+    assert parser.parse_args([]).epochs == 4 and not parser.parse_args([]).resume
 
 
 def test_grayscale(digits: Path, tmp_path: Path) -> None:

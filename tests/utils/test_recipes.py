@@ -104,6 +104,12 @@ def test_bad_recipe(tmp_path: Path, text: str, message: str) -> None:
     assert '\n' not in str(info.value)
 
 
+def test_recipe_that_is_no_text(tmp_path: Path) -> None:
+    (tmp_path / 'last.pth.tar').write_bytes(bytes(range(256)))
+    with pytest.raises(UsageError, match=r"recipe '.*last.pth.tar' is not valid YAML: .*can't decode"):
+        apply_config(parser(), tmp_path / 'last.pth.tar')
+
+
 def test_numbers_that_yaml_reads_as_text(tmp_path: Path) -> None:
     (tmp_path / 'r.yaml').write_text('min_lr: 1e-8\nepochs: 5')
     p = parser()

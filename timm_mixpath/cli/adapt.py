@@ -44,7 +44,7 @@ from ..utils.numbers import parse_count, parse_float, parse_share
 from ..utils.tables import format_table, write_json
 from .adapt_config import AdaptConfig, as_begun, check_config, find_reused
 from .adapt_plan import SizedSearch, is_backbone_alone, plan_searches, share_evaluations
-from .common import add_latency_limit, from_args, job_folder, setup_logging, user_images
+from .common import add_latency_limit, check_single_process, from_args, job_folder, setup_logging, user_images
 
 __all__ = ['SUPERNET_EPOCHS', 'AdaptConfig', 'add_adapt', 'run_adapt', 'run_adapt_command']
 
@@ -79,6 +79,7 @@ def run_adapt(config: AdaptConfig, output: str | os.PathLike) -> Path:
         RunError: There are no weights, a training failed, or files can't be read or written.
     """
     require_pymoo()  # not after minutes of training
+    check_single_process('adapt')
     check_config(config)
     config = as_begun(config, output)
     search_config = SearchConfig(
@@ -348,14 +349,16 @@ class _Job:
     def row(self, name: str, trained: Path, top1: float) -> dict[str, Any]:
         loaded = load_model(trained)
         size = loaded.data_config['input_size']
+        macs = sum(count_macs(loaded.model, size).values())
         how: dict[str, Any] = dict(channels_last=True)
-        if (table := self.latency) is not None:
+        if (table := self.latency) is not None and not table.why_not_here():
             how = dict(runtime=table.runtime, num_threads=table.threads, batch_size=table.batch_size)
+            loaded.model.to(table.device)
         return dict(
             name=name,
             img_size=size[1],
             top1=round(top1, 2),
-            macs=sum(count_macs(loaded.model, size).values()),
+            macs=macs,
             params=sum(p.numel() for p in loaded.model.parameters()),
             latency_ms=round(measure_latency(loaded.model, input_size=size, **how), 2),
         )
@@ -422,12 +425,15 @@ def _format(rows: list[dict[str, Any]], config: AdaptConfig, latency: LatencyTab
     ]
     behind = f' behind {config.supernet_epochs} epochs of its supernet' if config.supernet_epochs else ''
     winner = f'for {config.winner_epochs}{behind}' if config.winner_epochs else f'not at all{behind}'
-    where = f'{torch.get_num_threads()} thread(s)' if latency is None else f'as the latency table: {latency.describe()}'
+    where = f'{torch.get_num_threads()} thread(s)'
+    if latency is not None:
+        reason = latency.why_not_here()
+        same = f'as the latency table: {latency.describe()}'
+        where = f'{where} (not as the latency table: {reason})' if reason else same
     return (
         f'{format_table([header, *cells], "<>")}\n'
-        f'top-1 on the validation split; MACs for one image; ms measured on this machine, '
-        f'{where}. On the same images the backbone was fine-tuned for {config.finetune_epochs} epochs, the winner '
-        f'{winner}.'
+        f'top-1 on the validation split; MACs for one image; ms measured on this machine, {where}. On the '
+        f'same images the backbone was fine-tuned for {config.finetune_epochs} epochs, the winner {winner}.'
     )
 
 

@@ -176,8 +176,12 @@ def find_reused(config: AdaptConfig, folder: Path) -> dict[str, Path]:
             raise UsageError(
                 f'--reuse {str(folder)!r} has another {name} ({other!r}, now {mine[name]!r}), and so another backbone'
             )
+    if not (folder / 'backbone' / 'model').exists():
+        raise UsageError(f'--reuse {str(folder)!r} has not trained its backbone to the end yet; let it do that first')
     reused = {'backbone': folder / 'backbone'}
     for folder, other in jobs.items():
-        if (folder / 'supernet').exists() and all(other.get(name) == mine[name] for name in _OF_THE_SUPERNET):
+        is_like_mine = all(other.get(name) == mine[name] for name in _OF_THE_SUPERNET)
+        # a search follows the training of a supernet: one that is still trained must not be trained from here, too
+        if is_like_mine and (folder / 'supernet').exists() and (folder / 'search').exists():
             return {**reused, 'supernet': folder / 'supernet'}
     return reused

@@ -20,6 +20,7 @@ __all__ = [
     'add_image_options',
     'add_latency_limit',
     'add_model_options',
+    'check_single_process',
     'create_supernet',
     'describe_job',
     'from_args',
@@ -156,6 +157,21 @@ def is_first_process() -> bool:
     return not is_distributed_env() or world_info_from_env()[1] == 0
 
 
+def check_single_process(command: str) -> None:
+    """Check that a command which makes a folder step by step was not started once per GPU.
+
+    Raises:
+        UsageError: It was, by torchrun or Slurm.
+    """
+    from timm.utils.distributed import is_distributed_env, world_info_from_env
+
+    if is_distributed_env() and (world_size := world_info_from_env()[2]) > 1:
+        raise UsageError(
+            f'`timm-mixpath {command}` is one process, and was started as one of {world_size}; start it alone, or '
+            '`train` and `search` with torchrun'
+        )
+
+
 @contextmanager
 def job_folder(output: str | os.PathLike, config: Any, name: str) -> Iterator[Path]:
     """Make the folder of a job, keep there what the job is, and check that it is the one that the folder holds.
@@ -188,7 +204,13 @@ _PATHS = ('data_dir', 'backbone_weights', 'latency_table', 'reuse')
 
 
 def describe_job(options: dict[str, Any]) -> dict[str, Any]:
-    """Return the options of a job as they are kept in its folder: JSON-ready, with paths that hold anywhere."""
+    """Return the options of a job as they are kept in its folder: JSON-ready, with paths that hold anywhere.
+
+    Raises:
+        ValueError: They are none, as where the file holds something else.
+    """
+    if not isinstance(options, dict):
+        raise ValueError(f'{options!r} are no options')
     options = json.loads(json.dumps(options))  # tuples become lists, as in the file
     paths = {name: os.path.abspath(options[name]) for name in _PATHS if isinstance(options.get(name), str)}
     return {**options, **paths}
@@ -225,10 +247,14 @@ def user_images(config: Any, data_dir: str | None) -> tuple[dict[str, Any], list
         The options, the names of the classes, and the number of training images.
 
     Raises:
-        UsageError: The images do not exist, or their classes are not known.
+        UsageError: The images do not exist, their classes are not known, or there are none to report on.
     """
-    from ..train.data import class_names, open_dataset
+    from ..train.data import HOLDOUT_SPLIT, class_names, open_dataset
 
+    if config.val_split in ('', HOLDOUT_SPLIT):
+        raise UsageError(
+            f'--val-split {config.val_split!r}: the result is measured on a split of its own, name one of the data set'
+        )
     train_set = open_dataset(config.dataset, data_dir, config.train_split, download=config.dataset_download)
     names = class_names(train_set)
     if names is None:

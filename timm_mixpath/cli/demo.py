@@ -25,7 +25,7 @@ from ..train.options import default_args
 from ..utils.errors import UsageError, as_usage_error
 from ..utils.files import write_dir_atomic
 from ..utils.numbers import parse_count
-from .common import from_args, job_folder, setup_logging, user_images
+from .common import check_single_process, from_args, job_folder, setup_logging, user_images
 
 __all__ = ['DemoConfig', 'add_demo', 'digits_folder', 'run_demo', 'run_demo_command']
 
@@ -121,6 +121,7 @@ def run_demo(config: DemoConfig, output: str | os.PathLike) -> Path:
         population=24, offspring=12, generations=config.generations, max_macs=config.max_macs, seed=config.seed
     )
     require_pymoo()  # not after minutes of training
+    check_single_process('demo')
     with job_folder(output, config, 'demo.json') as folder:
         return _run(config, search_config, folder)
 

@@ -25,7 +25,7 @@ import torch
 from ..utils.errors import UsageError, needs
 from ..utils.tables import write_json
 from .latency import make_images, measure_side_by_side
-from .runtimes import make_runner
+from .runtimes import check_runtime, describe_device, make_runner
 
 if TYPE_CHECKING:
     from .cost import CostTable, Part
@@ -131,6 +131,17 @@ class LatencyTable:
         """Return what was measured, in a few words."""
         threads = f', {self.threads} thread{"s" * (self.threads > 1)}' if self.device == 'cpu' else ''
         return f'{self.runtime} on {self.device_name}{threads}, batches of {self.batch_size}'
+
+    def why_not_here(self) -> str | None:
+        """Say why networks can't be measured as those of the table were by this process; None if they can."""
+        here = describe_device(self.device) if self.device == 'cpu' or torch.cuda.is_available() else 'no GPU'
+        if self.device_name != here:
+            return f'the table is of {self.device_name}, this is {here}'
+        try:
+            check_runtime(self.runtime)
+        except ImportError as e:
+            return str(e)
+        return None
 
     def add_to(self, cost: 'CostTable') -> None:
         """Make `'latency'`, in milliseconds per batch, a metric of a table of costs.

@@ -22,7 +22,6 @@ from ..models.backbone import BackboneSupernet
 from ..models.cost import cost_table
 from ..models.latency import measure_latency
 from ..models.latency_table import MIN_TAU, LatencyTable, measure_archs
-from ..models.runtimes import check_runtime, describe_device
 from ..models.supernet import Supernet
 from ..spaces.arch import Arch
 from ..spaces.space import BlockSpace, SearchSpace
@@ -324,17 +323,11 @@ def _measure_front(result: SearchResult, supernet: Supernet, cost: 'CostTable') 
 
 def _measure_as_predicted(result: SearchResult, supernet: Supernet, table: LatencyTable) -> None:
     """Measure the front as the archs of a table were, if this is its device."""
-    here = describe_device(table.device) if table.device == 'cpu' or torch.cuda.is_available() else 'no GPU'
-    if table.device_name != here:
-        _logger.info(
-            f'The latency of the front is predicted for {table.device_name}, this is {here}: to measure it, run '
-            f'`timm-mixpath latency --archs front.json` there'
+    if reason := table.why_not_here():  # after hours of a search that does not need it
+        _logger.warning(
+            f'The latency of the front is predicted and not measured, {reason}; on the device of the table, with its '
+            'runtime, `timm-mixpath latency --archs front.json` measures it'
         )
-        return
-    try:
-        check_runtime(table.runtime)
-    except ImportError as e:  # after hours of a search that does not need it
-        _logger.warning(f'The latency of the front is not measured: {e}')
         return
     measured = measure_archs(supernet, [c.arch for c in result.front], table)
     for candidate, ms in zip(result.front, measured):

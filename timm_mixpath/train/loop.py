@@ -402,7 +402,7 @@ def _train_epochs(args: Namespace, run: _Run) -> TrainResult:
     if primary:
         with write_atomic(output_dir / 'args.yaml') as path:
             # options alone, without what was found out on the way, so that `-c args.yaml` repeats the run
-            known = vars(default_args()).keys() - {'config'}
+            known = vars(default_args()).keys() - {'config', 'resume', 'wandb_resume_id'}
             options = {k: v for k, v in vars(args).items() if k in known}
             path.write_text(yaml.safe_dump(options, default_flow_style=False))
         trim_summary(output_dir / 'summary.csv', run.start_epoch)
@@ -525,7 +525,8 @@ def _warn_of_changes(args: Namespace, before: Namespace) -> None:
     """Name the options with which a run goes on in another way than it began."""
     # checked above, found out on the way, of no effect on the weights, or what one resumes for
     left_out = {'model', 'model_kwargs', 'search_holdout', 'start_epoch', 'dist_bn'}
-    left_out |= {'pretrained', 'pretrained_path', 'warm_start', 'initial_checkpoint'}
+    left_out |= {'pretrained', 'pretrained_path', 'warm_start', 'initial_checkpoint', 'head_init_scale'}
+    left_out |= {'head_init_bias', 'val_num_samples'}
     left_out |= {'epochs', 'val_interval', 'val_split', 'validation_batch_size', 'class_map', *LOCAL_OPTIONS}
     # where they are not given, a run finds them out of its model, its images or other options, and keeps what it found
     found_out = {'lr', 'num_classes', 'in_chans', 'img_size', 'input_size', 'input_img_mode', 'gp', *PREPROCESSING}

@@ -256,7 +256,7 @@ def apply_config(parser: argparse.ArgumentParser, path: str | Path) -> dict[str,
         config = yaml.safe_load(Path(path).read_text())
     except OSError as e:
         raise UsageError(f'recipe {str(path)!r} can not be read: {e.strerror}') from None
-    except yaml.YAMLError as e:
+    except (UnicodeDecodeError, yaml.YAMLError) as e:
         raise UsageError(f'recipe {str(path)!r} is not valid YAML: {e}'.replace('\n', ' ')) from None
     if not isinstance(config, dict):
         raise UsageError(f'recipe {str(path)!r} must map option names to values')
