@@ -9,7 +9,8 @@
 # with other seeds, also of the backbone), half-untrained and p80-untrained (the winner is not trained; -SEED behind
 # them takes the backbone of half-seed-SEED), half-recalibrated, p80-recalibrated and half-recalibrated-16 (it is not
 # fitted to the backbone's features; 16 epochs in the place of 8), half-128 (images of 128 pixels), half-sizes (of 96,
-# 112, 128, 144 or 160 pixels, as the search chooses), backbone-112-11, backbone-112-3 and backbone-160-11 (the backbone
+# 112, 128, 144 or 160 pixels, as the search chooses), half-floor and half-reduced (searched from 0.8 times the limit
+# on; the second for what can be left out alone, 2 epochs of the winner, the first none), backbone-112-11, backbone-112-3 and backbone-160-11 (the backbone
 # itself, with images of as many pixels and as many epochs), trained-half, trained-p80 and trained-full (the same
 # limits with a supernet that is trained for 5 epochs before it is searched, 3 epochs of the winner), trained-half-10
 # and trained-p80-10 (10 epochs), lite1 (EfficientNet-Lite1 at the cost of Lite0, its supernet trained; needs the
@@ -26,7 +27,7 @@ shift 2
 here=$(cd "$(dirname "$0")" && pwd)
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 [ $# -gt 0 ] || set -- half p80 full half-seed-{1,2} {half,p80}-untrained{,-1,-2} {half,p80}-recalibrated \
-    half-recalibrated-16 half-128 half-sizes backbone-112-{3,11} trained-{half,p80,full} trained-{half,p80}-10 lite1 \
+    half-recalibrated-16 half-128 half-sizes half-floor half-reduced backbone-112-{3,11} trained-{half,p80,full} trained-{half,p80}-10 lite1 \
     {sbn,bn,frozen}-{0,1,2} scratch-{0,1} long-0 own-0 scratchlong-0
 
 recipe=$here/../warm_start_lite0_imagenette.yaml weights=$output/lite0.safetensors teacher=$output/teacher/model
@@ -92,21 +93,22 @@ supernet() {
 trained() {
     local epochs=$1
     shift
-    adapt lite0 --supernet-epochs 5 --winner-epochs "$epochs" --output "$output/$job" "$@"
+    adapt lite0 --supernet-epochs 5 --winner-epochs "$epochs" --output "$output/$job" $whole "$@"
 }
 
 # The winner as the backbone's features make it
 untrained() {
     local limit=${job%%-*} seed=${job##*-} first=half
     if [ "$seed" = untrained ]; then seed=0; else first=half-seed-$seed; fi
-    adapt lite0 --max-macs "${!limit}" --output "$output/$job" --reuse "$output/$first" --seed "$seed" --winner-epochs 0
+    adapt lite0 --max-macs "${!limit}" --output "$output/$job" --reuse "$output/$first" --seed "$seed" \
+        --winner-epochs 0 $whole
 }
 
 # The winner as it inherits its weights
 recalibrated() {
     local limit=${job%%-*}
     adapt lite0 --max-macs "${!limit}" --output "$output/$job" --reuse "$output/half" --refit-images 0 \
-        --winner-epochs "$1"
+        --winner-epochs "$1" $whole
 }
 
 # The backbone as `adapt` fine-tunes it, with other images
@@ -118,12 +120,17 @@ alone() {
 }
 
 half=97.9M p80=156.7M full=195.9M
+whole='--search-floor 0'  # archs of any cost up to the limit, as they were searched for these figures
 for job in "$@"; do
     case $job in
-        half) adapt lite0 --max-macs $half --output "$output/half" ;;
-        p80 | full) adapt lite0 --max-macs "${!job}" --output "$output/$job" --reuse "$output/half" ;;
-        half-seed-*) adapt lite0 --max-macs $half --output "$output/$job" --seed "${job##*-}" ;;
-        half-128) adapt lite0 --max-macs $half --output "$output/half-128" --img-size 128 --refit-images 0 ;;
+        half) adapt lite0 --max-macs $half --output "$output/half" $whole ;;
+        p80 | full) adapt lite0 --max-macs "${!job}" --output "$output/$job" --reuse "$output/half" $whole ;;
+        half-seed-*) adapt lite0 --max-macs $half --output "$output/$job" --seed "${job##*-}" $whole ;;
+        half-128) adapt lite0 --max-macs $half --output "$output/half-128" --img-size 128 --refit-images 0 $whole ;;
+        half-floor) adapt lite0 --max-macs $half --output "$output/$job" --reuse "$output/half" --winner-epochs 0 ;;
+        half-reduced)
+            adapt lite0 --max-macs $half --output "$output/$job" --reuse "$output/half" --winner-epochs 2 --reduce-only
+            ;;
         half-sizes)
             adapt lite0 --max-macs $half --output "$output/half-sizes" --img-size 96 112 128 144 160 \
                 --reuse "$output/half"
@@ -137,7 +144,9 @@ for job in "$@"; do
         trained-full) trained 3 --max-macs $full --reuse "$output/trained-half" ;;
         trained-half-10) trained 10 --max-macs $half --reuse "$output/trained-half" ;;
         trained-p80-10) trained 10 --max-macs $p80 --reuse "$output/trained-half" ;;
-        lite1) adapt lite1 --max-macs $full --output "$output/lite1" --supernet-epochs 5 --winner-epochs 3 ;;
+        lite1)
+            adapt lite1 --max-macs $full --output "$output/lite1" --supernet-epochs 5 --winner-epochs 3 $whole
+            ;;
         *) supernet "$job" ;;
     esac
 done

@@ -40,7 +40,7 @@ step() {
 
 # supernet_start MODEL SUPERNET: the weights that the genotype inherits from the supernet that it was searched in
 supernet_start() {
-    train "$2" -c "$2_imagenette" --data-dir "$imagenette"
+    train "$2" -c "$2_imagenette" --data-dir "$imagenette" --seed 42  # as the one that was searched
     [ -e "$output/$1-inherited" ] || timm-mixpath export --checkpoint "$output/$2/last.pth.tar" \
         --arch "$(python -c "from timm_mixpath.spaces import genotypes; print(genotypes.${1^^})")" \
         --recalibration-images 512 --output "$output/$1-inherited"
@@ -83,6 +83,7 @@ taught+='EfficientNet-Lite0, whose weights go back to ImageNet (Apache-2.0).'
 for job in "$@"; do
     case $job in
         lite0)
+            # If its search, which ranks by the loss today, chooses another arch than mixpath_lite0, the step below says so
             warm_start
             step lite0 "$output/trained-full/model/model.safetensors" 192 2 1e-4 -c mixpath_lite0_imagenette
             ;;
