@@ -10,6 +10,7 @@ from torch.utils.data import Dataset, IterableDataset
 
 from ..utils.errors import UsageError
 from .data import iterate
+from .recovery import outlive_signals
 
 __all__ = ['CachedLoader']
 
@@ -81,6 +82,7 @@ class CachedLoader:
         self._images = mean.round().to(torch.uint8).expand(shape).clone()
         self._targets = torch.empty(len(dataset), dtype=torch.int64)
         decoder = torch.utils.data.DataLoader(dataset, 500, num_workers=workers, collate_fn=fast_collate)
+        outlive_signals(decoder)  # which would be taken for images that can't be read
         start = 0
         for x, y in iterate(decoder):
             images = self._images[start : start + len(y)]
