@@ -606,3 +606,22 @@ def test_every_thread_has_a_network_of_its_own():
             with ThreadPoolExecutor(6) as pool:
                 for y, y_ref in zip(pool.map(evaluate, archs), expected, strict=True):
                     torch.testing.assert_close(y, y_ref, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    'name, kwargs',
+    [
+        ('mixpath_nano_supernet', {}),
+        ('mixpath_nb201_supernet', {}),
+        ('mixpath_supernet', dict(backbone='mobilenetv3_small_050')),
+    ],
+)
+def test_folder_gives_back_the_active_arch(name: str, kwargs: dict, tmp_path: Any) -> None:
+    supernet = timm.create_model(name, num_classes=10, **kwargs).eval()
+    supernet.active_arch = sample(supernet.space, seed=1, step=0)
+    assert supernet.active_arch != supernet.space.default_arch
+    save_for_hf(supernet, tmp_path, safe_serialization=True)
+    loaded = timm.create_model(f'local-dir:{tmp_path}', pretrained=True).eval()
+    assert loaded.active_arch == supernet.active_arch
+    x = torch.randn(2, 3, 64, 64)
+    assert torch.equal(loaded(x), supernet(x))

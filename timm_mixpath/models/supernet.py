@@ -96,6 +96,8 @@ class Supernet(nn.Module):
     def active_arch(self, arch: str) -> None:
         self._active_arch = self.space.arch(arch)
         self._activate(self._active_arch)
+        if (args := get_model_args(self)) is not None:  # for config.json: a folder gives the supernet back as it is
+            self._model_args = {**args, 'arch': str(self._active_arch)}
 
     def _activate(self, arch: str) -> None:
         """Make the paths of an arch those that a forward runs."""
