@@ -58,7 +58,7 @@ PUBLISHED: dict[str, dict[str, Any]] = {}
 # Small weights that ship inside the package, <model>.<tag>/ as `push --dry-run` writes it. The SHA-256 of their
 # model.safetensors stands here, so that a file that an installation or a mirror damaged is noticed.
 PACKAGED: dict[str, str] = {
-    'mixpath_a.imagenette': 'd869e5882bd01d1202757a331c4086b577d4c46feab78dbe2cb4e72c5cc35908',
+    'mixpath_a.imagenette': 'a7c4e86c35d1e3038c5f988d7b3c86bb338bcabeaf3cdb93cf6a41b72e53acce',
     'mixpath_b.imagenette': '9396594a4fbb27f2605cb0b2d0b802ad78cc531c4abe294629fb1aa0c4061241',
     'mixpath_lite0.in1k_ft_imagenette': '8d963fba38eda000c5790dcd08d09ed8a9beba86113eee4998acd2d4e108795b',
     'mixpath_nano.cifar10': '17cf171e05b1c00fdc75b45e41615c4736cf6d78c6a68204afcfe16cc467bed2',
