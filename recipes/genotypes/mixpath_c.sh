@@ -43,9 +43,10 @@ output = sys.argv[1]
 with open(f'{output}/search_c/front.json') as f:
     (chosen,) = [entry for entry in json.load(f)['front'] if entry['chosen']]
 macs = (0.99 * chosen['macs'], 1.01 * chosen['macs'])
-archs = draw_archs('mixpath_s1', 3, macs=macs, num_classes=10, width_mult=0.25)
+# With another seed than that of the search, whose generation 0 is drawn in the same way
+drawn = draw_archs('mixpath_s1', 4, seed=1, macs=macs, num_classes=10, width_mult=0.25)
 with open(f'{output}/chance.whole', 'w') as f:
-    print(chosen['arch'], *archs, sep='\n', file=f)
+    print(chosen['arch'], *[arch for arch in drawn if arch != chosen['arch']][:3], sep='\n', file=f)
 os.replace(f'{output}/chance.whole', f'{output}/chance.txt')
 P
 mixpath table --archs "$output/chance.txt" --table-dir "$output/chance" -c "$recipe" --model mixpath_s1 \
