@@ -426,10 +426,10 @@ def _format(rows: list[dict[str, Any]], config: AdaptConfig, latency: LatencyTab
     behind = f' behind {config.supernet_epochs} epochs of its supernet' if config.supernet_epochs else ''
     winner = f'for {config.winner_epochs}{behind}' if config.winner_epochs else f'not at all{behind}'
     where = f'{torch.get_num_threads()} thread(s)'
-    if latency is not None:
-        reason = latency.why_not_here()
-        same = f'as the latency table: {latency.describe()}'
-        where = f'{where} (not as the latency table: {reason})' if reason else same
+    if latency is not None and (reason := latency.why_not_here()):
+        where += f' (not as the latency table: {reason})'
+    elif latency is not None:
+        where = f'as the latency table: {latency.describe()}'
     return (
         f'{format_table([header, *cells], "<>")}\n'
         f'top-1 on the validation split; MACs for one image; ms measured on this machine, {where}. On the '

@@ -525,9 +525,10 @@ def _warn_of_changes(args: Namespace, before: Namespace) -> None:
     """Name the options with which a run goes on in another way than it began."""
     # checked above, found out on the way, of no effect on the weights, or what one resumes for
     left_out = {'model', 'model_kwargs', 'search_holdout', 'start_epoch', 'dist_bn'}
-    left_out |= {'pretrained', 'pretrained_path', 'warm_start', 'initial_checkpoint', 'head_init_scale'}
-    left_out |= {'head_init_bias', 'val_num_samples'}
-    left_out |= {'epochs', 'val_interval', 'val_split', 'validation_batch_size', 'class_map', *LOCAL_OPTIONS}
+    left_out |= {'pretrained', 'pretrained_path', 'warm_start', 'initial_checkpoint'}
+    left_out |= {'head_init_scale', 'head_init_bias'}  # of what the checkpoint's weights take the place of
+    left_out |= {'val_interval', 'val_split', 'val_num_samples', 'validation_batch_size'}
+    left_out |= {'epochs', 'class_map', *LOCAL_OPTIONS}
     # where they are not given, a run finds them out of its model, its images or other options, and keeps what it found
     found_out = {'lr', 'num_classes', 'in_chans', 'img_size', 'input_size', 'input_img_mode', 'gp', *PREPROCESSING}
     of_optimizer = {'lr', 'momentum', 'weight_decay', 'opt_eps', 'opt_betas', 'opt_kwargs', 'layer_decay'}
