@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 import timm
 import torch
-from safetensors.torch import save_file
+import yaml
+from safetensors.torch import load_file, save_file
 
 import timm_mixpath
 from timm_mixpath import backbone_space, cli
@@ -134,6 +135,20 @@ def test_winner_without_a_training(
     with torch.inference_mode():
         hits = [winner(image[None]).argmax().item() == label for image, label in dataset]
     assert summary['rows'][1]['top1'] == round(100 * sum(hits) / len(hits), 2)
+
+
+def test_mixed_precision(tiny: AdaptConfig, tmp_path: Path) -> None:
+    config = replace(tiny, supernet_epochs=0, winner_epochs=0, refit_images=0, amp=True, amp_dtype='bfloat16')
+    folder = run_adapt(config, tmp_path / 'job')
+    args = yaml.safe_load((tmp_path / 'job' / 'backbone' / 'args.yaml').read_text())
+    assert (args['amp'], args['amp_dtype']) == (True, 'bfloat16')
+    header = json.loads((tmp_path / 'job' / 'search' / 'archive.jsonl').read_text().splitlines()[0])
+    assert "'amp_dtype': 'bfloat16'" in str(header)
+    assert {weight.dtype for weight in load_file(folder / 'model.safetensors').values()} == {torch.float32, torch.int64}
+    with pytest.raises(UsageError, match=r'holds a run with another amp \(True, now False\)'):
+        run_adapt(replace(config, amp=False), tmp_path / 'job')
+    # which does not hinder another job from using its backbone
+    assert run_adapt(replace(config, amp=False, reuse=str(tmp_path / 'job')), tmp_path / 'other').exists()
 
 
 def test_backbone_itself_is_chosen(
@@ -486,6 +501,7 @@ def test_all_stages_see_images_as_the_tag_does(tiny: AdaptConfig, tmp_path: Path
         (dict(val_split=''), "--val-split '': the result is measured on a split of its own"),
         (dict(val_split='search-holdout'), "--val-split 'search-holdout': the result is measured on a split"),
         (dict(device='foo'), 'foo'),
+        (dict(amp_dtype='int8'), "--amp-dtype 'int8' must be one of float16, bfloat16"),
     ],
 )
 def test_wrong_values_end_before_any_training(tiny: AdaptConfig, tmp_path: Path, changes: dict, message: str) -> None:

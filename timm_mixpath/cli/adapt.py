@@ -44,7 +44,15 @@ from ..utils.numbers import parse_count, parse_float, parse_share
 from ..utils.tables import format_table, write_json
 from .adapt_config import AdaptConfig, as_begun, check_config, find_reused
 from .adapt_plan import SizedSearch, is_backbone_alone, plan_searches, share_evaluations
-from .common import add_latency_limit, check_single_process, from_args, job_folder, setup_logging, user_images
+from .common import (
+    add_amp_options,
+    add_latency_limit,
+    check_single_process,
+    from_args,
+    job_folder,
+    setup_logging,
+    user_images,
+)
 
 __all__ = ['SUPERNET_EPOCHS', 'AdaptConfig', 'add_adapt', 'run_adapt', 'run_adapt_command']
 
@@ -209,6 +217,8 @@ class _Job:
             seed=config.seed,
             channels_last=True,
             cpu_kernels=config.cpu_kernels,
+            amp=config.amp,
+            amp_dtype=config.amp_dtype,
             opt='adamw',
             lr=config.lr,
             weight_decay=0.02,
@@ -282,6 +292,7 @@ class _Job:
             recalibration_images=self.config.recalibration_images,
             workers=self.config.workers,
             device=self.config.device,
+            amp_dtype=self.config.amp_dtype if self.config.amp else None,
             latency_table=self.config.latency_table,
             space=part,
         )
@@ -508,6 +519,7 @@ def add_adapt(parser: argparse.ArgumentParser) -> None:
     )
     add('-j', '--workers', type=int, default=2, metavar='N')
     add('--device', metavar='NAME')
+    add_amp_options(parser)
     add('--cpu-kernels', action='store_true', help=CPU_KERNELS_HELP)
 
 

@@ -11,6 +11,7 @@ from timm.models import get_pretrained_cfg
 
 from ..models.backbone import check_backbone, check_weights
 from ..utils.errors import UsageError
+from ..utils.precision import AMP_DTYPES
 from .common import describe_job
 
 __all__ = ['AdaptConfig', 'as_begun', 'check_config', 'find_reused']
@@ -61,6 +62,8 @@ class AdaptConfig:
         workers: Processes that load images.
         device: Device, the GPU if there is one and None is given.
         cpu_kernels: Train with faster gradients on the CPU, see `models.cpu_kernels`.
+        amp: Mixed precision in the trainings and the search. The networks that are made are float32 in any case.
+        amp_dtype: Its dtype, 'float16' or 'bfloat16'.
     """
 
     backbone: str
@@ -93,6 +96,8 @@ class AdaptConfig:
     workers: int = 2
     device: str | None = None
     cpu_kernels: bool = False
+    amp: bool = False
+    amp_dtype: str = AMP_DTYPES[0]
 
     def __post_init__(self) -> None:
         if self.img_size is None:
@@ -135,6 +140,8 @@ def check_config(config: AdaptConfig) -> None:
             raise UsageError(f'--{option.replace("_", "-")} {number} must be at least {least}')
     if not 0 <= config.search_floor < 1:
         raise UsageError(f'--search-floor {config.search_floor} must be at least 0 and below 1')
+    if config.amp_dtype not in AMP_DTYPES:
+        raise UsageError(f'--amp-dtype {config.amp_dtype!r} must be one of {", ".join(AMP_DTYPES)}')
     if not 0 < config.lr < math.inf:
         raise UsageError(f'--lr {config.lr} must be a positive number')
 
@@ -145,8 +152,8 @@ _OF_THE_SUPERNET = ('supernet_epochs', 'm', 'distill')
 # Options that may differ between a job and the one whose backbone it uses
 _NOT_OF_THE_BACKBONE = frozenset({
     'max_macs', 'max_params', 'max_latency', 'search_floor', 'reduce_only', 'latency_table', 'generations',
-    'num_images', 'recalibration_images', 'refit_images', 'reuse', 'workers', 'device', 'cpu_kernels', 'winner_epochs',
-    *_OF_THE_SUPERNET,
+    'num_images', 'recalibration_images', 'refit_images', 'reuse', 'workers', 'device', 'cpu_kernels', 'amp',
+    'amp_dtype', 'winner_epochs', *_OF_THE_SUPERNET,
 })  # fmt: skip
 
 

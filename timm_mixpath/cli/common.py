@@ -12,9 +12,11 @@ from typing import Any
 from ..utils.errors import UsageError, as_usage_error
 from ..utils.files import new_output_dir
 from ..utils.numbers import parse_count, parse_milliseconds, parse_share
+from ..utils.precision import AMP_DTYPES
 from ..utils.tables import write_json
 
 __all__ = [
+    'add_amp_options',
     'add_checkpoint_options',
     'add_device_option',
     'add_image_options',
@@ -139,14 +141,20 @@ def add_latency_limit(parser: Any) -> None:
     add('--max-latency', type=parse_milliseconds, metavar='MS', help='for example 8ms, per batch of the latency table')
 
 
+def add_amp_options(parser: Any) -> None:
+    add = parser.add_argument
+    add('--amp', action='store_true', help='mixed precision')
+    add('--amp-dtype', default=AMP_DTYPES[0], choices=AMP_DTYPES, help='its dtype (default: %(default)s)')
+
+
 def add_device_option(parser: argparse.ArgumentParser, batch_size: int | None = None) -> None:
     """Add where to run; with mixed precision if there is no default batch size, as where archs are scored."""
-    add = parser.add_argument_group('device').add_argument
+    group = parser.add_argument_group('device')
+    add = group.add_argument
     default = '100 on a CPU, 512 on a GPU' if batch_size is None else batch_size
     add('-b', '--batch-size', type=int, default=batch_size, metavar='N', help=f'images at once (default: {default})')
     if batch_size is None:
-        add('--amp', action='store_true', help='mixed precision')
-        add('--amp-dtype', default='float16', choices=('float16', 'bfloat16'), help='its dtype (default: float16)')
+        add_amp_options(group)
     add('--device', metavar='NAME', help='default: cuda if there is a GPU, else cpu')
     add('-j', '--workers', type=int, default=2, metavar='N')
 

@@ -14,11 +14,11 @@ from ..models.supernet import Supernet
 from ..spaces.arch import Arch
 from ..utils.distributed import Ranks
 from ..utils.errors import UsageError
+from ..utils.precision import AMP_DTYPES, autocast_context
 from .images import Batches
 
 __all__ = ['SupernetEvaluator', 'evaluate', 'prepare_device', 'recalibrate_bn']
 
-AMP_DTYPES = ('float16', 'bfloat16')
 
 _BatchNorm = nn.modules.batchnorm._BatchNorm
 
@@ -48,9 +48,7 @@ def prepare_device(
         torch.backends.cudnn.benchmark = True  # the shapes are always the same
     if batch_size is None:
         batch_size = 100 if kind == 'cpu' else 512
-    if amp_dtype is None:
-        return batch_size, nullcontext
-    return batch_size, partial(torch.autocast, device_type=kind, dtype=getattr(torch, amp_dtype))
+    return batch_size, autocast_context(kind, amp_dtype)
 
 
 def evaluate(

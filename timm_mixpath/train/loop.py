@@ -13,7 +13,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from datetime import datetime
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +38,7 @@ from ..models.warm_start import warm_start
 from ..utils.distributed import open_process
 from ..utils.errors import RunError, UsageError, as_usage_error, concise
 from ..utils.files import new_output_dir, write_atomic
+from ..utils.precision import autocast_context
 from ..utils.progress import progress_bar
 from ..utils.tables import read_csv
 from .checkpoint import (
@@ -285,10 +285,9 @@ def _make_run(args: Namespace, stop: StopSignal, progress: dict[str, Any], outpu
         args.dist_bn = ''  # nothing left to distribute
         model = convert_sync_batchnorm(model)
 
-    amp_dtype = torch.bfloat16 if args.amp_dtype == 'bfloat16' else torch.float16
-    autocast = partial(torch.autocast, device_type=device.type, dtype=amp_dtype) if args.amp else nullcontext
+    autocast = autocast_context(device.type, args.amp_dtype if args.amp else None)
     loss_scaler = None
-    if args.amp and device.type == 'cuda' and amp_dtype == torch.float16:
+    if args.amp and device.type == 'cuda' and args.amp_dtype == 'float16':
         loss_scaler = utils.NativeScaler(device=device.type)
 
     with as_usage_error('an augmentation or loader option is out of range'):

@@ -12,6 +12,7 @@ from timm.utils import ParseKwargs
 from ..models.compiled import check_compile
 from ..utils.errors import UsageError
 from ..utils.numbers import parse_epochs, parse_float, parse_share
+from ..utils.precision import AMP_DTYPES
 from .data import HOLDOUT_SPLIT
 from .distill import add_distillation_options, check_distillation
 
@@ -130,7 +131,7 @@ def add_train_options(parser: argparse.ArgumentParser) -> None:
         help='compile the model with torch.compile (inductor); of a supernet, what its archs are made of')  # fmt: skip
     add('--torchcompile-mode', default=None, metavar='MODE', help='mode of torch.compile')
     add('--amp', action='store_true', help='mixed precision')
-    add('--amp-dtype', default='float16', choices=('float16', 'bfloat16'), help='dtype of mixed precision')
+    add('--amp-dtype', default=AMP_DTYPES[0], choices=AMP_DTYPES, help='dtype of mixed precision')
     add('--no-ddp-bb', action='store_true', help='DDP does not broadcast buffers (of supernets it never does)')
     add('--local_rank', default=0, type=int, help=argparse.SUPPRESS)
 

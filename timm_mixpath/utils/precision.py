@@ -1,0 +1,25 @@
+"""Mixed precision."""
+
+from collections.abc import Callable
+from contextlib import nullcontext
+from functools import partial
+from typing import Any
+
+__all__ = ['AMP_DTYPES', 'autocast_context']
+
+# The first is the default, as in timm's train.py
+AMP_DTYPES = ('float16', 'bfloat16')
+
+
+def autocast_context(device_type: str, amp_dtype: str | None) -> Callable[[], Any]:
+    """Return what makes the context of a forward pass.
+
+    Args:
+        device_type: Type of the device as torch calls it.
+        amp_dtype: One of `AMP_DTYPES`, None for no mixed precision.
+    """
+    if amp_dtype is None:
+        return nullcontext
+    import torch  # not for the names alone, which the command line shows
+
+    return partial(torch.autocast, device_type=device_type, dtype=getattr(torch, amp_dtype))
