@@ -4,21 +4,22 @@
 #   recipes/ranking/warm_start.sh IMAGENETTE WARM OUTPUT [JOB ...]
 #
 # IMAGENETTE holds its 160 px version as train/ and validation/; WARM is the OUTPUT of recipes/warm_start/run.sh, with
-# the supernets of its jobs sbn-SEED, bn-SEED, m3-SEED and long-0, and the network that they started from. Jobs, all by
-# default: table-band, the truth for 40 archs of nearly equal multiply-adds, each trained for an epoch from the weights
-# that the supernets started with, two seeds; table-random, the same for 20 random archs, one seed; table-long, four
-# epochs of the first 12 of the band, one seed; and rank-TABLE-RUN-SEED-EPOCHS[-IMAGES[-RECALIBRATION]], which asks the
-# supernet RUN-SEED as it was after that many epochs (0, of sbn: the warm start itself), with 500 images to score and 256
-# to recalibrate with, or as many as named. All in PROCESSES processes of one thread (OMP_NUM_THREADS), 1 by default.
-# equal_cost.py makes tables and figure.
+# the supernets of its jobs sbn-SEED, bn-SEED and long-0, and the network that they started from. Jobs, all by default:
+# table-band, the truth for 40 archs of nearly equal multiply-adds, each trained for an epoch from the weights that the
+# supernets started with, two seeds; table-random, the same for 20 random archs, one seed; and
+# rank-TABLE-RUN-SEED-EPOCHS[-IMAGES[-RECALIBRATION]], which asks the supernet RUN-SEED as it was after that many epochs
+# (0, of sbn: the warm start itself), with 500 images to score and 256 to recalibrate with, or as many as named. Not by
+# default: table-long, four epochs of the first 12 of the band, one seed, and rank-band-m3-SEED-5, of supernets of the
+# job m3-SEED. All in PROCESSES processes of one thread (OMP_NUM_THREADS), 1 by default. equal_cost.py makes tables and
+# figure.
 set -euo pipefail
 : "${3:?usage: warm_start.sh IMAGENETTE WARM OUTPUT [JOB ...]}"
 data=$1 warm=$2 output=$3
 shift 3
 here=$(cd "$(dirname "$0")" && pwd)
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
-[ $# -gt 0 ] || set -- table-{band,random,long} rank-{band,random}-sbn-0-0 rank-{band,random}-{sbn,bn}-{0,1,2}-5 \
-    rank-band-{sbn,bn}-{0,1,2}-{1,2} rank-band-m3-{0,1,2}-5 rank-band-long-0-{2,5,8,12} \
+[ $# -gt 0 ] || set -- table-{band,random} rank-{band,random}-sbn-0-0 rank-{band,random}-{sbn,bn}-{0,1,2}-5 \
+    rank-band-{sbn,bn}-{0,1,2}-{1,2} rank-band-long-0-{2,5,8,12} \
     rank-band-sbn-{0,1,2}-5-{100,200,900} rank-band-sbn-0-5-500-{64,1024}
 backbone=tf_efficientnet_lite0 mixpath=(timm-mixpath)
 [ "${PROCESSES:-1}" = 1 ] || mixpath=(torchrun --nproc-per-node "$PROCESSES" -m timm_mixpath.cli)

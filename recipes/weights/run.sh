@@ -5,15 +5,15 @@
 #
 # IMAGENETTE and CIFAR10 hold Imagenette (the 160 px version) and the images of CIFAR-10 as class folders in train/ and
 # validation/; VALIDATE is validate.py of timm's repository. Jobs, all of them by default: lite0, nano, mixpath_a,
-# mixpath_b, and package, which writes OUTPUT/weights/MODEL.TAG for timm_mixpath/weights from what is trained, with the
-# accuracy that VALIDATE measures of it. Each is one process of one thread (OMP_NUM_THREADS).
+# mixpath_b, same, and package, which writes OUTPUT/weights/MODEL.TAG for timm_mixpath/weights from what is trained, with
+# the accuracy that VALIDATE measures of it. Each is one process of one thread (OMP_NUM_THREADS).
 set -euo pipefail
 : "${4:?usage: run.sh IMAGENETTE CIFAR10 OUTPUT VALIDATE [JOB ...]}"
 imagenette=$1 cifar10=$2 output=$3 validate=$4
 shift 4
 here=$(cd "$(dirname "$0")" && pwd)
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
-[ $# -gt 0 ] || set -- lite0 nano mixpath_a mixpath_b package
+[ $# -gt 0 ] || set -- lite0 nano mixpath_a mixpath_b same package
 
 teacher=$output/trained-half/backbone/model
 arch=k3+7_e6,k3_e3,k3+7_e6,k3+7_e3,k3+7_e3,k3+7_e6,k3+5_e3,k3+5_e3  # the choice of the search in recipes/README.md
@@ -46,10 +46,17 @@ supernet_start() {
         --recalibration-images 512 --output "$output/$1-inherited"
 }
 
-# network NAME MODEL FROM PIXELS EPOCHS LR: a step of mixpath_a and mixpath_b, which learn the teacher's features
+# network NAME MODEL FROM PIXELS EPOCHS LR OPTIONS: a step of mixpath_a and mixpath_b, which learn the teacher's features
 network() {
     step "$1" "$3" "$4" "$5" "$6" -c mixpath_a_imagenette --model "$2" --crop-pct 0.875 --mixup 0.2 --cutmix 1.0 \
-        --reprob 0.25 --kd-distill-type feature --distill-loss-weight 3
+        --reprob 0.25 --kd-distill-type feature --distill-loss-weight 3 "${@:7}"
+}
+
+# measure NAME MODEL: top-1 and top-5 of a training's last weights at 160 pixels
+measure() {
+    [ -e "$output/$1.json" ] || timm-mixpath run "$validate" --data-dir "$imagenette" --model "$2" --num-classes 10 \
+        --checkpoint "$output/$1/last.pth.tar" --img-size 160 --crop-pct 0.875 --device cpu -j 1 -b 128 --channels-last \
+        --results-file "$output/$1.json" --results-format json
 }
 
 # package NAME CHECKPOINT PIXELS OPTIONS OF PUSH: half precision, measured as it is stored, then its card
@@ -115,6 +122,15 @@ for job in "$@"; do
             network mixpath_b-128-2 mixpath_b "$output/mixpath_b-128/last.pth.tar" 128 6 3e-4
             network mixpath_b-96-2 mixpath_b "$output/mixpath_b-128-2/last.pth.tar" 96 20 1e-3
             network mixpath_b mixpath_b "$output/mixpath_b-96-2/last.pth.tar" 128 8 4e-4
+            ;;
+        same)
+            # timm's mixnet_m, on whose stages both stand, beside them: from nothing, everything else the same
+            warm_start
+            for model in mixnet_m mixpath_a mixpath_b; do
+                network "same-$model-64" "$model" '' 64 10 1e-3 --head-init-scale 0.05
+                network "same-$model-128" "$model" "$output/same-$model-64/last.pth.tar" 128 3 4e-4
+                measure "same-$model-128" "$model"
+            done
             ;;
         package)
             package mixpath_lite0.in1k_ft_imagenette "$output/lite0/last.pth.tar" 224 --license other \

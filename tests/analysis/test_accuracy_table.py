@@ -262,6 +262,19 @@ def test_every_delimiter_and_spelling_of_numbers(tmp_path: Path, delimiter: str,
     assert read_archs(path, NANO) == list(table.archs)
 
 
+@pytest.mark.parametrize('value', ['inf', '-inf', 'nan', '1e999'])
+def test_numbers_are_finite(tmp_path: Path, value: str) -> None:
+    path = tmp_path / 't.csv'
+    cells = [(arch, f'{50 + i}', f'{49 + i} {51 + i}') for i, arch in enumerate(ARCHS[:12])]
+    cells[0] = (ARCHS[0], '50', f'50 {value}')
+    cells[1] = (ARCHS[1], value, '50 52')
+    path.write_text('\n'.join(['arch;accuracy;accuracies', *map(';'.join, cells)]))
+    table = read_table(path, NANO)
+    assert table.archs == (ARCHS[0], *ARCHS[2:12])
+    assert table.by_seed[0] == () and table.series(table.archs) == [] and len(table.series(table.archs[1:])) == 2
+    assert table.num_seeds(table.archs) == {0: 1, 2: 10}
+
+
 def test_percentages_below_one_are_no_shares(tmp_path: Path) -> None:
     few = [(arch, f'{i / 40}%') for i, arch in enumerate(ARCHS[:20])]
     assert max(read_table(write(tmp_path / 't.csv', few), NANO).accuracies) == 19 / 40

@@ -452,6 +452,7 @@ def test_untrained_shadows_have_no_ratio(batches: Batches) -> None:
     result = result_of(supernet, batches)
     assert all(s.var_ratio[0] == 1 and all(map(math.isnan, s.var_ratio[1:])) for s in result.shadows)
     text = format_stats(result)
+    assert '4 of 12 shadows have seen fewer than 22 batches' in text
     assert '8 of 12 shadows were never trained' in text and 'shadow 2 relative' not in text and 'nan' not in text
 
 

@@ -76,7 +76,7 @@ def test_files_hold_what_evaluation_gives(supernet_run: Path, table: Path, tmp_p
     assert len(result.archs) == 12 and list(result.statistics) == ['trained', 'recalibrated', 'macs', 'params']
     assert 'nano.csv: left out 1 row with no accuracy (first: line 26' in caplog.text
     assert 'nano.csv: left out 1 row with an arch that is not in the space (first: line 27' in caplog.text
-    assert "Ranking 12 of the 24 archs of nano.csv, column 'val_acc_108', on 20 images of split 'train'" in caplog.text
+    assert "Ranking 12 of the 24 archs of nano.csv, column 'val_acc_108', on 20 images held out of split" in caplog.text
     assert 'Rank: 12/12  top-1 ' in caplog.text
 
     loaded = load_model(supernet_run / 'last.pth.tar')
@@ -105,7 +105,7 @@ def test_files_hold_what_evaluation_gives(supernet_run: Path, table: Path, tmp_p
     assert list(content['statistics']['trained']['all']['top_k_overlap']) == ['3', '5']
 
 
-def test_equal_cost_and_noise_of_the_table(supernet_run: Path, table: Path, tmp_path: Path, capsys) -> None:
+def test_equal_cost_and_noise_of_the_table(supernet_run: Path, table: Path, tmp_path: Path, capsys, caplog) -> None:
     rows = list(csv.DictReader(table.read_text().splitlines()))
     with open(tmp_path / 'seeds.csv', 'w', newline='') as f:
         writer = csv.writer(f)
@@ -121,6 +121,23 @@ def test_equal_cost_and_noise_of_the_table(supernet_run: Path, table: Path, tmp_
     content = json.loads((tmp_path / 'r' / 'ranking.json').read_text())
     assert content['config']['band'] == ['macs', 0.03] and content['seeds'].keys() == {'all', 'equal_cost'}
     assert 0 < content['seeds']['all']['tau'] < content['seeds']['all']['ceiling'] <= 1
+    assert 'different numbers of seeds' not in caplog.text
+
+    # No two archs of the very same cost
+    assert cli.main([*words, '--recalibration-images', '0', '--num-resamples', '20', '--band', 'params', '0%']) == 0
+    out = capsys.readouterr().out
+    assert 'no two archs are of equal params, so there is nothing to rank there; widen --band' in out
+    assert 'between single seeds of the table:' in out and 'nan' not in out.split('no two archs')[1]
+
+    # A table whose second seed has only begun
+    lines = (tmp_path / 'seeds.csv').read_text().splitlines()
+    lines[5:] = [line.rpartition(' ')[0] for line in lines[5:]]
+    (tmp_path / 'begun.csv').write_text('\n'.join(lines))
+    words[words.index(str(tmp_path / 'seeds.csv'))] = str(tmp_path / 'begun.csv')
+    words[words.index(str(tmp_path / 'r'))] = str(tmp_path / 'begun')
+    assert cli.main([*words, '--recalibration-images', '0', '--num-resamples', '20']) == 0
+    assert f'different numbers of seeds ({len(lines) - 5} with 1, 4 with 2)' in caplog.text
+    assert 'between single seeds' not in capsys.readouterr().out
 
 
 def known_archs(rows: list[dict[str, str]]) -> set[str]:
@@ -181,9 +198,9 @@ def test_other_runs_do_not_go_on(supernet_run: Path, table: Path, tmp_path: Path
     torch.save(checkpoint, tmp_path / 'other.pth.tar')
     for entry, arguments, kwargs in (
         ('checkpoint_sha256', (tmp_path / 'other.pth.tar', table, output, config), {}),
-        ('table_sha256', (last, tmp_path / 'other.csv', output, config), {}),
-        ('images_sha256', (last, table, output, config, SearchData(num_images=10)), {}),
-        ('recalibration_sha256', (last, table, output, config), dict(recalibration_images=16)),
+        ('table_archs', (last, tmp_path / 'other.csv', output, config), {}),
+        ('num_images', (last, table, output, config, SearchData(num_images=10)), {}),
+        ('recalibration_images', (last, table, output, config), dict(recalibration_images=16)),
         ('seed', (last, table, output, RankConfig(num_archs=10, seed=1)), {}),
     ):
         with pytest.raises(UsageError, match=f'entry {entry!r} was .* choose another output or delete'):
@@ -199,7 +216,9 @@ def test_without_output_and_recalibration(
     words += ['--recalibration-images', '0', '--num-images', '10', '--top-k', '4', '--num-resamples', '20', '-j', '0']
     assert cli.main([*words, '--device', 'cpu']) == 0
     out = capsys.readouterr().out
-    assert out.startswith("24 archs of nano.csv, column 'val_acc_108'; supernet scored on 10 images of split 'train'\n")
+    assert out.startswith(
+        "24 archs of nano.csv, column 'val_acc_108'; supernet scored on 10 images held out of split 'train'\n"
+    )
     assert 'supernet, BN as trained' in out and 'recalibrated' not in out and 'top-4 overlap' in out
     assert 'has 24 archs that can be used, fewer than the 100 asked for: all are taken' in caplog.text
     assert list(tmp_path.iterdir()) == []

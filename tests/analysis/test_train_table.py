@@ -330,6 +330,13 @@ def test_sampling_that_reaches_nodes_without_inputs(sampling: str, reached: bool
         (['--model', 'mixpath_nano', '--val-split', ''], '--val-split'),
         (['--model', 'mixpath_nano', '--eval-metric', 'loss'], 'loss is no accuracy'),
         (['--model', 'mixpath_nano', '--data-dir', '/nowhere'], "'/nowhere' does not exist"),
+        (['--model', 'mixpath_nano', '--pretrained'], "--pretrained can not be used for a table of 'mixpath_nano'"),
+        (['--model', 'mixpath_lite0'], 'pass --model mixpath --model-kwargs backbone=tf_efficientnet_lite0'),
+        (['--model', 'mixpath_nano', '--archs-band', '3%'], '--archs-band 0.03 has no effect without --archs-macs'),
+        *(
+            (['--model', 'mixpath_nano', '--archs-macs', '4M', f'--archs-band={band}'], f'--archs-band {float(value)}')
+            for band, value in (('200%', 2), ('0%', 0), ('-3%', -0.03))
+        ),
     ],
 )
 def test_wrong_usage_is_one_line_and_status_2(
@@ -337,6 +344,40 @@ def test_wrong_usage_is_one_line_and_status_2(
 ) -> None:
     status, message = fails(capsys, ['table', '--num-archs', '2', '--table-dir', str(tmp_path / 't'), *words])
     assert status == 2 and text in message
+    assert not (tmp_path / 't').exists()
+
+
+@pytest.mark.parametrize(
+    'words', [['-macs', '4M'], ['-band', '3%'], ['-m', '2'], ['-seed', '0'], ['-sampling', 'uniform']]
+)
+def test_file_of_archs_is_not_drawn_from(capsys: pytest.CaptureFixture, tmp_path: Path, words: list[str]) -> None:
+    archs = ['table', '--model', 'mixpath_nano', '--archs', 'x.txt', '--table-dir', str(tmp_path / 't')]
+    status, message = fails(capsys, [*archs, f'--archs{words[0]}', words[1]])
+    assert status == 2 and f'--archs{words[0]}' in message and 'has no effect on the archs of a file' in message
+
+
+def test_wrong_option_of_the_trainings_leaves_nothing(digits: Path, tmp_path: Path) -> None:
+    for changes in (dict(opt='sdg'), dict(epochs=0), dict(num_classes=3), dict(warm_start='nix')):
+        with pytest.raises(UsageError):
+            train_table(table_args(digits, **changes), ARCHS[:1], tmp_path / 'new' / 'table')
+        assert not (tmp_path / 'new').exists()
+
+
+def test_begun_training_keeps_its_options(digits: Path, tmp_path: Path) -> None:
+    train_table(table_args(digits), ARCHS[:1], tmp_path)
+    (run,) = (tmp_path / 'runs').iterdir()
+    result = run / 'result.json'
+    content = json.loads(result.read_text())
+    # A result that is not whole is none, and the training, which has ended, gives it again
+    for damaged in ({**content, 'accuracy': None}, {k: v for k, v in content.items() if k != 'macs'}):
+        result.write_text(json.dumps(damaged))
+        train_table(table_args(digits), ARCHS[:1], tmp_path)
+        assert json.loads(result.read_text()) == content
+    # as in the middle of the first epoch of the first training
+    result.unlink()
+    (run / 'last.pth.tar').rename(run / 'recovery.pth.tar')
+    with pytest.raises(UsageError, match='a table of trainings with --lr'):
+        train_table(table_args(digits, lr=0.5), ARCHS[:1], tmp_path)
 
 
 def test_recipe_on_the_command_line(digits: Path, tmp_path: Path) -> None:

@@ -244,6 +244,11 @@ def test_packaged_weights_are_pushed_in_one_command(hub: Hub, tmp_path: Path, ca
     assert cli.main([*words, '--dry-run', '--output', str(tmp_path / 'repos')]) == 0
     assert sorted(path.name for path in (tmp_path / 'repos').iterdir()) == sorted(PACKAGED)
     assert len(hub.requests) == requests
+    # A dry run goes on, too, and overwrites nothing
+    assert cli.main([*words, '--dry-run', '--output', str(tmp_path / 'repos')]) == 0
+    card = tmp_path / 'repos' / min(PACKAGED) / 'README.md'
+    card.write_text('mine')
+    assert cli.main([*words, '--dry-run', '--output', str(tmp_path / 'repos')]) == 2 and card.read_text() == 'mine'
 
 
 @pytest.mark.parametrize(
@@ -253,6 +258,7 @@ def test_packaged_weights_are_pushed_in_one_command(hub: Hub, tmp_path: Path, ca
         (['--packaged', '--org', 'a/b'], "'a/b/mixpath_"),
         (['--packaged', '--org', 'lab', '--checkpoint', 'x'], '--checkpoint is of a push of one model'),
         (['--packaged', '--org', 'lab', '--license', 'mit'], '--license is of a push of one model'),
+        (['--packaged', '--org', 'lab', '--config', 'nano_cifar10'], '--config is of a push of one model'),
         (['--org', 'lab', '--checkpoint', 'x'], '--org lab is for --packaged'),
         (['--repo-id', 'lab/x'], '--checkpoint is missing'),
         (['--checkpoint', 'x'], '--repo-id is missing'),
@@ -314,7 +320,7 @@ def test_card_says_what_is_recorded_and_nothing_else(run: Path, model_dir: Path,
     top1, top5 = card.data.eval_results
     checkpoint = torch.load(run / 'last.pth.tar', weights_only=False)
     assert top1.metric_value == pytest.approx(checkpoint['metric'], abs=1e-3) and top5.metric_value >= top1.metric_value
-    assert (top1.dataset_type, top1.dataset_name, top1.dataset_split) == ('org/digits', 'Digits', 'validation')
+    assert (top1.dataset_type, top1.dataset_name, top1.dataset_split) == ('org/digits', 'Digits', None)
     assert card.data.to_dict()['license'] == 'apache-2.0' and card.data.library_name == 'timm'
     assert card.data.datasets == ['org/digits'] and card.data.metrics == ['accuracy']
     text = card.text
@@ -324,6 +330,7 @@ def test_card_says_what_is_recorded_and_nothing_else(run: Path, model_dir: Path,
     assert (
         f'{macs / 1e6:.2f} M MACs' in text and f'{sum(p.numel() for p in model.parameters()) / 1e6:.3f} M par' in text
     )
+    assert 'are depthwise convolutions whose outputs are summed' in text and 'from scratch' not in text
     assert text.count('| `k3_e3` |') == 7 and '`abc123`' in text and 'seed 42' in text and 'batch_size: 32' in text
     assert f'{checkpoint["metric"]:.2f}' in text and 'after epoch 1 of 1' in text
     assert str(run.parent) not in text and 'data_dir' not in text and '## Search' not in text
@@ -366,7 +373,23 @@ def test_card_names_the_teacher_but_not_where_it_was(run: Path, model_dir: Path,
         write_repo(path, NAME, folder)
         card = (folder / 'README.md').read_text()
         assert f'- {said}\n' in card and str(model_dir.parent) not in card
-        assert f'kd_model_name: {teacher.replace(str(model_dir.parent) + "/", "")}\n' in card
+        # The options are a recipe, which a folder of another machine would end
+        is_folder = teacher.startswith('local-dir:')
+        assert (f'kd_model_name: {teacher}\n' in card) != is_folder and 'local-dir' not in card
+        assert ('for its `-c`, which has to be told its teacher (`--kd-model-name`):' in card) == is_folder
+
+
+def test_card_of_a_network_that_was_trained_before(run: Path, tmp_path: Path) -> None:
+    checkpoint = torch.load(run / 'last.pth.tar', weights_only=False)
+    args = checkpoint['args']
+    args.initial_checkpoint, args.model_kwargs = 'before/last.pth.tar', dict(arch=','.join(['k3_e3'] * 8))
+    model = timm.create_model(args.model, num_classes=args.num_classes, **args.model_kwargs)
+    torch.save({**checkpoint, 'state_dict': model.state_dict()}, tmp_path / 'last.pth.tar')
+    write_repo(tmp_path / 'last.pth.tar', NAME, tmp_path / 'repo')
+    card = (tmp_path / 'repo' / 'README.md').read_text()
+    assert '- started from other weights, not from scratch: this is the last training alone\n' in card
+    assert 'for its `-c`, which has to be told the weights that it started from:' in card and 'before' not in card
+    assert 'joined by' not in card and '`k` is the depthwise kernel, `e` the expansion.' in card
 
 
 def test_card_is_valid_and_its_links_lead_somewhere(

@@ -12,6 +12,7 @@ from timm.utils import reparameterize_model
 from torch.utils.flop_counter import FlopCounterMode
 
 from timm_mixpath import Arch, MixPath, get_space
+from timm_mixpath.spaces import genotypes
 
 ARCH = 'k3+5_e6,k7_e3,k3+5+7_e3,k5_e6,k3+7_e6,k3_e3,k5+7_e6,k7_e6'
 
@@ -178,7 +179,8 @@ def test_arch_as_text_and_as_object(arch):
 
 
 def test_default_arch():
-    assert make_model(None).arch == get_space('nano').default_arch
+    assert make_model(None).arch == genotypes.MIXPATH_NANO
+    assert timm.create_model('mixpath_s1', device='meta').arch == get_space('s1').default_arch
     assert isinstance(make_model(None), EfficientNet)
 
 

@@ -13,8 +13,10 @@ from safetensors.torch import save_file
 
 from timm_mixpath import cli
 from timm_mixpath.hub.export import export
+from timm_mixpath.spaces import genotypes
 from timm_mixpath.train import default_args, train
-from timm_mixpath.train.checkpoint import load_model, load_weights, write_checkpoint
+from timm_mixpath.train.checkpoint import create_model, load_model, load_weights, write_checkpoint
+from timm_mixpath.train.options import make_storable
 from timm_mixpath.utils.errors import RunError, UsageError
 
 ARCH = 'k3_e6,k5_e6,k3+7_e3,k3_e6,k5_e6,k7_e6,k3+5_e6,k3_e3'
@@ -28,6 +30,13 @@ def source(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     args = small_args(digits, root, model='mixpath_nano', model_kwargs=kwargs, epochs=1, mean=[0.4] * 3, std=[0.3] * 3)
     export(train(args).output_dir / 'last.pth.tar', root / 'model')
     return root / 'model'
+
+
+def write_supernet(folder: Path) -> Path:
+    args = default_args(model='mixpath_nano_supernet', model_kwargs=dict(m=3), num_classes=10, img_size=16)
+    make_storable(args)
+    write_checkpoint(folder / 'three.pth.tar', create_model(args), args)
+    return folder / 'three.pth.tar'
 
 
 def test_run_from_a_folder_needs_it_no_more(source: Path, digits: Path, tmp_path: Path, monkeypatch) -> None:
@@ -53,6 +62,25 @@ def test_run_from_a_folder_needs_it_no_more(source: Path, digits: Path, tmp_path
         assert train(small_args(digits, tmp_path, **args)).output_dir == last.parent
     with pytest.raises(UsageError, match='is a run of local-dir:m, not of local-dir:other'):
         train(small_args(digits, tmp_path, model='local-dir:other', resume=str(last)))
+
+
+def test_run_from_pretrained_weights_needs_them_no_more(source: Path, digits: Path, tmp_path: Path) -> None:
+    export(write_supernet(tmp_path), tmp_path / 'three')
+    for name, options, arch in (
+        ('packaged', dict(model='mixpath_nano'), genotypes.MIXPATH_NANO),
+        ('folder', dict(model='mixpath_nano', pretrained_path=str(source)), ARCH),
+        ('file', dict(model='mixpath_nano', pretrained_path=str(source / 'model.safetensors')), ARCH),
+        ('supernet', dict(model='mixpath_nano_supernet', pretrained_path=str(tmp_path / 'three')), None),
+    ):
+        args = dict(options, pretrained=True, experiment=name)
+        last = train(small_args(digits, tmp_path, epochs=1, **args)).output_dir / 'last.pth.tar'
+        model = load_model(last).model
+        assert model.space.max_paths == 3 if arch is None else str(model.arch) == arch
+        export(last, tmp_path / 'exported' / name)
+        assert train(small_args(digits, tmp_path, epochs=2, resume=str(last), **args)).output_dir == last.parent
+        # as it does without naming the weights again
+        again = dict(model=options['model'], resume=str(last), epochs=3, output='', experiment='')
+        assert train(small_args(digits, tmp_path, **again)).output_dir == last.parent
 
 
 @pytest.mark.parametrize('suffix', ['.pth', '.safetensors'])

@@ -2,9 +2,11 @@
 
 import csv
 import hashlib
+import math
 import os
 import random
 import re
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -109,6 +111,11 @@ class AccuracyTable:
         if len({len(row) for row in rows}) != 1 or len(rows[0]) < 2:
             return []
         return list(zip(*rows))
+
+    def num_seeds(self, archs: Sequence[str]) -> dict[int, int]:
+        """Return how many archs of the table have how many seeds, nothing if it does not tell."""
+        known = dict(zip(self.archs, self.by_seed))
+        return dict(Counter(len(known[arch]) for arch in archs)) if any(self.by_seed) else {}
 
     def choose(self, num_archs: int | None = None, *, seed: int = 0) -> list[tuple[str, float]]:
         """Draw archs at random.
@@ -234,7 +241,7 @@ def read_table(
             found[arch] = accuracy
             if seeds_at is not None and seeds_at < len(row):
                 values = [_number(value) for value in row[seeds_at].split()]
-                by_seed[arch] = tuple(values) if None not in values else ()
+                by_seed[arch] = tuple(values) if all(v is not None and math.isfinite(v) for v in values) else ()
         elif found[arch] == accuracy:
             left_out.add('the arch and accuracy of an earlier row', line, f'{text!r}')
         else:
@@ -347,6 +354,7 @@ def _number(text: str) -> float | None:
     if re.fullmatch(r'[+-]?\d+,\d+', text):  # a decimal comma, as accuracies are at most 100
         text = text.replace(',', '.')
     try:
-        return float(text)
+        number = float(text)
     except ValueError:
         return None
+    return None if math.isnan(number) else number

@@ -51,7 +51,15 @@ def arch_space(args: Namespace) -> Space:
     try:
         create_model(args, device='meta', arch=str(arch))
     except UsageError:
-        raise UsageError(f'model {args.model!r} has a fixed arch; pass --model mixpath_{space.name}') from None
+        of_any_arch = f'mixpath_{space.name}'
+        if not timm.is_model(of_any_arch):  # a space around a backbone
+            of_any_arch = f'mixpath --model-kwargs backbone={space.name}'
+        raise UsageError(f'model {args.model!r} has a fixed arch; pass --model {of_any_arch}') from None
+    if args.pretrained and base != 'mixpath':
+        raise UsageError(
+            f'--pretrained can not be used for a table of {args.model!r}: such weights are of one arch; start from '
+            'other weights with --warm-start, or from nothing'
+        )
     return space
 
 

@@ -17,6 +17,9 @@ if TYPE_CHECKING:
 __all__ = ['PROTOCOL_NOTE', 'format_stats', 'plot_stats', 'write_stats_csv', 'write_stats_json']
 
 
+# Batches behind which a tenth of what running statistics began with is left, at torch's momentum of 0.1
+_EARLY = 22
+
 PROTOCOL_NOTE = "Reconstruction of the content of the paper's figure; the paper's exact protocol is not published."
 
 
@@ -148,6 +151,12 @@ def _verdict(result: StatsResult) -> list[str]:
         lines.append(
             f'{counts.count(0)} of {len(counts)} shadows were never trained (0 batches): they are as initialised, and '
             'have no ratios'
+        )
+    early = sum(0 < n < _EARLY for n in counts)
+    if early:
+        lines.append(
+            f'{early} of {len(counts)} shadows have seen fewer than {_EARLY} batches: their running statistics are '
+            'still in part what they began with, and so are their ratios'
         )
     return lines
 

@@ -6,6 +6,7 @@ from dataclasses import asdict
 from pathlib import Path
 from statistics import median
 
+from ..search.images import describe_images
 from ..utils.figures import BLUE, GREY, new_figure, save_figure, tidy_axes
 from ..utils.tables import format_table, write_csv, write_json
 from .ranking import RankResult
@@ -103,7 +104,11 @@ def format_ranking(result: RankResult) -> str:
         if name in result.statistics and math.isnan(result.statistics[name]['all'].kendall_tau.value)
     ]
     config = result.config
+    if result.equal_cost and not first.num_pairs:
+        notes.append(f'no two archs are of equal {cost}, so there is nothing to rank there; widen --band')
     for name, agreement in result.seeds.items():
+        if math.isnan(agreement.tau):
+            continue
         notes.append(
             f'Kendall tau between single seeds of the table{", at equal cost" if name == "equal_cost" else ""}: '
             f'{agreement.tau:.3f}; a ranking without error would have about {agreement.ceiling:.3f} with the mean of '
@@ -122,7 +127,7 @@ def print_ranking(result: RankResult, output: str | os.PathLike | None = None) -
     table, fingerprint = result.table, result.fingerprint
     print(
         f'{len(result.archs)} archs of {table.path.name}, column {table.accuracy_column!r}; supernet scored on '
-        f'{fingerprint["num_images"]} images of split {fingerprint["split"]!r}\n\n{format_ranking(result)}'
+        f'{describe_images(fingerprint)}\n\n{format_ranking(result)}'
     )
     if output is not None:
         print(f'scores, statistics and plot are in {Path(output)}')

@@ -9,7 +9,7 @@ import torch
 
 from ..models.cost import cost_table
 from ..search.accuracy import SupernetEvaluator, prepare_device
-from ..search.images import SearchData, load_batches, load_images, open_search_split
+from ..search.images import SearchData, describe_images, load_batches, load_images, open_search_split
 from ..train.checkpoint import check_supernet, load_model, load_supernet
 from ..utils.distributed import Ranks, open_process
 from ..utils.figures import plot_or_warn
@@ -53,7 +53,8 @@ def rank_checkpoint(
         table: Stand-alone accuracies, see `read_table`.
         output: Folder for `archive.jsonl`, `ranking.csv`, `ranking.json`, `ranking.png`. A ranking that was cut off
             goes on where it stopped when it is called with the same arguments; the number of archs may grow, and the
-            score, the top k and the bootstrap may change without new evaluations. Nothing is kept if None.
+            score, the top k, the band, the level and the number of resamples may change without new evaluations.
+            Nothing is kept if None.
         config: What to rank and to report.
         data: Images to score archs with, as in a search.
         arch_column: Column of the table that holds the archs, see `read_table`.
@@ -105,9 +106,15 @@ def rank_checkpoint(
                 )
             _logger.info(
                 f'Ranking {len(chosen)} of the {len(accuracies)} archs of {accuracies.path.name}, column '
-                f'{accuracies.accuracy_column!r}, on {fingerprint["num_images"]} images of split '
-                f'{fingerprint["split"]!r}'
+                f'{accuracies.accuracy_column!r}, on {describe_images(fingerprint)}'
             )
+            if len(counts := accuracies.num_seeds([arch for arch, _ in chosen])) > 1:
+                found = ', '.join(f'{number} with {seeds}' for seeds, number in sorted(counts.items()))
+                _logger.warning(
+                    f'The archs of {accuracies.path.name} have accuracies of different numbers of seeds ({found}): '
+                    'their means are compared as they are, and how well seeds agree is not told; the `table` command '
+                    'that began it goes on with it'
+                )
         how = dict(ranks=ranks, autocast=autocast)
         evaluators = {'': SupernetEvaluator(supernet, images.batches, **how)}
         if images.recalibration is not None:

@@ -33,7 +33,7 @@ from ..train.loop import train_or_resume
 from ..train.options import LOCAL_OPTIONS, default_args
 from ..utils.distributed import WorkQueue
 from ..utils.errors import RunError, UsageError, concise
-from ..utils.files import lock_file, make_output_dir
+from ..utils.files import lock_file, new_output_dir
 from ..utils.tables import write_csv, write_json
 from ..version import __version__
 from .arch_lists import arch_space, check_archs
@@ -159,7 +159,8 @@ def train_table(
 
 def _open(table: '_Table', stack: ExitStack) -> dict[str, Any]:
     """Lock a table for as long as the stack lasts, and find what is left to do."""
-    make_output_dir(table.folder)
+    stack.enter_context(new_output_dir(table.folder))
+    stack.enter_context(table.left_as_found())
     stack.enter_context(_lock(table.folder))
     archs = table.open()
     return {'archs': archs, 'pending': [i for i, job in enumerate(table.jobs(archs)) if table.result(job) is None]}
@@ -232,6 +233,19 @@ class _Table:
         self.data_dir = os.path.abspath(args.data_dir) if args.data_dir else None
         self._jobs: list[_Job] = []
 
+    @contextmanager
+    def left_as_found(self) -> Iterator[None]:
+        """Leave nothing of a new table behind an exception, as of a wrong option, before anything was trained."""
+        names = ('table.json', '.lock')
+        is_new = not any((self.folder / name).exists() for name in names)
+        try:
+            yield
+        except BaseException:
+            if is_new and not (self.folder / 'runs').exists():
+                for name in names:
+                    (self.folder / name).unlink(missing_ok=True)
+            raise
+
     def open(self) -> list[str]:
         """Make the table, or check that it is of the same trainings.
 
@@ -245,7 +259,7 @@ class _Table:
         runs = self.folder / 'runs'
         if path.exists():
             # Until something has been trained, a command may be corrected
-            if any(runs.glob('*/last.pth.tar')) or any(runs.glob('*/result.json')):
+            if any(runs.glob('*/*.pth.tar')) or any(runs.glob('*/result.json')):
                 archs = self._merge(path)
         elif self.path.exists() or runs.exists():
             raise UsageError(
@@ -298,7 +312,9 @@ class _Table:
         """Return the result of a training, None if it has not ended."""
         try:
             result = json.loads((self.run_dir(job) / 'result.json').read_text(encoding='utf-8'))
-            return result if (result['arch'], result['seed']) == (job.arch, job.seed) else None
+            numbers = [result[name] for name in ('accuracy', 'epochs', 'params', 'macs', 'train_loss')]
+            is_whole = all(type(number) in (int, float) for number in numbers)
+            return result if is_whole and (result['arch'], result['seed']) == (job.arch, job.seed) else None
         except (OSError, ValueError, KeyError, TypeError):
             return None
 

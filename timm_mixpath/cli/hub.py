@@ -147,7 +147,8 @@ def _push_packaged(args: argparse.Namespace) -> None:
 
     for name in _OF_ONE_MODEL:
         if getattr(args, name):
-            raise UsageError(f'--{name.replace("_", "-")} is of a push of one model, not of --packaged; leave it out')
+            option = name.removeprefix('model_') if name == 'model_config' else name
+            raise UsageError(f'--{option.replace("_", "-")} is of a push of one model, not of --packaged; leave it out')
     if not args.org:
         raise UsageError('--packaged needs the organisation or user to publish under: --org ORG')
     if args.dry_run:

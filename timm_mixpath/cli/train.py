@@ -3,6 +3,7 @@
 import argparse
 from typing import Any
 
+from ..utils.errors import UsageError
 from ..utils.numbers import parse_count, parse_share
 from .common import setup_logging
 
@@ -35,15 +36,15 @@ def add_table(parser: argparse.ArgumentParser) -> None:
         '--archs', metavar='FILE', help='text file of one arch per line, or .csv with a column arch, cell or ops'
     )
     archs.add_argument('--num-archs', type=parse_count, metavar='N', help='draw N distinct archs of the space')
-    add('--archs-seed', type=int, default=0, metavar='N', help='seed of --num-archs (default: 0)')
+    add('--archs-seed', type=int, metavar='N', help='seed of --num-archs (default: 0)')
     add('--archs-m', type=int, metavar='M', help="most paths of --num-archs (default: m of the space's supernet)")
-    add('--archs-sampling', choices=STRATEGIES, default='paths',
+    add('--archs-sampling', choices=STRATEGIES,
         help='how to draw --num-archs: paths as the supernet does, which leaves out nodes without inputs of nb201; '
         'uniform over all archs; or fair (default: paths)')  # fmt: skip
     add(
         '--archs-macs', type=parse_count, metavar='N', help='draw archs of about N MACs only, at the size of the images'
     )
-    add('--archs-band', type=parse_share, default=0.03, metavar='SHARE',
+    add('--archs-band', type=parse_share, metavar='SHARE',
         help='how far from --archs-macs they may be, up and down (default: 3%%)')  # fmt: skip
     add('--seeds', type=int, nargs='+', metavar='SEED', help='train every arch with each of these (default: --seed)')
     add('--drop-checkpoints', action='store_true', help='delete the checkpoints of trainings that have ended')
@@ -60,14 +61,19 @@ def run_table(args: argparse.Namespace) -> None:
     options = argparse.Namespace(**{name: getattr(args, name) for name in vars(default_args())})
     space = arch_space(options)
     if args.archs is not None:
+        for name in ('archs_seed', 'archs_m', 'archs_sampling', 'archs_macs', 'archs_band'):
+            if (value := getattr(args, name)) is not None:
+                raise UsageError(
+                    f'--{name.replace("_", "-")} {value} has no effect on the archs of a file, leave it or --archs out'
+                )
         archs = read_archs(args.archs, space)
     else:
         archs = draw_archs(
             args.model,
             args.num_archs,
-            seed=args.archs_seed,
+            seed=args.archs_seed or 0,
             m=args.archs_m,
-            sampling=args.archs_sampling,
+            sampling=args.archs_sampling or 'paths',
             **{**options.model_kwargs, **_band(args, options)},
         )
     train_table(
@@ -84,9 +90,14 @@ def _band(args: argparse.Namespace, options: argparse.Namespace) -> dict[str, An
     """Where the multiply-adds of drawn archs have to be, and for which input they are counted."""
     from ..train.checkpoint import create_model, resolve_data
 
+    width = 0.03 if args.archs_band is None else args.archs_band
+    if not 0 < width < 1:
+        raise UsageError(f'--archs-band {width} is not a share between 0 and 1, such as 0.03 or 3%')
     if args.archs_macs is None:
+        if args.archs_band is not None:
+            raise UsageError(f'--archs-band {width} has no effect without --archs-macs, give both or none')
         return {}
     model = create_model(options, device='meta')
-    band = args.archs_macs * (1 - args.archs_band), args.archs_macs * (1 + args.archs_band)
+    band = args.archs_macs * (1 - width), args.archs_macs * (1 + width)
     input_size = tuple(resolve_data(options, model)['input_size'])
     return dict(macs=band, input_size=input_size, num_classes=model.num_classes, in_chans=input_size[0])

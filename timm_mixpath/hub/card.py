@@ -129,7 +129,9 @@ def make_card(
 
     results = []
     if training is not None and dataset_id and not is_supernet:  # a supernet is not one model with one accuracy
-        split = str(training.args.val_split).partition('.')[0] if validated is None else 'validation'
+        # Where the images were not read from the Hub, the splits there may have other names
+        is_from_hub = validated is None and _dataset_id(training) == dataset_id
+        split = str(training.args.val_split).partition('.')[0] if is_from_hub else None
         results = _eval_results(metrics, split, dataset_id, dataset_name)
     data = ModelCardData(
         library_name='timm',
@@ -259,7 +261,9 @@ def _architecture(model: nn.Module, loaded: LoadedModel) -> str:
     )
     if isinstance(model, CellNet):
         return '\n'.join([*rows, _cells(model)])
-    legend = 'Kernels joined by `+` are depthwise convolutions whose outputs are summed, `e` is the expansion'
+    legend = '`k` is the depthwise kernel, `e` the expansion'
+    if any(len(kernels) > 1 for choice in model.arch.blocks for kernels in choice.groups):
+        legend = 'Kernels joined by `+` are depthwise convolutions whose outputs are summed, `e` is the expansion'
     if any(len(choice.groups) > 1 for choice in model.arch.blocks):
         legend += ', `.` separates channel groups'
     if any(choice.is_skip for choice in model.arch.blocks):
@@ -327,8 +331,9 @@ def _training(training: TrainingRecord, details: CardDetails, dataset_name: str 
     if getattr(args, 'search_holdout', None):
         facts.append(f'{args.search_holdout:g} of its images held out for a search')
     facts.append(f'{args.epochs} epochs, seed {args.seed}')
-    if any(getattr(args, name, '') for name in ('initial_checkpoint', 'pretrained', 'warm_start')):
-        facts.append('started from other weights, not from scratch')
+    is_continued = any(getattr(args, name, '') for name in ('initial_checkpoint', 'pretrained', 'warm_start'))
+    if is_continued:
+        facts.append('started from other weights, not from scratch: this is the last training alone')
     if teacher := getattr(args, 'kd_model_name', None):
         facts.append(
             'distilled from ' + ('a network in a folder' if teacher.startswith('local-dir:') else f'`{teacher}`')
@@ -346,9 +351,16 @@ def _training(training: TrainingRecord, details: CardDetails, dataset_name: str 
         for key, value in vars(args).items()
         if key in defaults and key not in _LOCAL_OPTIONS and value != defaults[key]
     }
+    to_name = []
+    if is_continued:
+        to_name.append('the weights that it started from')
+    if str(options.get('kd_model_name')).startswith('local-dir:'):
+        del options['kd_model_name']
+        to_name.append('its teacher (`--kd-model-name`)')
+    missing = f', which has to be told {" and ".join(to_name)}' if to_name else ''
     return (
-        f'{text}\n\nOptions that differ from the defaults of `timm-mixpath train`, as a recipe for its `-c`:\n\n'
-        f'```yaml\n{yaml.safe_dump(options, sort_keys=True).strip()}\n```'
+        f'{text}\n\nOptions that differ from the defaults of `timm-mixpath train`, as a recipe for its `-c`{missing}:'
+        f'\n\n```yaml\n{yaml.safe_dump(options, sort_keys=True).strip()}\n```'
     )
 
 
@@ -436,8 +448,8 @@ def _search(searched: SearchRecord) -> str:
 
 def _limits(model: nn.Module, loaded: LoadedModel, training: TrainingRecord | None, metrics: dict[str, float]) -> str:
     text = (
-        f'It knows the {model.num_classes} classes that it was trained on and images of {_size(loaded)} as they were '
-        'prepared for the training. Its robustness, its calibration and its behaviour on other images have not been '
+        f'It knows the {model.num_classes} classes that it was trained on, and is meant for images of {_size(loaded)}, '
+        'prepared as its config says. Its robustness, its calibration and its behaviour on other images have not been '
         'measured.'
     )
     if training is None:
@@ -448,7 +460,9 @@ def _limits(model: nn.Module, loaded: LoadedModel, training: TrainingRecord | No
     return text
 
 
-def _eval_results(metrics: dict[str, float], split: str, dataset_id: str, dataset_name: str | None) -> list[EvalResult]:
+def _eval_results(
+    metrics: dict[str, float], split: str | None, dataset_id: str, dataset_name: str | None
+) -> list[EvalResult]:
     names = {'top1': 'Top-1 accuracy (%)', 'top5': 'Top-5 accuracy (%)'}
     return [
         EvalResult(

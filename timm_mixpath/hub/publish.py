@@ -179,23 +179,23 @@ def write_packaged_repo(name: str, repo_id: str, folder: str | os.PathLike) -> l
     Args:
         name: `<model>.<tag>`, a key of `models.pretrained.packaged_weights`.
         repo_id: `ORG/NAME`, which the card names.
-        folder: Folder to make.
+        folder: Folder to make; one that holds these very files is left as it is.
 
     Returns:
         Names of the files.
 
     Raises:
-        UsageError: The folder exists.
+        UsageError: The folder exists and holds something else.
         RunError: The weights are missing or damaged, or the folder can't be written.
     """
-    source = check_packaged(name)
-    with write_dir_atomic(folder) as temporary:
-        shutil.copytree(source, temporary, dirs_exist_ok=True)
-        card = temporary / 'README.md'
-        card.write_text(card.read_text().replace(f'{OFFICIAL_ORG}/{name}', repo_id))
-        for path in temporary.iterdir():
-            path.chmod(0o644)
-    return sorted(path.name for path in Path(folder).iterdir())
+    source, folder = check_packaged(name), Path(folder)
+    files = {path.name: path.read_bytes() for path in source.iterdir()}
+    files['README.md'] = files['README.md'].replace(f'{OFFICIAL_ORG}/{name}'.encode(), repo_id.encode())
+    if not (folder.is_dir() and files == {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}):
+        with write_dir_atomic(folder) as temporary:
+            for file, content in files.items():
+                (temporary / file).write_bytes(content)
+    return sorted(files)
 
 
 def push_packaged(

@@ -22,7 +22,7 @@ from timm.models.efficientnet import EfficientNet, efficientnet_init_weights
 
 from ..spaces.arch import Arch
 from ..spaces.catalog import add_space, get_space, list_spaces
-from ..spaces.genotypes import MIXPATH_A, MIXPATH_B, MIXPATH_C
+from ..spaces.genotypes import MIXPATH_A, MIXPATH_B, MIXPATH_C, MIXPATH_NANO
 from ..spaces.space import BlockSpec, SearchSpace
 from ._timm import init_weight_goog
 from .blocks import DepthwiseSeparable, MultiPathResidual, spec_kwargs
@@ -423,8 +423,11 @@ def mixpath_s3_supernet(pretrained: bool = False, **kwargs: Any) -> MixPath:
 
 @register_model
 def mixpath_nano(pretrained: bool = False, **kwargs: Any) -> MixPath:
-    """Sub-network of nano, a small space in the manner of S1 (not in the paper), of the given `arch`."""
-    return create_mixpath(MixPath, 'mixpath_nano', get_space('nano'), pretrained, **kwargs)
+    """Sub-network of nano, a small space in the manner of S1 (not in the paper), of the given `arch`; without one of
+    that which this package's search found, to which the packaged weights belong.
+    """
+    defaults = dict(arch=MIXPATH_NANO)
+    return create_mixpath(MixPath, 'mixpath_nano', get_space('nano'), pretrained, defaults=defaults, **kwargs)
 
 
 @register_model

@@ -182,6 +182,7 @@ def build_model(
     num_features: int,
     filter_fn: Callable[[dict[str, Any], nn.Module], dict[str, Any]],
     bind_bn_args: bool = True,
+    defaults: dict[str, Any] | None = None,
     **kwargs: Any,
 ) -> nn.Module:
     """Create a model of this package through `timm.models.build_model_with_cfg`.
@@ -193,12 +194,18 @@ def build_model(
         num_features: Number of feature maps that `features_only` gives.
         filter_fn: Brings a state dict into the layout of the model and checks it.
         bind_bn_args: Bind timm's `bn_*` arguments to the `norm_layer`, for a class that knows only that.
+        defaults: Arguments of the model class that a name stands for, where neither `kwargs` nor the config.json of
+            the weights gives others.
         **kwargs: Arguments of the model class and of `build_model_with_cfg`.
     """
     bn_args = resolve_bn_args(kwargs) if bind_bn_args else {}
     if bn_args:
         kwargs['norm_layer'] = partial(get_norm_layer(kwargs.get('norm_layer') or nn.BatchNorm2d), **bn_args)
     model_args = locate_weights(variant, kwargs) if pretrained else {}
+    for key, value in (defaults or {}).items():
+        if kwargs.get(key) is None:
+            kwargs[key] = value
+        model_args.setdefault(key, kwargs[key])
     with readable(variant, kwargs['pretrained_cfg'] if pretrained else None):
         model = build_model_with_cfg(
             model_cls,

@@ -140,7 +140,8 @@ class Archive:
             raise UsageError(f'archive has format version {header.get("version")}, this is {_VERSION}: {remedy}')
         for part in ('fingerprint', 'config'):
             old, new = header.get(part) or {}, self.header[part]
-            for name in dict.fromkeys([*old, *new]):
+            # What a digest is of often stands beside it, and says more
+            for name in sorted(dict.fromkeys([*old, *new]), key=lambda name: name.endswith('_sha256')):
                 before, now = (json.dumps(d[name]) if name in d else 'not given' for d in (old, new))
                 if before == now or (name in _ADDED and name not in old):
                     continue

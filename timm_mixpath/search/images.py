@@ -23,6 +23,7 @@ __all__ = [
     'Batches',
     'ImageBatches',
     'SearchData',
+    'describe_images',
     'load_batches',
     'load_images',
     'open_search_split',
@@ -200,6 +201,12 @@ def _normalisation(data_config: dict[str, Any]) -> dict[str, list[float]]:
     return {name: list(data_config[name]) for name, value in usual.items() if tuple(data_config[name]) != value}
 
 
+def describe_images(fingerprint: dict[str, Any]) -> str:
+    """Return in a few words what archs are scored on, by a fingerprint of `load_images`."""
+    held_out = 'held out of' if fingerprint.get('holdout') else 'of'
+    return f'{fingerprint["num_images"]} images {held_out} split {fingerprint["split"]!r}'
+
+
 def _sha256_of_all(batches: ImageBatches | None, ranks: Ranks) -> str:
     digests = [] if batches is None else ranks.interleave(batches.digests)
     return hashlib.sha256('\n'.join(digests).encode()).hexdigest()
@@ -333,11 +340,13 @@ def load_batches(
         UsageError: A number is out of range.
         RunError: Images can't be read.
     """
-    if batch_size < 1 or workers < 0 or (max_images is not None and max_images < 1):
-        raise UsageError(
-            f'batch size {batch_size} and number of images {max_images} must be at least 1, '
-            f'workers {workers} at least 0'
-        )
+    for what, number, least in (
+        ('batch size', batch_size, 1),
+        ('number of images', max_images, 1),
+        ('number of workers', workers, 0),
+    ):
+        if number is not None and number < least:
+            raise UsageError(f'{what} {number} must be at least {least}')
     device = torch.device(device)
     stream = is_stream(dataset)
     if stream:

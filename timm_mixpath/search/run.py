@@ -37,7 +37,7 @@ from .accuracy import SupernetEvaluator, prepare_device
 from .archive import Archive, evaluate_all
 from .config import SearchConfig
 from .front import plot_pareto, write_front_csv, write_front_json
-from .images import SearchData, load_images
+from .images import SearchData, describe_images, load_images
 from .nsga2 import NSGA2Search, RandomSearch
 from .pareto import require_pymoo
 from .pool import ArchPool, check_limits
@@ -268,8 +268,7 @@ def search_checkpoint(
         if rank == 0:
             _logger.info(
                 f'Searching space {space.name} (m = {space.max_paths}, {space.size:.3g} archs): '
-                f'{config.num_evaluations} evaluations on {fingerprint["num_images"]} images of split '
-                f'{fingerprint["split"]!r}'
+                f'{config.num_evaluations} evaluations on {describe_images(fingerprint)}'
             )
         show = _search_progress(config.num_evaluations, config.score) if progress and rank == 0 else None
         result = search(

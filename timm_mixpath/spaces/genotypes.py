@@ -4,7 +4,7 @@ The paper draws the genotypes of MixPath-A, -B and -c in figures only. These are
 package's own search, inside the budgets that were published. `recipes/genotypes/` tells how each was found.
 """
 
-__all__ = ['MIXPATH_A', 'MIXPATH_B', 'MIXPATH_C', 'MIXPATH_LITE0']
+__all__ = ['MIXPATH_A', 'MIXPATH_B', 'MIXPATH_C', 'MIXPATH_LITE0', 'MIXPATH_NANO']
 
 
 # S3, m = 1
@@ -36,3 +36,6 @@ MIXPATH_C = (
 
 # Around tf_efficientnet_lite0, m = 2; not in the paper
 MIXPATH_LITE0 = 'k3_e1,k3_e4.5,k3_e6,k5_e6,k5_e6,k3_e6,k3_e3,k3_e6,k5_e4.5,k5_e6,k5+7_e6,k5_e6,k5_e6,k3_e6,k5_e6,k3_e6'
+
+# nano, m = 2; not in the paper. Found by the search in recipes/README.md
+MIXPATH_NANO = 'k3+7_e6,k3_e3,k3+7_e6,k3+7_e3,k3+7_e3,k3+7_e6,k3+5_e3,k3+5_e3'

@@ -143,8 +143,11 @@ def read_checkpoint(path: str | os.PathLike) -> dict[str, Any]:
             f'{str(path)!r} is no checkpoint, or holds more than tensors and plain values: it would have to run code '
             'to be read (weights_only=False), which is never done; take the last.pth.tar or model_best.pth.tar of a run'
         ) from None
-    except Exception as e:  # torch raises half a dozen types for a file that is no checkpoint
-        raise RunError(f'{str(path)!r} is not a readable checkpoint: {concise(e)}') from None
+    except Exception:  # torch raises half a dozen types for a file that is no checkpoint, with words of its own inside
+        raise RunError(
+            f'{str(path)!r} is not a readable checkpoint, it is damaged, cut off or something else; pass the '
+            'last.pth.tar or model_best.pth.tar of a run'
+        ) from None
     if not isinstance(checkpoint, dict) or not ({'state_dict', 'args'} <= checkpoint.keys()):
         raise UsageError(
             f"{str(path)!r} is not a training checkpoint, it has no 'state_dict' and 'args'; "
@@ -412,16 +415,18 @@ def create_model(args: Namespace, **overrides: Any) -> nn.Module:
 def own_model(args: Namespace, model: nn.Module) -> None:
     """Make the options of a training tell its model by themselves, where a folder or a repo told it.
 
-    `--model local-dir:DIR` and `hf-hub:ORG/NAME` take arch and widths from a config.json that may not be there any more
-    when the checkpoint is used. `model_source` keeps where the model came from.
+    `--model local-dir:DIR` and `hf-hub:ORG/NAME`, and the weights of `--pretrained`, take arch and widths from a
+    config.json that may not be there any more when the checkpoint is used. `model_source` keeps where the model came
+    from.
 
     Args:
         args: Options; `model`, `model_kwargs` and `gp` are set where they come from there.
         model: The model that was made with them.
     """
-    if ':' not in args.model:
+    if ':' in args.model:
+        args.model_source, args.model = args.model, model.pretrained_cfg['architecture']
+    elif not args.pretrained or args.resume:  # a checkpoint that is resumed has told it
         return
-    args.model_source, args.model = args.model, model.pretrained_cfg['architecture']
     given = dict(get_model_args(model) or {})
     args.gp = args.gp or given.get('global_pool')
     own = ('num_classes', 'in_chans', 'drop_rate', 'drop_path_rate', 'global_pool', 'seed')
