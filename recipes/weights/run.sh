@@ -16,7 +16,6 @@ export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 [ $# -gt 0 ] || set -- lite0 nano mixpath_a mixpath_b same package
 
 teacher=$output/trained-half/backbone/model
-arch=k3+7_e6,k3_e3,k3+7_e6,k3+7_e3,k3+7_e3,k3+7_e6,k3+5_e3,k3+5_e3  # the choice of the search in recipes/README.md
 
 # train NAME OPTIONS: train, or go on
 train() {
@@ -95,7 +94,7 @@ for job in "$@"; do
             step lite0 "$output/trained-full/model/model.safetensors" 192 2 1e-4 -c mixpath_lite0_imagenette
             ;;
         nano)
-            nano=(-c nano_cifar10 --data-dir "$cifar10" --cache-images --model-kwargs "arch=$arch")
+            nano=(-c nano_cifar10 --data-dir "$cifar10" --cache-images)
             train nano-32 "${nano[@]}" --epochs 12
             train nano-48 "${nano[@]}" --epochs 5 --img-size 48 --lr 0.05 \
                 --initial-checkpoint "$output/nano-32/last.pth.tar"

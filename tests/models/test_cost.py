@@ -163,7 +163,9 @@ def test_counts_for_another_task_than_the_supernets():
     supernet = timm.create_model('mixpath_nano_supernet', num_classes=10)
     table = cost_table(supernet, (3, 64, 48), num_classes=100)
     arch = supernet.space.default_arch
-    assert table_cost(table, arch) == true_cost(timm.create_model('mixpath_nano', num_classes=100), (3, 64, 48))
+    assert table_cost(table, arch) == true_cost(
+        timm.create_model('mixpath_nano', arch=arch, num_classes=100), (3, 64, 48)
+    )
 
 
 def test_follows_reset_classifier():
