@@ -99,8 +99,13 @@ for job in "$@"; do
             train nano-48 "${nano[@]}" --epochs 5 --img-size 48 --lr 0.05 \
                 --initial-checkpoint "$output/nano-32/last.pth.tar"
             train nano-32-2 "${nano[@]}" --epochs 16 --initial-checkpoint "$output/nano-48/last.pth.tar"
-            train nano "${nano[@]}" --epochs 10 --img-size 48 --lr 0.05 \
+            train nano-48-2 "${nano[@]}" --epochs 10 --img-size 48 --lr 0.05 \
                 --initial-checkpoint "$output/nano-32-2/last.pth.tar"
+            # One schedule in two sizes
+            train nano-48-3 "${nano[@]}" --epochs 9 --img-size 48 --min-lr 0.04 \
+                --initial-checkpoint "$output/nano-48-2/last.pth.tar"
+            train nano "${nano[@]}" --epochs 6 --img-size 64 --lr 0.04 --warmup-epochs 0 \
+                --initial-checkpoint "$output/nano-48-3/last.pth.tar"
             ;;
         mixpath_a)
             # Not joined by &&, which would let a failure within the functions pass
@@ -135,7 +140,7 @@ for job in "$@"; do
             package mixpath_lite0.in1k_ft_imagenette "$output/lite0/last.pth.tar" 224 --license other \
                 --search "$here/../genotypes/mixpath_lite0" --dataset-name Imagenette \
                 --provenance "$lite0_origin $imagenette_terms"
-            package mixpath_nano.cifar10 "$output/nano/last.pth.tar" 48 --license other --dataset-id uoft-cs/cifar10 \
+            package mixpath_nano.cifar10 "$output/nano/last.pth.tar" 64 --license other --dataset-id uoft-cs/cifar10 \
                 --dataset-name CIFAR-10 --provenance "$cifar10_terms"
             for letter in a b; do
                 package "mixpath_$letter.imagenette" "$output/mixpath_$letter/last.pth.tar" 160 --license other \
