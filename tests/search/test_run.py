@@ -71,7 +71,7 @@ def test_search_with_images_of_another_size(supernet_run: Path, tmp_path: Path, 
     words = ['search', '--checkpoint', str(last), '--output', str(tmp_path / 's'), '-j', '0', '--device', 'cpu']
     words += ['--population', '6', '--offspring', '3', '--generations', '2', '--recalibration-images', '0']
     assert cli.main([*words, '--img-size', '24']) == 0
-    assert cli.main(words) == 2 and 'images_sha256' in capsys.readouterr().err
+    assert cli.main(words) == 2 and "'input_size' was [3, 24, 24]" in capsys.readouterr().err
     assert cli.main([*words, '--img-size', '-1']) == 2
     assert capsys.readouterr().err.splitlines()[-1].endswith('image size -1 must be positive')
 
