@@ -76,7 +76,8 @@ def test_files_hold_what_evaluation_gives(supernet_run: Path, table: Path, tmp_p
     assert len(result.archs) == 12 and list(result.statistics) == ['trained', 'recalibrated', 'macs', 'params']
     assert 'nano.csv: left out 1 row with no accuracy (first: line 26' in caplog.text
     assert 'nano.csv: left out 1 row with an arch that is not in the space (first: line 27' in caplog.text
-    assert "Ranking 12 of the 24 archs of nano.csv, column 'val_acc_108', on 20 images held out of split" in caplog.text
+    scored_on = "on 20 images held out of split 'train'"
+    assert f"Ranking 12 of the 24 archs of nano.csv, column 'val_acc_108', {scored_on}" in caplog.text
     assert 'Rank: 12/12  top-1 ' in caplog.text
 
     loaded = load_model(supernet_run / 'last.pth.tar')
