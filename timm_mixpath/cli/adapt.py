@@ -41,11 +41,11 @@ from ..train.options import CPU_KERNELS_HELP, default_args, make_storable
 from ..utils.distributed import open_process
 from ..utils.errors import UsageError
 from ..utils.numbers import parse_count, parse_float, parse_share
+from ..utils.precision import add_amp_options
 from ..utils.tables import format_table, write_json
 from .adapt_config import AdaptConfig, as_begun, check_config, find_reused
 from .adapt_plan import SizedSearch, is_backbone_alone, plan_searches, share_evaluations
 from .common import (
-    add_amp_options,
     add_latency_limit,
     check_single_process,
     from_args,

@@ -12,11 +12,10 @@ from typing import Any
 from ..utils.errors import UsageError, as_usage_error
 from ..utils.files import new_output_dir
 from ..utils.numbers import parse_count, parse_milliseconds, parse_share
-from ..utils.precision import AMP_DTYPES
+from ..utils.precision import add_amp_options
 from ..utils.tables import write_json
 
 __all__ = [
-    'add_amp_options',
     'add_checkpoint_options',
     'add_device_option',
     'add_image_options',
@@ -139,12 +138,6 @@ def add_latency_limit(parser: Any) -> None:
         '--latency-table', metavar='FILE', help='predicts the latency of every arch; `timm-mixpath latency` measures it'
     )
     add('--max-latency', type=parse_milliseconds, metavar='MS', help='for example 8ms, per batch of the latency table')
-
-
-def add_amp_options(parser: Any) -> None:
-    add = parser.add_argument
-    add('--amp', action='store_true', help='mixed precision')
-    add('--amp-dtype', default=AMP_DTYPES[0], choices=AMP_DTYPES, help='its dtype (default: %(default)s)')
 
 
 def add_device_option(parser: argparse.ArgumentParser, batch_size: int | None = None) -> None:

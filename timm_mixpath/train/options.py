@@ -12,7 +12,7 @@ from timm.utils import ParseKwargs
 from ..models.compiled import check_compile
 from ..utils.errors import UsageError
 from ..utils.numbers import parse_epochs, parse_float, parse_share
-from ..utils.precision import AMP_DTYPES
+from ..utils.precision import add_amp_options
 from .data import HOLDOUT_SPLIT
 from .distill import add_distillation_options, check_distillation
 
@@ -123,15 +123,15 @@ def add_train_options(parser: argparse.ArgumentParser) -> None:
     add('--head-init-bias', type=parse_float, default=None, metavar='N', help='initial bias of the classifier')
     add('--grad-checkpointing', action='store_true', help='recompute activations in the backward pass')
 
-    add = parser.add_argument_group('device').add_argument
+    group = parser.add_argument_group('device')
+    add = group.add_argument
     add('--device', default=None, metavar='NAME', help='cuda, cpu, ... (default: cuda if there is a GPU, else cpu)')
     add('--device-modules', default=None, nargs='+', metavar='MODULE', help='Python modules to import first')
     add('--cpu-kernels', action='store_true', help=CPU_KERNELS_HELP)
     add('--torchcompile', nargs='?', const='inductor', default=None, metavar='BACKEND',
         help='compile the model with torch.compile (inductor); of a supernet, what its archs are made of')  # fmt: skip
     add('--torchcompile-mode', default=None, metavar='MODE', help='mode of torch.compile')
-    add('--amp', action='store_true', help='mixed precision')
-    add('--amp-dtype', default=AMP_DTYPES[0], choices=AMP_DTYPES, help='dtype of mixed precision')
+    add_amp_options(group)
     add('--no-ddp-bb', action='store_true', help='DDP does not broadcast buffers (of supernets it never does)')
     add('--local_rank', default=0, type=int, help=argparse.SUPPRESS)
 

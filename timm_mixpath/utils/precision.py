@@ -5,10 +5,17 @@ from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
-__all__ = ['AMP_DTYPES', 'autocast_context']
+__all__ = ['AMP_DTYPES', 'add_amp_options', 'autocast_context']
 
 # The first is the default, as in timm's train.py
 AMP_DTYPES = ('float16', 'bfloat16')
+
+
+def add_amp_options(parser: Any) -> None:
+    """Add the options of timm's train.py to a parser of argparse, or to a group of one."""
+    add = parser.add_argument
+    add('--amp', action='store_true', help='mixed precision')
+    add('--amp-dtype', default=AMP_DTYPES[0], choices=AMP_DTYPES, help='its dtype (default: %(default)s)')
 
 
 def autocast_context(device_type: str, amp_dtype: str | None) -> Callable[[], Any]:
