@@ -39,7 +39,7 @@ def rank_checkpoint(
     recalibration_images: int = 1024,
     batch_size: int | None = None,
     amp_dtype: str | None = None,
-    device: str | None = None,
+    device: str | torch.device | None = None,
     workers: int = 2,
     progress: bool = True,
     like: Namespace | None = None,
@@ -161,7 +161,7 @@ def stats_checkpoint(
     *,
     num_archs: int = 20,
     batch_size: int = 32,
-    device: str | None = None,
+    device: str | torch.device | None = None,
     workers: int = 2,
     like: Namespace | None = None,
 ) -> StatsResult:

@@ -4,7 +4,6 @@ Exit status: 0 done, 1 a run failed, 2 the command was wrong, 130 interrupted, 1
 """
 
 import argparse
-import importlib
 import runpy
 import sys
 from collections.abc import Sequence
@@ -12,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ..utils.errors import RunError, Stopped, UsageError
+from ..utils.modules import import_modules
 from .adapt import add_adapt, run_adapt_command
 from .demo import add_demo, run_demo_command
 from .hub import add_export, add_push, run_export, run_push
@@ -39,8 +39,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
             apply_config(commands[args.command], find_recipe(args.config))
             args = parser.parse_args(argv)
-        for module in getattr(args, 'device_modules', None) or []:
-            _import(module)
+        import_modules(getattr(args, 'device_modules', None) or ())
         if args.command != 'run':  # what goes wrong in a user's script is the user's to see
             args.run(args)
     except UsageError as e:
@@ -58,16 +57,6 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _fail(error: BaseException, status: int) -> int:
     print(f'timm-mixpath: error: {error}', file=sys.stderr)
     return status
-
-
-def _import(module: str) -> None:
-    sys.path.insert(0, '')
-    try:
-        importlib.import_module(module)
-    except ImportError as e:
-        raise UsageError(f'--device-modules {module}: {e}') from None
-    finally:
-        sys.path.remove('')
 
 
 def _build_parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParser]]:

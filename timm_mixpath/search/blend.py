@@ -57,7 +57,7 @@ def inherit_blended(
     img_size: int | None = None,
     recalibration_images: int = 0,
     workers: int = 2,
-    device: str | None = None,
+    device: str | torch.device | None = None,
 ) -> Blend:
     """Extract an arch of a warm-started supernet, with the mean of trained and first weights that scores best.
 
@@ -116,7 +116,7 @@ def inherit_refitted(
     data: SearchData | None = None,
     img_size: int | None = None,
     workers: int = 2,
-    device: str | None = None,
+    device: str | torch.device | None = None,
 ) -> Blend:
     """Extract an arch of a supernet that is as it started, with projections that come closest to the source's features.
 

@@ -185,7 +185,7 @@ def search_checkpoint(
     cost_num_classes: int | None = None,
     batch_size: int | None = None,
     amp_dtype: str | None = None,
-    device: str | None = None,
+    device: str | torch.device | None = None,
     workers: int = 2,
     latency: bool = False,
     latency_table: str | os.PathLike | None = None,

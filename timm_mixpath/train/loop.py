@@ -38,6 +38,7 @@ from ..models.warm_start import warm_start
 from ..utils.distributed import open_process
 from ..utils.errors import RunError, UsageError, as_usage_error, concise
 from ..utils.files import new_output_dir, write_atomic
+from ..utils.modules import import_modules
 from ..utils.precision import autocast_context
 from ..utils.progress import progress_bar
 from ..utils.tables import read_csv
@@ -72,7 +73,8 @@ class TrainResult:
         output_dir: Folder of checkpoints, `args.yaml` and `summary.csv`; None on other ranks than the first.
         best_metric: Best validation metric, top-1 in percent by default.
         best_epoch: Its epoch.
-        metrics: Training and validation metrics of the last epoch.
+        metrics: Training and validation metrics of the last epoch. Of a run that had ended before they are those of its
+            summary.csv, and other ranks than the first have none.
     """
 
     output_dir: Path | None
@@ -132,6 +134,7 @@ def train(args: Namespace) -> TrainResult:
     """
     args = Namespace(**vars(args))
     make_storable(args)
+    import_modules(args.device_modules or ())
     check_values(args)
     args.resume = resolve_auto(args.resume, args.output, args.experiment)
     progress: dict[str, Any] = {}
@@ -396,6 +399,7 @@ def _train_epochs(args: Namespace, run: _Run) -> TrainResult:
                 f'{args.resume!r} has ended after {run.start_epoch} epochs and nothing is left to train; a larger '
                 '--epochs goes on'
             )
+            result.metrics = _last_metrics(output_dir / 'summary.csv')
         return result
 
     if primary:
@@ -412,6 +416,11 @@ def _train_epochs(args: Namespace, run: _Run) -> TrainResult:
     with open_metrics_log(args, output_dir, run.start_epoch) if primary else nullcontext() as log:
         _train_all(args, run, result, log)
     return result
+
+
+def _last_metrics(summary: Path) -> dict[str, float]:
+    last = read_csv(summary)[-1:] if summary.exists() else []
+    return {key: float(value) for row in last for key, value in row.items() if key.startswith(('train_', 'eval_'))}
 
 
 def _train_all(args: Namespace, run: _Run, result: TrainResult, log: Callable[..., None] | None) -> None:

@@ -6,6 +6,7 @@ from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 from timm.utils import ParseKwargs
 
@@ -13,6 +14,7 @@ from ..models.compiled import check_compile
 from ..utils.errors import UsageError
 from ..utils.numbers import parse_epochs, parse_float, parse_share
 from ..utils.precision import add_amp_options
+from ..utils.recipes import find_recipe
 from .data import HOLDOUT_SPLIT
 from .distill import add_distillation_options, check_distillation
 
@@ -261,23 +263,25 @@ def apply_config(parser: argparse.ArgumentParser, path: str | Path) -> dict[str,
         raise UsageError(f'recipe {str(path)!r} is not valid YAML: {e}'.replace('\n', ' ')) from None
     if not isinstance(config, dict):
         raise UsageError(f'recipe {str(path)!r} must map option names to values')
-    actions = {action.dest: action for action in parser._actions}
+    actions = _options(parser)
     for key, value in config.items():
         if key not in actions:
             raise UsageError(
                 f'recipe {str(path)!r}: {key!r} is not an option of `timm-mixpath train`; see `timm-mixpath train -h`, '
                 'keys have underscores, for example batch_size'
             )
-        if isinstance(actions[key], ParseKwargs) and not isinstance(value, dict):
-            raise UsageError(f'recipe {str(path)!r}: {key} must be a mapping, not {value!r}')
         config[key] = _convert(value, actions[key], f'recipe {str(path)!r}: {key}')
     parser.set_defaults(**config)
     return config
 
 
 def _convert(value: Any, action: argparse.Action, what: str) -> Any:
-    """Check a value of a recipe as argparse would check a word of the command line."""
-    if isinstance(value, dict) or (value is None and action.default is None):
+    """Check a value of a recipe, or of Python, as argparse would check a word of the command line."""
+    if isinstance(action, ParseKwargs):
+        if not isinstance(value, dict):
+            raise UsageError(f'{what} must be a mapping, not {value!r}')
+        return value
+    if value is None and action.default is None:
         return value
     is_list = action.nargs in ('+', '*', 3)
     if is_list != isinstance(value, list):
@@ -288,11 +292,15 @@ def _convert(value: Any, action: argparse.Action, what: str) -> Any:
         return value
     kind = action.type or str
     values = value if is_list else [value]
+    if not all(v is None or isinstance(v, (str, int, float)) for v in values):
+        raise UsageError(f'{what} is {value!r}, expected {"a list of " if is_list else ""}text or numbers')
+    if isinstance(action.nargs, int) and len(values) != action.nargs:
+        raise UsageError(f'{what} is {value!r}, expected {action.nargs} values')
     try:  # YAML reads 1e-5 as text
         converted = [kind(v) if kind in (int, str) else kind(str(v)) for v in values]
         if kind is int and any(isinstance(v, bool) or float(v) != c for v, c in zip(values, converted)):
             raise ValueError
-        if any(v is None for v in values):
+        if any(v is None or (kind is str and isinstance(v, bool)) for v in values):
             raise ValueError
     except (TypeError, ValueError, argparse.ArgumentTypeError):
         names = {parse_float: 'float', parse_epochs: 'float', parse_share: 'a share such as 0.1 or 10%'}
@@ -320,31 +328,75 @@ def default_args(**overrides: Any) -> argparse.Namespace:
     """Return the options of `timm-mixpath train` at their defaults, for `train` without a command line.
 
     Args:
-        **overrides: Options that differ, by their names with underscores.
+        **overrides: Options that differ, by their names with underscores. `config`, a recipe's name or path, sets the
+            defaults of the others, as on the command line.
 
     Raises:
-        UsageError: There is no such option.
+        UsageError: There is no such option or recipe, or the option can not have this value.
     """
     parser = argparse.ArgumentParser()
     add_train_options(parser)
+    actions = _options(parser)
+    for name in overrides:
+        if name not in actions:
+            raise UsageError(f'{name!r} is not an option of timm_mixpath train')
+    if overrides.get('config') is not None:
+        apply_config(parser, find_recipe(os.fspath(overrides['config'])))
     args = parser.parse_args([])
     for name, value in overrides.items():
-        if not hasattr(args, name):
-            raise UsageError(f'{name!r} is not an option of timm_mixpath train')
-        setattr(args, name, value)
+        setattr(args, name, _checked(value, actions[name]))
     return args
 
 
+def _options(parser: argparse.ArgumentParser) -> dict[str, argparse.Action]:
+    return {action.dest: action for action in parser._actions if action.default != argparse.SUPPRESS}
+
+
+def _plain(value: Any) -> Any:
+    """Return a value of Python as YAML would give it: numbers of NumPy and torch, tuples, paths, devices, too."""
+    if isinstance(value, str):
+        return str(value)  # an Arch is a text of its own class
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
+    if hasattr(value, 'tolist'):
+        return value.tolist()
+    if isinstance(value, (tuple, set, frozenset)):
+        return [_plain(v) for v in value]
+    if isinstance(value, torch.device):
+        return str(value)
+    return value
+
+
+def _checked(value: Any, action: argparse.Action) -> Any:
+    value = _plain_kwargs(value, action.dest) if isinstance(value, dict) else _plain(value)
+    return _convert(value, action, action.dest)
+
+
+def _plain_kwargs(kwargs: dict[str, Any], what: str) -> dict[str, Any]:
+    plain = {key: value if isinstance(value, tuple) else _plain(value) for key, value in kwargs.items()}
+    for key, value in plain.items():
+        try:
+            yaml.safe_dump(value)
+        except yaml.YAMLError:
+            raise UsageError(f'{what}: {key}={value!r} can not be stored; give a name, numbers or a list') from None
+    return plain
+
+
 def make_storable(args: Namespace) -> None:
-    """Make the options storable in a checkpoint that loads with weights_only."""
-    for key, value in vars(args).items():
-        if isinstance(value, Path):
-            setattr(args, key, str(value))
+    """Make the options storable in a checkpoint that loads with weights_only.
+
+    Raises:
+        UsageError: An option can not have the value that it has.
+    """
+    parser = argparse.ArgumentParser()
+    add_train_options(parser)
+    for key, action in _options(parser).items():
+        if hasattr(args, key):
+            setattr(args, key, _plain(_checked(getattr(args, key), action)))
     if args.data_dir:
         args.data_dir = os.path.abspath(args.data_dir)  # a later search may start from another folder
     if args.class_map and os.path.exists(args.class_map):  # otherwise timm looks for it in the data folder
         args.class_map = os.path.abspath(args.class_map)
-    args.model_kwargs = {k: str(v) if isinstance(v, str) else v for k, v in args.model_kwargs.items()}
 
 
 def check_values(args: Namespace) -> None:

@@ -34,6 +34,7 @@ def init_device(args: Namespace) -> torch.device:
     """
     if args.device is None:
         args.device = 'cuda' if torch.cuda.is_available() else 'cpu'
+    args.device = str(args.device)  # a torch.device is welcome, what is stored of a run is text
     _check_slurm()
     with as_usage_error(f'device {args.device!r} can not be used'):
         if dist.is_available() and dist.is_initialized():
@@ -61,7 +62,7 @@ def _check_slurm() -> None:
 
 
 @contextmanager
-def open_process(device: str | None, process: Namespace | None = None) -> Iterator[Namespace]:
+def open_process(device: str | torch.device | None, process: Namespace | None = None) -> Iterator[Namespace]:
     """Open the device, and close the process group of torchrun at the end, if it was not open before.
 
     Args:
