@@ -248,6 +248,35 @@ def test_register_conflict():
     assert len(get_space('s1').blocks) == 12
 
 
+@pytest.mark.parametrize(
+    'change, message',
+    [
+        (dict(input_size=32), r'input_size=\(32,\) must be channels, height and width'),
+        (dict(input_size=(32, 32)), r'input_size=\(32, 32\) must be channels'),
+        (dict(input_size=(3, 0, 32)), r'input_size=\(3, 0, 32\) must be'),
+        (dict(stem_stride=0), 'stem_stride=0 must be an integer of at least 1'),
+        (dict(stem_chs=0), 'stem_chs=0 must be'),
+        (dict(num_features=32.0), r'num_features=32\.0 must be'),
+        (dict(ds_chs=0), 'ds_chs=0 must be'),
+        (dict(num_classes=-1), 'num_classes=-1 must be an integer of at least 0'),
+        (dict(blocks=(BlockSpec(24.5),)), r'out_chs=24\.5 must be a positive integer'),
+        (dict(act_layer='rellu'), "no network can be built of space 'of_mistakes': unknown activation 'rellu'"),
+        (dict(blocks=(BlockSpec(8, act_layer='rellu'),)), "unknown activation 'rellu'"),
+        (dict(blocks=(BlockSpec(8, exp_groups=5),)), 'must be divisible by groups'),
+    ],
+)
+def test_a_mistake_leaves_the_name_free(change, message):
+    with pytest.raises(ValueError, match=message):
+        register_space(replace(OWN, **{'name': 'of_mistakes', **change}))
+    assert 'of_mistakes' not in list_spaces()
+    assert not timm.list_models('mixpath_of_mistakes*')
+
+
+def test_sizes_as_a_list():
+    assert replace(OWN, input_size=[3, 16, 16]) == OWN
+    assert hash(replace(OWN, input_size=[3, 16, 16])) == hash(OWN)
+
+
 @pytest.mark.parametrize('name', ['', 'my space', 'my-space', '1st', 'a.b', 'MixPath', 's1_supernet'])
 def test_register_bad_name(name):
     with pytest.raises(ValueError, match='lower case letters'):

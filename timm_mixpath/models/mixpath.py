@@ -24,6 +24,8 @@ from ..spaces.arch import Arch
 from ..spaces.catalog import add_space, get_space, list_spaces
 from ..spaces.genotypes import MIXPATH_A, MIXPATH_B, MIXPATH_C, MIXPATH_NANO
 from ..spaces.space import BlockSpec, SearchSpace
+from ..utils.errors import as_usage_error
+from ..utils.modes import without_memory
 from ._timm import init_weight_goog
 from .blocks import DepthwiseSeparable, MultiPathResidual, spec_kwargs
 from .choice_blocks import ActivePathSum, ChoiceBlock, subnet_state_dict
@@ -84,7 +86,7 @@ class MixPath(EfficientNet):
         dd = {'device': device, 'dtype': dtype}
         self._set_space(space.scaled(width_mult), arch, norm_sums)
         space = self.space
-        act_layer = get_act_layer(act_layer or space.act_layer)
+        act_layer = _find_act_layer(act_layer or space.act_layer)
         norm_layer = norm_layer or nn.BatchNorm2d
         norm_act_layer = get_norm_act_layer(norm_layer, act_layer)
         self.num_classes = num_classes
@@ -118,7 +120,7 @@ class MixPath(EfficientNet):
                 kwargs = dict(
                     stride=stride,
                     dilation=block_dilation,
-                    act_layer=get_act_layer(spec.act_layer) if spec.act_layer else act_layer,
+                    act_layer=_find_act_layer(spec.act_layer) if spec.act_layer else act_layer,
                     norm_layer=norm_layer,
                     drop_path_rate=drop_path_rate * block_index / num_blocks,
                     **dd,
@@ -186,6 +188,13 @@ class MixPath(EfficientNet):
         """
         fold_bn(self, 'conv_stem', 'bn1')
         fold_bn(self, 'conv_head', 'bn2')
+
+
+def _find_act_layer(act_layer: LayerType) -> Any:
+    try:
+        return get_act_layer(act_layer)
+    except KeyError:
+        raise ValueError(f'unknown activation {act_layer!r}; give one of timm.layers, such as relu or swish') from None
 
 
 def _fixed_stages(space: SearchSpace) -> list[list[BlockSpec]]:
@@ -443,8 +452,9 @@ def register_space(space: SearchSpace) -> None:
         space: The space. Registering an equal one again does nothing.
 
     Raises:
-        ValueError: A different space or a model of that name exists, the name can't be part of a model name, or it is
-            not a `SearchSpace`: the benchmarks' spaces of cells are registered as they are.
+        ValueError: A different space or a model of that name exists, the name can't be part of a model name, no network
+            can be built of the space, or it is not a `SearchSpace`: the benchmarks' spaces of cells are registered as
+            they are. Nothing is registered then.
     """
     if not isinstance(space, SearchSpace):
         raise ValueError(f'{space!r} is no SearchSpace, no other spaces can be registered')
@@ -456,6 +466,11 @@ def register_space(space: SearchSpace) -> None:
     is_known = space.name in list_spaces()
     if not is_known and is_model(f'mixpath_{space.name}'):
         raise ValueError(f'there is a model mixpath_{space.name} already, choose another name for the space')
+    if not is_known:
+        # All that can fail comes first: a name stands for one space as long as the process runs
+        cfg = _cfg(space)
+        with as_usage_error(f'no network can be built of space {space.name!r}'), without_memory():
+            MixPathSupernet(space)
     add_space(space)
     if is_known:
         return
@@ -471,5 +486,5 @@ def register_space(space: SearchSpace) -> None:
 
         entrypoint.__name__ = entrypoint.__qualname__ = name
         entrypoint.__doc__ = f'{"Supernet" if supernet else "Sub-network"} of space {space.name}.'
-        default_cfgs.update(generate_default_cfgs({f'{name}.untrained': _cfg(space)}))
+        default_cfgs.update(generate_default_cfgs({f'{name}.untrained': cfg}))
         setattr(module, name, register_model(entrypoint))

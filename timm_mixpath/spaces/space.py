@@ -5,7 +5,7 @@ A space knows which archs it holds, how many, and how they map to integer vector
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from itertools import combinations, product
@@ -323,7 +323,7 @@ class SearchSpace(BlockSpace):
         description: One line for listings.
 
     Raises:
-        ValueError: `max_paths` is out of range, or there is no block.
+        ValueError: `max_paths` is out of range, there is no block, or a size is no positive integer.
     """
 
     name: str
@@ -341,10 +341,27 @@ class SearchSpace(BlockSpace):
 
     def __post_init__(self) -> None:
         self._check_blocks()
+        size = tuple(self.input_size) if isinstance(self.input_size, Iterable) else (self.input_size,)
+        object.__setattr__(self, 'input_size', size)  # a list is welcome, but a space is hashed and compared
+        if len(size) != 3 or not all(type(n) is int and n > 0 for n in size):
+            raise ValueError(
+                f'space {self.name!r}: input_size={size} must be channels, height and width, such as (3, 32, 32)'
+            )
+        for field, least in (
+            ('stem_chs', 1),
+            ('stem_stride', 1),
+            ('num_features', 1),
+            ('ds_chs', 1),
+            ('num_classes', 0),
+        ):
+            value = getattr(self, field)
+            if not (field == 'ds_chs' and value is None) and (type(value) is not int or value < least):
+                raise ValueError(f'space {self.name!r}: {field}={value!r} must be an integer of at least {least}')
         for block in self.blocks:
-            if block.out_chs < 1 or block.stride not in (1, 2):
+            if type(block.out_chs) is not int or block.out_chs < 1 or block.stride not in (1, 2):
                 raise ValueError(
-                    f'space {self.name!r}: out_chs={block.out_chs} must be positive, stride={block.stride} be 1 or 2'
+                    f'space {self.name!r}: out_chs={block.out_chs!r} must be a positive integer, '
+                    f'stride={block.stride!r} be 1 or 2'
                 )
             if block.can_skip:
                 raise ValueError(f'space {self.name!r}: only blocks of a backbone can be skipped, set can_skip=False')
