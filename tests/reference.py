@@ -146,6 +146,8 @@ def perturb(model: nn.Module, seed: int = 0) -> nn.Module:
                 (module.weight, 0.5, 1.5),
                 (module.bias, -0.5, 0.5),
             ):
+                if tensor is None:  # a narrower copy of a block takes it from the widest
+                    continue
                 values = torch.rand(tensor.shape, generator=generator) * (high - low) + low
                 tensor.data.copy_(values)
     return model

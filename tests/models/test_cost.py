@@ -15,6 +15,7 @@ from timm_mixpath import Arch, BlockSpec, SearchSpace, get_space, sample
 from timm_mixpath.models.cost import CostTable, cost_table, profile_space
 from timm_mixpath.models.latency import measure_latency
 from timm_mixpath.models.mixpath import MixPath
+from timm_mixpath.utils.errors import UsageError
 
 # Different numbers of expansions and kernels per block, not in order
 TINY = SearchSpace(
@@ -270,6 +271,25 @@ def test_unknown_metric(metric, nano):
     for call in (lambda: nano.cost(metric, arch), *(lambda f=f: f(metric) for f in (nano.bounds, nano.largest))):
         with pytest.raises(ValueError, match=r'unknown metric .* known are macs, params'):
             call()
+
+
+@pytest.mark.parametrize(
+    'name, kwargs',
+    [
+        ('mixpath_nano_supernet', {}),
+        ('mixpath_nb201_supernet', {}),
+        ('mixpath_supernet', dict(backbone='mobilenetv3_small_050')),
+    ],
+)
+def test_a_supernet_that_was_cut_has_no_table(name, kwargs):
+    for indices in ((0,), (0, 1)):
+        cut = timm.create_model(name, features_only=True, out_indices=indices, **kwargs).model
+        with pytest.raises(UsageError, match=r'features_only .* has cut this supernet'):
+            cost_table(cut)
+    whole = timm.create_model(name, **kwargs)
+    whole.reset_classifier(3)
+    num_params = sum(p.numel() for p in whole.extract().parameters())
+    assert cost_table(whole).params(whole.active_arch) == num_params
 
 
 def test_bad_arguments(nano):

@@ -235,8 +235,8 @@ def test_wrong_values_change_nothing() -> None:
         (source, source, images(1), 0.3, UsageError, 'MobileNetV3 is no network around a backbone'),
         (net, make_backbone('mobilenetv3_small_075'), images(1), 0.3, UsageError, 'not those of mobilenetv3_small_050'),
         (net, source, [], 0.3, UsageError, 'there are no images'),
-        (net, source, images(1), 0.0, UsageError, r'ridge=0\.0 must be above 0'),
-        (net, source, images(1), float('nan'), UsageError, 'ridge=nan must be above 0'),
+        (net, source, images(1), 0.0, UsageError, r'ridge=0\.0 must be a number above 0'),
+        (net, source, images(1), float('nan'), UsageError, 'ridge=nan must be a number above 0'),
         (
             net,
             copy.deepcopy(source).float(),
@@ -246,6 +246,16 @@ def test_wrong_values_change_nothing() -> None:
             r'the source is of torch\.float32, the model of',
         ),
         (net, source, [(images(1, 32)[0][0][:1], None)], 0.3, UsageError, r'a batch of 1 image\(s\) is too small'),
+        (
+            net,
+            source,
+            [(images(1)[0][0] * float('nan'), None)],
+            0.3,
+            UsageError,
+            r'not finite at .* NaNs in the images',
+        ),
+        (net, source, [images(1)[0][0]], 0.3, UsageError, 'a batch is a pair of images and anything, .* not Tensor'),
+        (net, source, images(1), 'a', UsageError, "ridge='a' must be a number above 0"),
         (net, source, interrupted(), 0.3, KeyboardInterrupt, None),
         (dilated, source, images(1), 0.3, UsageError, r'the two need the same options, such as output_stride'),
     ):

@@ -3,6 +3,7 @@ import io
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
@@ -376,6 +377,21 @@ def test_saved_supernet_is_rebuilt_and_continues(tmp_path):
     assert archs_of_steps(loaded, 1) == [sample(supernet.space, seed=4, step=2)]
 
 
+def test_a_step_that_is_written_into_the_buffer_counts():
+    supernet = make_supernet(seed=3)
+    archs_of_steps(supernet, 1)
+    with torch.no_grad():
+        supernet.sample_step.fill_(7)
+    assert archs_of_steps(supernet, 2) == [sample(supernet.space, seed=3, step=i) for i in (7, 8)]
+    assert supernet.sample_step.item() == 9
+
+
+def test_a_supernet_without_memory_takes_weights_and_modes():
+    supernet = timm.create_model('mixpath_nano_supernet', device='meta')
+    supernet.load_state_dict({}, strict=False)
+    supernet.load_state_dict(supernet.train().state_dict())
+
+
 def test_deepcopy_is_independent():
     supernet = make_supernet()
     archs_of_steps(supernet, 2)
@@ -553,6 +569,78 @@ def _wrap(layer: nn.Module, how: str) -> nn.Module:
     if how == 'prune':
         return prune.l1_unstructured(layer, 'weight', amount=0.5)
     return LowRank(layer)
+
+
+FAMILIES = {
+    'mixpath_nano_supernet': {},
+    'mixpath_s3_supernet': dict(num_classes=10),
+    'mixpath_nb201_supernet': {},
+    'mixpath_supernet': dict(backbone='mobilenetv3_small_050', num_classes=10),
+}
+
+
+@pytest.mark.parametrize('name', FAMILIES)
+def test_frozen_as_timm_freezes(name):
+    supernet = reference.perturb(timm.create_model(name, **FAMILIES[name])).eval()
+    names = supernet.state_dict().keys()
+    for step in range(4):
+        arch = supernet.space.arch(sample(supernet.space, seed=0, step=step))
+        frozen = copy.deepcopy(supernet)
+        timm.utils.freeze(frozen)
+        assert not any(p.requires_grad for p in frozen.parameters())
+        frozen.active_arch = supernet.active_arch = arch
+        expected = supernet(make_input())
+        torch.testing.assert_close(frozen(make_input()), expected, rtol=1e-4, atol=1e-5)
+        network = frozen.extract()
+        torch.testing.assert_close(network(make_input()), expected, rtol=1e-4, atol=1e-5)
+        assert network.state_dict().keys() == supernet.extract().state_dict().keys()
+        assert all(p.requires_grad for p in network.parameters()) and network.train().training
+    assert supernet.state_dict().keys() == names
+
+
+@pytest.mark.parametrize('name', FAMILIES)
+def test_functional_call(name):
+    supernet = reference.perturb(timm.create_model(name, **FAMILIES[name])).eval()
+    weights = {key: value.detach() * 1.5 for key, value in supernet.named_parameters()}
+    scaled = copy.deepcopy(supernet)
+    scaled.load_state_dict({**scaled.state_dict(), **weights})
+    for step in range(4):
+        scaled.active_arch = supernet.active_arch = sample(supernet.space, seed=0, step=step)
+        y = torch.func.functional_call(supernet, weights, (make_input(),))
+        torch.testing.assert_close(y, scaled(make_input()), rtol=1e-5, atol=1e-5)
+
+
+def test_shared_layers_with_weight_norm_train():
+    supernet = timm.create_model('mixpath_supernet', backbone='mobilenetv3_small_050', num_classes=10)
+    block = supernet.blocks[2][0]
+    conv = block.get_submodule(block.widest).conv_pw
+    parameter = _wrap(conv, 'weight_norm').parametrizations.weight.original1
+    supernet.train()
+    narrow = 0
+    for _ in range(30):
+        supernet.zero_grad()
+        supernet(make_input()).sum().backward()
+        name = supernet.get_choice_blocks()['blocks.2.0'].active_branch
+        if name is not None and name != block.widest:
+            narrow += 1
+            assert parameter.grad.abs().sum() > 0
+    assert narrow > 2
+
+
+def test_norms_that_can_not_be_shadowed():
+    with pytest.raises(
+        ValueError, match='norm_layer GroupNorm1Act can not be shadowed; use a batch norm, or sum_norm=bn'
+    ):
+        timm.create_model('mixpath_nano_supernet', norm_layer='groupnorm1')
+    timm.create_model('mixpath_nano_supernet', norm_layer='groupnorm1', sum_norm='bn').extract()
+
+
+def test_shadows_are_like_the_other_norms():
+    norm_layer = partial(nn.BatchNorm2d, track_running_stats=False, eps=1e-3)
+    supernet = timm.create_model('mixpath_nano_supernet', norm_layer=norm_layer)
+    norms = [m for m in supernet.modules() if isinstance(m, nn.BatchNorm2d)]
+    assert {(m.track_running_stats, m.running_mean, m.eps) for m in norms} == {(False, None, 1e-3)}
+    supernet.extract()
 
 
 @pytest.mark.filterwarnings('ignore:.*weight_norm.*:FutureWarning')

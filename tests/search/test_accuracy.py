@@ -119,6 +119,16 @@ def test_recalibration_that_fails_leaves_the_supernet_as_it_was(supernet, batche
     assert not any(bn.training or bn._forward_pre_hooks or bn.momentum is None for bn in norms)
 
 
+def test_no_images(supernet) -> None:
+    with pytest.raises(UsageError, match='there are no images to evaluate'):
+        evaluate(supernet, [])
+    with (
+        pytest.raises(UsageError, match='there are no images to recalibrate'),
+        recalibrate_bn(supernet, supernet.space.default_arch, []),
+    ):
+        pass
+
+
 @pytest.mark.parametrize(
     'name, kwargs',
     [

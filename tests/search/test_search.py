@@ -112,6 +112,8 @@ def run(setup, path: Path, evaluate=formula, *, fingerprint=FINGERPRINT, progres
         (dict(objectives={'error': 1, 'loss': 1}), "must name exactly one of 'error' and 'loss'"),
         (dict(objectives=(('error', 1), ('error', 2))), 'each objective once'),
         (dict(objectives=('error', 'macs')), 'are not pairs of a name and a weight'),
+        (dict(objectives=None), 'objectives=None are not pairs of a name and a weight'),
+        (dict(objectives=5), 'objectives=5 are not pairs of a name and a weight'),
     ],
 )
 def test_config_errors(kwargs, message):
@@ -119,6 +121,12 @@ def test_config_errors(kwargs, message):
         SearchConfig(**kwargs)
     assert message in str(e.value)
     assert '\n' not in str(e.value)
+
+
+def test_config_takes_the_numbers_of_python():
+    config = SearchConfig(max_macs=15e6, min_params=np.int64(5), seed=np.int64(3), population=np.float64(7))
+    assert config == SearchConfig(max_macs=15_000_000, min_params=5, seed=3, population=7)
+    assert json.loads(json.dumps(config.to_dict()))['max_macs'] == 15_000_000
 
 
 def test_config_is_canonical():

@@ -70,6 +70,20 @@ def worker(rank: int, folder: str) -> None:
                 if grad is not None:
                     worst = max(worst, ((grad - found[name]).abs().max() / grad.abs().max().clamp_min(1e-30)).item())
         results[case] = dict(worst=worst, num_none=num_none, start=start)
+        # The first process alone has a supernet that had been trained for a while
+        archs = {}
+        for kind in ('ours', 'DDP'):
+            other = copy.deepcopy(model)
+            if rank == 0:
+                other.load_state_dict({**other.state_dict(), 'sample_step': torch.tensor(100 + rank)})
+            if kind == 'ours':
+                SampledDataParallel(other)
+            else:
+                DistributedDataParallel(other, find_unused_parameters=True).train()
+            with torch.no_grad():
+                other(torch.zeros(2, 3, 32, 32, dtype=torch.float64))
+            archs[kind] = str(other.sampled_arch), other.sample_step.item()
+        results[case]['archs'] = archs
         with torch.no_grad():
             assert not ours(torch.zeros(2, 3, 32, 32, dtype=torch.float64)).requires_grad
     torch.save(results, Path(folder) / f'{rank}.pt')
@@ -94,3 +108,11 @@ def test_gradients_are_those_of_ddp(ranks: list[dict[str, Any]], case: str) -> N
 def test_all_start_as_the_first(ranks: list[dict[str, Any]], case: str) -> None:
     first, second = (result[case]['start'] for result in ranks)
     assert all(torch.equal(value, second[name]) for name, value in first.items())
+
+
+@pytest.mark.parametrize('case', CASES)
+def test_all_sample_what_the_first_does(ranks: list[dict[str, Any]], case: str) -> None:
+    for kind in ('ours', 'DDP'):
+        (arch, step), other = (result[case]['archs'][kind] for result in ranks)
+        assert (arch, step) == other
+        assert step == 101

@@ -7,7 +7,7 @@ parameter names are timm's. Starting a supernet from a pretrained network is thi
 
 import difflib
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from functools import cache, partial
 from pathlib import Path
@@ -286,17 +286,17 @@ def backbone_space(
     """
     check_backbone(backbone)
     name = backbone.partition('.')[0]
-    if isinstance(expansions, int | float):
-        expansions = (expansions,)
+    if not isinstance(skip, bool):
+        raise UsageError(f'skip={skip!r} must be True or False')
+    expansions = tuple(expansions) if isinstance(expansions, Iterable) else (expansions,)
     if not all(isinstance(share, int | float) and 0 < share <= 1 for share in expansions) or 1 not in expansions:
         raise UsageError(
-            f'expansions={tuple(expansions)} must be shares of the pretrained expansion, above 0 up to 1, and 1 itself '
+            f'expansions={expansions} must be shares of the pretrained expansion, above 0 up to 1, and 1 itself '
             'has to be among them'
         )
-    if isinstance(kernel_sizes, int):
-        kernel_sizes = (kernel_sizes,)
-    if kernel_sizes is not None and not all(type(size) is int for size in kernel_sizes):
-        raise UsageError(f'kernel_sizes={kernel_sizes!r} must be odd numbers, such as 3,5,7')
+    if kernel_sizes is not None:
+        kernel_sizes = _as_kernel_sizes(kernel_sizes, 'kernel_sizes')
+    more_kernel_sizes = _as_kernel_sizes(more_kernel_sizes, 'more_kernel_sizes')
     network = plain_network(name)
     specs: list[BlockSpec] = []
     choices: list[BlockChoice] = []
@@ -306,7 +306,7 @@ def backbone_space(
         if kernel_sizes is None:
             kernels = tuple(sorted({*more_kernel_sizes, *own_kernels}))
         else:
-            kernels = tuple(kernel_sizes)
+            kernels = kernel_sizes
             if missing := sorted(set(own_kernels) - set(kernels)):
                 raise UsageError(
                     f'kernel_sizes={kernels} lack the {missing[0]} that {block_name} of {name} was trained with; '
@@ -339,6 +339,13 @@ def backbone_space(
         return space.with_max_paths(min(2, space.max_paths_limit) if m is None else m)
     except ValueError as e:
         raise UsageError(str(e)) from None
+
+
+def _as_kernel_sizes(value: Any, option: str) -> tuple[int, ...]:
+    sizes = tuple(value) if isinstance(value, Iterable) else (value,)
+    if not all(type(size) is int for size in sizes):
+        raise UsageError(f'{option}={value!r} must be odd numbers, such as 3,5,7')
+    return sizes
 
 
 def check_backbone(backbone: str) -> None:
@@ -523,9 +530,8 @@ def _create(variant: str, pretrained: bool, backbone: str | None = None, **kwarg
     ) -> nn.Module:
         if backbone.partition('.')[0] != name:
             raise UsageError(f'the weights are of a network around {backbone}, not {name}; pass backbone={backbone!r}')
-        for option, value in (('skip', skip), ('share_widths', share_widths)):
-            if not isinstance(value, bool):
-                raise UsageError(f'{option}={value!r} must be True or False')
+        if not isinstance(share_widths, bool):
+            raise UsageError(f'share_widths={share_widths!r} must be True or False')
         more_kernel_sizes = more_kernel_sizes or _KERNEL_SIZES
         space = backbone_space(backbone, kernel_sizes, expansions, skip, m, more_kernel_sizes)
         if not variant.endswith('_supernet'):
@@ -543,7 +549,7 @@ def _create(variant: str, pretrained: bool, backbone: str | None = None, **kwarg
         model = _SUPERNETS[type(network)](network, space, own, arch, sum_norm, seed, sampling, share_widths)
         model._model_args = dict(backbone=backbone, expansions=expansions, skip=skip, share_widths=share_widths)
         if kernel_sizes is None:
-            model._model_args['more_kernel_sizes'] = list(more_kernel_sizes)
+            model._model_args['more_kernel_sizes'] = list(_as_kernel_sizes(more_kernel_sizes, 'more_kernel_sizes'))
         return model
 
     def check(state_dict: dict[str, Any], model: nn.Module) -> dict[str, Any]:

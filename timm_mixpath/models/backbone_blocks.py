@@ -232,7 +232,10 @@ class BackboneChoice(nn.Module):
             first, last, start = next((g for prefix, g in groups.items() if key.startswith(prefix)), (0, len(index), 0))
             self._slices[name].append(_Slice(key, dim, first, last, start))
             module, _, leaf = key.rpartition('.')
-            branch.get_submodule(module).register_parameter(leaf, None)
+            owner = branch.get_submodule(module)
+            owner.register_parameter(leaf, None)
+            if isinstance(owner, nn.BatchNorm2d):
+                owner.affine = False  # for what goes by it, as timm.utils.freeze does
 
     def _weights(self, name: str) -> dict[str, torch.Tensor]:
         """What a copy of the block has in common with the widest one, by its own names."""
@@ -241,7 +244,9 @@ class BackboneChoice(nn.Module):
         widest, index = self._modules[self.widest], self._buffers[f'{name}_channels']
         weights: dict[str, torch.Tensor] = {}
         for part in self._slices[name]:
-            weight = widest.get_parameter(part.key)
+            module, _, leaf = part.key.rpartition('.')
+            # Whatever stands in the place of the parameter: a parametrization, what functional_call was given
+            weight = getattr(widest.get_submodule(module), leaf)
             if part.dim is not None:
                 weight = weight.index_select(part.dim, index[part.first : part.last] - part.start)
             weights[part.key] = weight
@@ -291,9 +296,12 @@ class BackboneChoice(nn.Module):
         site, block = self.site, copy.deepcopy(self._modules[name])
         for key, weight in self._weights(name).items():
             module, _, leaf = key.rpartition('.')
-            requires_grad = self._modules[self.widest].get_parameter(key).requires_grad
+            requires_grad = getattr(self._modules[self.widest].get_submodule(module), leaf).requires_grad
             parameter = nn.Parameter(weight.detach().clone(), requires_grad=requires_grad)
-            block.get_submodule(module).register_parameter(leaf, parameter)
+            owner = block.get_submodule(module)
+            owner.register_parameter(leaf, parameter)
+            if isinstance(owner, nn.BatchNorm2d):
+                owner.affine = True
         candidates = _path_sums(block.get_submodule(site.paths))
         groups = [{path_name(k): paths[path_name(k)] for k in group} for paths, group in zip(candidates, choice.groups)]
         if all(len(group) == 1 for group in groups):

@@ -70,7 +70,7 @@ class ChoiceBranch(MultiPathResidual):
         **kwargs: See `MultiPathResidual`.
 
     Raises:
-        ValueError: Sums are to be normalised per channel group, by something else than a batch norm.
+        ValueError: Sums are to be normalised by something else than a batch norm.
     """
 
     _path_sum_cls = ActivePathSum
@@ -87,6 +87,11 @@ class ChoiceBranch(MultiPathResidual):
                 norms = [_make_shadows(self.bn2, chs, num_shadows) for chs in self.paths.splits]
                 self.bn2 = GroupNorms(norms, self.paths.splits)
         elif num_shadows is not None:
+            if not isinstance(self.bn3, nn.BatchNorm2d):
+                raise ValueError(
+                    f'norm_layer {type(self.bn3).__name__} can not be shadowed; use a batch norm, or sum_norm=bn for '
+                    'one norm behind all sums'
+                )
             self.bn3 = _make_shadows(self.bn3, self.bn3.num_features, num_shadows)
 
     def _can_join_norms(self) -> bool:
@@ -120,7 +125,13 @@ class ChoiceBranch(MultiPathResidual):
 
 def _make_shadows(bn: nn.BatchNorm2d, num_features: int, num_shadows: int | None) -> nn.Module:
     """Batch norms like `bn` of another width, a single one if `num_shadows` is None."""
-    kwargs = dict(eps=bn.eps, momentum=bn.momentum, device=bn.weight.device, dtype=bn.weight.dtype)
+    kwargs: dict[str, Any] = dict(
+        eps=bn.eps, momentum=bn.momentum, affine=bn.affine, track_running_stats=bn.track_running_stats
+    )
+    # Of a norm that has none of these nothing depends on the place
+    like = next((t for t in (bn.weight, bn.running_mean) if t is not None), None)
+    if like is not None:
+        kwargs.update(device=like.device, dtype=like.dtype)
     if num_shadows is None:
         return nn.BatchNorm2d(num_features, **kwargs)
     return ActiveShadowBatchNorm2d(num_features, num_shadows, **kwargs)

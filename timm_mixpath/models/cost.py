@@ -22,7 +22,7 @@ from ..spaces.arch import SKIP, Arch, BlockChoice
 from ..spaces.nasbench import CellArch
 from ..spaces.sampling import sample
 from ..spaces.space import BlockSpace, SearchSpace, Space
-from ..utils.errors import as_usage_error
+from ..utils.errors import UsageError, as_usage_error
 from .backbone import BackboneSupernet
 from .cellnet import CellSupernet
 from .mixpath import MixPath
@@ -55,9 +55,14 @@ def cost_table(
             another data set than the supernet.
 
     Raises:
-        UsageError: `input_size` is malformed or has other channels than the supernet, or an input of this size can not
-            be run.
+        UsageError: `input_size` is malformed or has other channels than the supernet, an input of this size can not
+            be run, or the supernet was cut, by features_only for example.
     """
+    if supernet.is_pruned:
+        raise UsageError(
+            'costs are those of whole networks, and features_only or prune_intermediate_layers has cut this supernet; '
+            'timm_mixpath.models.cost.count_macs(supernet.extract(arch), input_size) counts one of its networks'
+        )
     if input_size is None:
         cfg = getattr(supernet, 'pretrained_cfg', None) or {}
         # A cfg keeps its channels when a model is created with others

@@ -1,5 +1,6 @@
 """Least squares for what a smaller network has left of its backbone: better weights without a training."""
 
+import math
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -51,8 +52,8 @@ def refit(
     """
     if not isinstance(model, BackboneNet):
         raise UsageError(f'{type(model).__name__} is no network around a backbone of timm, such as mixpath')
-    if not ridge > 0:
-        raise UsageError(f'ridge={ridge} must be above 0')
+    if isinstance(ridge, bool) or not isinstance(ridge, (int, float)) or not ridge > 0:
+        raise UsageError(f'ridge={ridge!r} must be a number above 0')
     check_source(model, source)
     weight = model.conv_stem.weight
     if source.conv_stem.weight.dtype != weight.dtype:
@@ -63,8 +64,12 @@ def refit(
         model.eval()
         source.eval()
         ours, theirs = [], []
-        for x, _ in batches:
-            x = x.to(weight.device, weight.dtype)
+        for batch in batches:
+            if not isinstance(batch, (tuple, list)) or len(batch) != 2 or not isinstance(batch[0], torch.Tensor):
+                raise UsageError(
+                    f'a batch is a pair of images and anything, as a loader gives it, not {type(batch).__name__}'
+                )
+            x = batch[0].to(weight.device, weight.dtype)
             ours.append(model.bn1(model.conv_stem(x)))
             theirs.append(source.bn1(source.conv_stem(x)))
         if not ours:
@@ -102,6 +107,8 @@ def _refit(
                 'such as output_stride'
             )
         variation = _variation(theirs)
+        if not math.isfinite(variation):
+            raise UsageError(f'the features of the source are not finite at {name}; are there NaNs in the images?')
         if is_exact:
             outputs = [block(x) for x in ours]
             is_exact = _missed(outputs, theirs) <= exact * variation

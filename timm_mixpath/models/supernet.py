@@ -1,5 +1,6 @@
 """The one-shot supernet: samples an arch per training step, runs `active_arch` in eval, hands out sub-networks."""
 
+import copy
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import Any, ClassVar, Protocol, runtime_checkable
@@ -7,7 +8,9 @@ from typing import Any, ClassVar, Protocol, runtime_checkable
 import timm
 import torch
 import torch.nn as nn
+from timm.layers import FrozenBatchNormAct2d, unfreeze_batch_norm_2d
 from timm.models import get_model_args
+from torchvision.ops import FrozenBatchNorm2d
 
 from ..spaces.sampling import check_strategy, sample
 from ..spaces.space import Space
@@ -41,7 +44,8 @@ class Supernet(nn.Module):
 
     In training mode every forward samples an arch, a function of `seed` and of the step counter `sample_step`, a
     persistent buffer: all ranks of a distributed run agree in every step, and a resumed run goes on with the very
-    same sequence. Parameters that were not sampled take no part in the graph, their gradient stays None, so neither
+    same sequence. What else writes into the buffer, as DDP does at its start, counts from the next `train()` on.
+    Parameters that were not sampled take no part in the graph, their gradient stays None, so neither
     weight decay nor momentum moves them. In eval mode `active_arch` runs.
 
     The active arch is state of the module. Threads that evaluate archs of one supernet at once get each other's: give
@@ -123,9 +127,16 @@ class Supernet(nn.Module):
         if mode and self.is_folded:
             raise RuntimeError('the batch norms of this supernet are folded, it can be evaluated but not trained')
         super().train(mode)
-        if not mode:
+        if mode:
+            self.count_steps()
+        else:
             self._activate(self._active_arch)
         return self
+
+    def count_steps(self) -> None:
+        """Go on with the arch of step `sample_step`, whoever has written it; waits for the device."""
+        if not self.sample_step.is_meta:
+            self._step = int(self.sample_step)
 
     def forward_features(self, x: torch.Tensor) -> torch.Tensor:
         if self.training:
@@ -139,13 +150,13 @@ class Supernet(nn.Module):
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
-        self._step = int(self.sample_step)
+        self.count_steps()
 
     def extract(self, arch: str | None = None) -> nn.Module:
         """Return the stand-alone network of an arch with the weights it inherits.
 
         Shadow batch norms are reduced to the plain one that was in use, so the network equals this supernet in eval
-        mode with that `active_arch`.
+        mode with that `active_arch`. Nothing in it is frozen, whatever is in this supernet.
 
         Args:
             arch: Arch or its text, `active_arch` if None.
@@ -165,6 +176,10 @@ class Supernet(nn.Module):
             )
         if self.is_folded:
             raise ValueError('the batch norms of this supernet are folded; extract from the supernet it was made of')
+        if any(isinstance(module, (FrozenBatchNorm2d, FrozenBatchNormAct2d)) for module in self.modules()):
+            # timm.utils.freeze has put norms without parameters in the place of those that sub-networks have
+            thawed = unfreeze_batch_norm_2d(copy.deepcopy(self)).to(self.sample_step.device)
+            return thawed.extract(arch)
         kwargs = self.subnet_kwargs()
         with without_memory():  # what it would be initialised with is overwritten
             model = self.subnet_cls(self.space, arch, **kwargs)
@@ -213,6 +228,15 @@ class Supernet(nn.Module):
 
     def _prune_like_this(self, model: nn.Module) -> None:
         """Take from a new sub-network what was taken from this supernet, by features_only for example."""
+
+    @property
+    def is_pruned(self) -> bool:
+        """Whether a part of the network was taken from this supernet, by features_only for example."""
+        with without_memory():
+            model = self.subnet_cls(self.space, self.active_arch, **self.subnet_kwargs())
+        whole = model.state_dict().keys()
+        self._prune_like_this(model)
+        return model.state_dict().keys() != whole
 
     def _subnet_state_dict(self, model: nn.Module) -> dict[str, torch.Tensor]:
         """What the sub-network of `model.arch` inherits, by its own names."""

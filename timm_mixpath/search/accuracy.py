@@ -62,8 +62,13 @@ def evaluate(
         ranks: Processes that have a share of the batches each, every one in turn. All of them have to call, and get
             what one process with all batches would get, to the last bit.
         autocast: Makes the context of a forward pass.
+
+    Raises:
+        UsageError: There are no batches.
     """
     sums = ranks.interleave(lambda: _sums(model, batches, autocast))
+    if not sums:
+        raise UsageError('there are no images to evaluate a model with')
     loss, count, top1, top5 = (sum(column) for column in zip(*sums))
     return dict(loss=loss / count, top1=100 * top1 / count, top5=100 * top5 / count)
 
@@ -104,6 +109,9 @@ def recalibrate_bn(
 
     Yields:
         The supernet, in eval mode, with `active_arch` set.
+
+    Raises:
+        UsageError: There are no batches.
     """
     supernet.eval()
     supernet.active_arch = arch
@@ -149,6 +157,8 @@ def recalibrate_bn(
 
     try:
         found = ranks.interleave(batch_statistics)
+        if not found:
+            raise UsageError('there are no images to recalibrate batch norms with; None leaves them as they are')
         names = found[0][0]
         mean = torch.stack([row for _, row in found]).mean(0)
         sizes = [norms[name].num_features for name in names for _ in range(2)]

@@ -73,6 +73,21 @@ class SearchConfig:
             raise UsageError(
                 f'near={self.near!r} says where nsga2 begins, and {self.algorithm} draws all archs alike; leave it out'
             )
+        for name in (
+            'population',
+            'offspring',
+            'generations',
+            'seed',
+            'max_macs',
+            'min_macs',
+            'max_params',
+            'min_params',
+        ):
+            value = getattr(self, name)
+            value = value.item() if hasattr(value, 'item') else value  # of NumPy and torch
+            if isinstance(value, float) and value.is_integer():  # 15e6
+                value = int(value)
+            object.__setattr__(self, name, value)
         for name, least in (('population', 1), ('offspring', 1), ('generations', 0), ('seed', 0)):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < least:
@@ -90,8 +105,8 @@ class SearchConfig:
                 raise UsageError(f'min_{metric}={low} is above max_{metric}={high}, no arch can satisfy both')
 
         # One order and one type, so that equal configurations compare and are saved as equal
-        pairs = list(self.objectives.items() if isinstance(self.objectives, Mapping) else self.objectives)
         try:
+            pairs = list(self.objectives.items() if isinstance(self.objectives, Mapping) else self.objectives)
             weights = {name: float(weight) for name, weight in pairs}
         except (TypeError, ValueError):
             raise UsageError(f'objectives={self.objectives!r} are not pairs of a name and a weight') from None

@@ -9,6 +9,8 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from ..models.supernet import Supernet
+
 __all__ = ['SampledDataParallel']
 
 
@@ -45,6 +47,9 @@ class SampledDataParallel(nn.Module):
             dist.broadcast(flat, 0)
             for part, first in zip(parts, flat.split([part.numel() for part in parts])):
                 part.copy_(first.view_as(part))
+        for supernet in self.module.modules():
+            if isinstance(supernet, Supernet):
+                supernet.count_steps()
 
     @contextmanager
     def no_sync(self) -> Iterator[None]:
