@@ -10,7 +10,7 @@ import pytest
 import timm
 import yaml
 
-from timm_mixpath import list_spaces
+from timm_mixpath import get_space, list_spaces
 from timm_mixpath.cli.entry import _build_parser
 from timm_mixpath.models.pretrained import PACKAGED
 from timm_mixpath.utils.recipes import find_recipe, list_recipes
@@ -33,6 +33,24 @@ def test_python_block(mark: str) -> None:
         assert shown == known
     if 'my_space' in mark:
         assert 'mine' in list_spaces() and timm.is_model('mixpath_mine_supernet')
+
+
+def test_job_in_python(digits: Path, tmp_path: Path) -> None:
+    """The example of a training and a search, shorter and with other images."""
+    (block,) = [text for language, text in BLOCKS if language == 'python' and 'search_checkpoint' in text]
+    for shown, here in (
+        ("'data'", repr(str(digits))),
+        ('epochs=20', "epochs=1, device='cpu', batch_size=32"),
+        ('generations=10', 'generations=1, population=4, offspring=2'),
+    ):
+        assert shown in block
+        block = block.replace(shown, here)
+    (tmp_path / 'job.py').write_text(block)
+    done = subprocess.run([sys.executable, 'job.py'], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    arch, error = done.stdout.splitlines()[-1].split()
+    assert get_space('nano').arch(arch) and 0 <= float(error) <= 100
+    assert (tmp_path / 'output' / 'search' / 'front.json').exists()
 
 
 def test_example_of_a_photograph(capsys: pytest.CaptureFixture) -> None:

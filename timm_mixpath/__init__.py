@@ -3,6 +3,8 @@
 Importing the package registers its models with timm.
 """
 
+from typing import Any
+
 from .utils.timm_version import check_timm
 
 check_timm()  # before anything that an older timm lacks
@@ -51,3 +53,12 @@ __all__ = [
     'sample',
     'warm_start',
 ]
+
+
+def __getattr__(name: str) -> Any:
+    # Rooms that the models do not need are there when they are asked for, without an import of their own
+    if name in ('analysis', 'hub', 'search'):
+        import importlib
+
+        return importlib.import_module(f'.{name}', __name__)
+    raise AttributeError(f'module {__name__!r} has no attribute {name!r}')

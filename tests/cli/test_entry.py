@@ -174,3 +174,14 @@ def test_import_is_light() -> None:
     )
     result = subprocess.run([sys.executable, '-c', code], env=environment(), capture_output=True, text=True)
     assert result.stdout.strip() == '[]', result.stdout + result.stderr
+
+
+def test_rooms_are_there_without_an_import_of_their_own() -> None:
+    code = (
+        'import timm_mixpath\n'
+        'print(timm_mixpath.search.SearchConfig.__name__, timm_mixpath.train.default_args.__name__)\n'
+        'print(timm_mixpath.analysis.__name__, timm_mixpath.hub.__name__, hasattr(timm_mixpath, "nothing"))\n'
+    )
+    result = subprocess.run([sys.executable, '-c', code], env=environment(), capture_output=True, text=True)
+    expected = ['SearchConfig default_args', 'timm_mixpath.analysis timm_mixpath.hub False']
+    assert result.stdout.splitlines() == expected, result.stderr

@@ -293,6 +293,8 @@ def test_a_supernet_that_was_cut_has_no_table(name, kwargs):
 
 
 def test_bad_arguments(nano):
+    with pytest.raises(UsageError, match='num_classes=-1 must be at least 0'):
+        cost_table(timm.create_model('mixpath_nano_supernet', device='meta'), num_classes=-1)
     with pytest.raises(ValueError, match='width_mult belongs to the space'):
         CostTable(nano.space, width_mult=0.5)
     for input_size in ((32, 32), (3, 0, 32), (3, 32.0, 32)):

@@ -56,7 +56,7 @@ def cost_table(
 
     Raises:
         UsageError: `input_size` is malformed or has other channels than the supernet, an input of this size can not
-            be run, or the supernet was cut, by features_only for example.
+            be run, `num_classes` is negative, or the supernet was cut, by features_only for example.
     """
     if supernet.is_pruned:
         raise UsageError(
@@ -68,6 +68,8 @@ def cost_table(
         # A cfg keeps its channels when a model is created with others
         input_size = (supernet.in_chans, *(cfg.get('input_size') or supernet.space.input_size)[1:])
     num_classes = supernet.num_classes if num_classes is None else num_classes
+    if num_classes < 0:
+        raise UsageError(f'num_classes={num_classes} must be at least 0')
     with as_usage_error('costs can not be counted'):
         input_size = check_input_size(input_size)
         if input_size[0] != supernet.in_chans:

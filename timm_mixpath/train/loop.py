@@ -125,6 +125,8 @@ class _Run:
 def train(args: Namespace) -> TrainResult:
     """Train a model.
 
+    The generators of torch, NumPy and `random` are seeded, as by timm's train.py, and stay where the run leaves them.
+
     Args:
         args: Options, see `options.add_train_options`; `default_args` gives a set to start from.
 
