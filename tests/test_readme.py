@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import timm
 import yaml
+from commands import environment
 
 from timm_mixpath import get_space, list_spaces
 from timm_mixpath.cli.entry import _build_parser
@@ -40,13 +41,15 @@ def test_job_in_python(digits: Path, tmp_path: Path) -> None:
     (block,) = [text for language, text in BLOCKS if language == 'python' and 'search_checkpoint' in text]
     for shown, here in (
         ("'data'", repr(str(digits))),
-        ('epochs=20', "epochs=1, device='cpu', batch_size=32"),
+        ('epochs=20, device=None', "epochs=1, device='cpu', batch_size=32"),
         ('generations=10', 'generations=1, population=4, offspring=2'),
     ):
         assert shown in block
         block = block.replace(shown, here)
     (tmp_path / 'job.py').write_text(block)
-    done = subprocess.run([sys.executable, 'job.py'], cwd=tmp_path, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, 'job.py'], cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=500
+    )
     assert done.returncode == 0, done.stderr[-2000:]
     arch, error = done.stdout.splitlines()[-1].split()
     assert get_space('nano').arch(arch) and 0 <= float(error) <= 100

@@ -56,9 +56,13 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    # Rooms that the models do not need are there when they are asked for, without an import of their own
-    if name in ('analysis', 'hub', 'search'):
-        import importlib
+    # The models do not need it, and it takes a while
+    if name == 'search':
+        from . import search
 
-        return importlib.import_module(f'.{name}', __name__)
+        return search
     raise AttributeError(f'module {__name__!r} has no attribute {name!r}')
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), 'search'})

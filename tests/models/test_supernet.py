@@ -595,7 +595,18 @@ def test_frozen_as_timm_freezes(name):
         torch.testing.assert_close(network(make_input()), expected, rtol=1e-4, atol=1e-5)
         assert network.state_dict().keys() == supernet.extract().state_dict().keys()
         assert all(p.requires_grad for p in network.parameters()) and network.train().training
-    assert supernet.state_dict().keys() == names
+    counters = {key for key in names if key.endswith('num_batches_tracked')}
+    assert frozen.state_dict().keys() == names - counters
+    timm.utils.unfreeze(frozen)
+    assert frozen.state_dict().keys() == names
+    weights = copy.deepcopy(frozen.state_dict())
+    for module in frozen.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.reset_running_stats()
+    for other in (frozen, timm.create_model(name, **FAMILIES[name])):
+        other.load_state_dict(weights)
+        other.eval().active_arch = arch
+        torch.testing.assert_close(other(make_input()), expected, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize('name', FAMILIES)

@@ -1,3 +1,5 @@
+import copy
+
 import pytest
 import timm
 import torch
@@ -117,6 +119,14 @@ def test_recalibration_that_fails_leaves_the_supernet_as_it_was(supernet, batche
     assert all(torch.equal(v, before[k]) for k, v in supernet.state_dict().items())
     norms = [m for m in supernet.modules() if isinstance(m, nn.BatchNorm2d)]
     assert not any(bn.training or bn._forward_pre_hooks or bn.momentum is None for bn in norms)
+
+
+def test_nothing_to_recalibrate(supernet, batches) -> None:
+    frozen = copy.deepcopy(supernet)
+    timm.utils.freeze(frozen)
+    arch = frozen.space.default_arch
+    with recalibrate_bn(frozen, arch, batches) as same, recalibrate_bn(supernet, arch, None) as plain:
+        torch.testing.assert_close(same(batches[0][0]), plain(batches[0][0]), rtol=1e-4, atol=1e-4)
 
 
 def test_no_images(supernet) -> None:

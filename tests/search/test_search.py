@@ -127,6 +127,12 @@ def test_config_takes_the_numbers_of_python():
     config = SearchConfig(max_macs=15e6, min_params=np.int64(5), seed=np.int64(3), population=np.float64(7))
     assert config == SearchConfig(max_macs=15_000_000, min_params=5, seed=3, population=7)
     assert json.loads(json.dumps(config.to_dict()))['max_macs'] == 15_000_000
+    assert json.dumps(SearchConfig(max_latency=np.float32(8)).to_dict()) == json.dumps(
+        SearchConfig(max_latency=8.0).to_dict()
+    )
+    for value in (np.array([1, 2]), torch.tensor([1, 2]), '5'):
+        with pytest.raises(UsageError, match='population='):
+            SearchConfig(population=value)
 
 
 def test_config_is_canonical():

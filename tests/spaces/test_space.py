@@ -1,6 +1,7 @@
 from dataclasses import FrozenInstanceError, replace
 from itertools import combinations
 
+import numpy as np
 import pytest
 import timm
 import torch
@@ -260,6 +261,16 @@ def test_register_conflict():
         (dict(ds_chs=0), 'ds_chs=0 must be'),
         (dict(num_classes=-1), 'num_classes=-1 must be an integer of at least 0'),
         (dict(blocks=(BlockSpec(24.5),)), r'out_chs=24\.5 must be a positive integer'),
+    ],
+)
+def test_sizes_of_a_space(change, message):
+    with pytest.raises(ValueError, match=message):
+        replace(OWN, **change)
+
+
+@pytest.mark.parametrize(
+    'change, message',
+    [
         (dict(act_layer='rellu'), "no network can be built of space 'of_mistakes': unknown activation 'rellu'"),
         (dict(blocks=(BlockSpec(8, act_layer='rellu'),)), "unknown activation 'rellu'"),
         (dict(blocks=(BlockSpec(8, exp_groups=5),)), 'must be divisible by groups'),
@@ -270,6 +281,14 @@ def test_a_mistake_leaves_the_name_free(change, message):
         register_space(replace(OWN, **{'name': 'of_mistakes', **change}))
     assert 'of_mistakes' not in list_spaces()
     assert not timm.list_models('mixpath_of_mistakes*')
+
+
+def test_sizes_of_numpy():
+    block = BlockSpec(np.int64(16), stride=np.int64(2), kernel_sizes=np.array([3, 5]), expand_ratios=(2, 4))
+    space = replace(
+        OWN, blocks=(OWN.blocks[0], block, OWN.blocks[2]), num_features=np.int64(32), input_size=np.array([3, 16, 16])
+    )
+    assert space == OWN and repr(space) == repr(OWN)
 
 
 def test_sizes_as_a_list():

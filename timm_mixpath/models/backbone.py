@@ -35,6 +35,7 @@ from ..spaces.space import BlockSpec
 from ..utils.errors import RunError, UsageError, concise
 from ..utils.hub_client import WEIGHTS_NAME, hub_errors
 from ..utils.modes import without_memory
+from ..utils.numbers import as_int
 from .backbone_blocks import SEARCHED_BLOCKS, BackboneChoice, BlockSite, fixed_block
 from .layers import run_out_of_place
 from .pretrained import (
@@ -342,7 +343,7 @@ def backbone_space(
 
 
 def _as_kernel_sizes(value: Any, option: str) -> tuple[int, ...]:
-    sizes = tuple(value) if isinstance(value, Iterable) else (value,)
+    sizes = tuple(map(as_int, value)) if isinstance(value, Iterable) else (value,)
     if not all(type(size) is int for size in sizes):
         raise UsageError(f'{option}={value!r} must be odd numbers, such as 3,5,7')
     return sizes
@@ -532,7 +533,8 @@ def _create(variant: str, pretrained: bool, backbone: str | None = None, **kwarg
             raise UsageError(f'the weights are of a network around {backbone}, not {name}; pass backbone={backbone!r}')
         if not isinstance(share_widths, bool):
             raise UsageError(f'share_widths={share_widths!r} must be True or False')
-        more_kernel_sizes = more_kernel_sizes or _KERNEL_SIZES
+        if more_kernel_sizes is None:
+            more_kernel_sizes = _KERNEL_SIZES
         space = backbone_space(backbone, kernel_sizes, expansions, skip, m, more_kernel_sizes)
         if not variant.endswith('_supernet'):
             space = _including(space, arch)

@@ -252,6 +252,26 @@ class BackboneChoice(nn.Module):
             weights[part.key] = weight
         return weights
 
+    # timm.utils.freeze and unfreeze give the norms of a narrower copy tensors of their own, which nothing uses. A state
+    # dict is the same before, between and afterwards.
+
+    def state_dict(self, *args: Any, prefix: str = '', **kwargs: Any) -> dict[str, Any]:
+        """See `nn.Module.state_dict`."""
+        state_dict = super().state_dict(*args, prefix=prefix, **kwargs)
+        for key in self._unused_keys():
+            state_dict.pop(prefix + key, None)
+        return state_dict
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
+        for key in self._unused_keys():
+            module, _, leaf = key.rpartition('.')
+            if (own := getattr(self.get_submodule(module), leaf)) is not None:
+                state_dict.setdefault(prefix + key, own.detach())
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
+    def _unused_keys(self) -> list[str]:
+        return [f'{name}.{part.key}' for name, slices in self._slices.items() for part in slices]
+
     def set_choice(self, choice: BlockChoice) -> None:
         """Activate the paths of a choice."""
         if choice.is_skip:

@@ -125,13 +125,8 @@ class ChoiceBranch(MultiPathResidual):
 
 def _make_shadows(bn: nn.BatchNorm2d, num_features: int, num_shadows: int | None) -> nn.Module:
     """Batch norms like `bn` of another width, a single one if `num_shadows` is None."""
-    kwargs: dict[str, Any] = dict(
-        eps=bn.eps, momentum=bn.momentum, affine=bn.affine, track_running_stats=bn.track_running_stats
-    )
-    # Of a norm that has none of these nothing depends on the place
-    like = next((t for t in (bn.weight, bn.running_mean) if t is not None), None)
-    if like is not None:
-        kwargs.update(device=like.device, dtype=like.dtype)
+    kwargs = dict(eps=bn.eps, momentum=bn.momentum, track_running_stats=bn.track_running_stats)
+    kwargs.update(device=bn.weight.device, dtype=bn.weight.dtype)
     if num_shadows is None:
         return nn.BatchNorm2d(num_features, **kwargs)
     return ActiveShadowBatchNorm2d(num_features, num_shadows, **kwargs)

@@ -58,7 +58,7 @@ def cost_table(
         UsageError: `input_size` is malformed or has other channels than the supernet, an input of this size can not
             be run, `num_classes` is negative, or the supernet was cut, by features_only for example.
     """
-    if supernet.is_pruned:
+    if supernet.is_pruned():
         raise UsageError(
             'costs are those of whole networks, and features_only or prune_intermediate_layers has cut this supernet; '
             'timm_mixpath.models.cost.count_macs(supernet.extract(arch), input_size) counts one of its networks'

@@ -177,7 +177,8 @@ class Supernet(nn.Module):
         if self.is_folded:
             raise ValueError('the batch norms of this supernet are folded; extract from the supernet it was made of')
         if any(isinstance(module, (FrozenBatchNorm2d, FrozenBatchNormAct2d)) for module in self.modules()):
-            # timm.utils.freeze has put norms without parameters in the place of those that sub-networks have
+            # timm.utils.freeze has put norms without parameters in the place of those that sub-networks have; a copy of
+            # all for one network, which has its time where somebody freezes a supernet
             thawed = unfreeze_batch_norm_2d(copy.deepcopy(self)).to(self.sample_step.device)
             return thawed.extract(arch)
         kwargs = self.subnet_kwargs()
@@ -229,9 +230,8 @@ class Supernet(nn.Module):
     def _prune_like_this(self, model: nn.Module) -> None:
         """Take from a new sub-network what was taken from this supernet, by features_only for example."""
 
-    @property
     def is_pruned(self) -> bool:
-        """Whether a part of the network was taken from this supernet, by features_only for example."""
+        """Return whether a part of the network was taken from this supernet, by features_only for example."""
         with without_memory():
             model = self.subnet_cls(self.space, self.active_arch, **self.subnet_kwargs())
         whole = model.state_dict().keys()

@@ -115,14 +115,14 @@ def recalibrate_bn(
     """
     supernet.eval()
     supernet.active_arch = arch
-    if batches is None:
-        yield supernet
-        return
     norms = {
         name: module
         for name, module in supernet.named_modules()
         if isinstance(module, _BatchNorm) and module.running_mean is not None
     }
+    if batches is None or not norms:  # all may be frozen
+        yield supernet
+        return
     saved: dict[str, tuple[float | None, tuple[torch.Tensor, ...]]] = {}
 
     def save(name: str) -> None:

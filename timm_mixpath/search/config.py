@@ -3,9 +3,11 @@
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from numbers import Real
 from typing import Any
 
 from ..utils.errors import UsageError
+from ..utils.numbers import as_int
 
 __all__ = ['LIMITED', 'SearchConfig']
 
@@ -73,28 +75,13 @@ class SearchConfig:
             raise UsageError(
                 f'near={self.near!r} says where nsga2 begins, and {self.algorithm} draws all archs alike; leave it out'
             )
-        for name in (
-            'population',
-            'offspring',
-            'generations',
-            'seed',
-            'max_macs',
-            'min_macs',
-            'max_params',
-            'min_params',
-        ):
-            value = getattr(self, name)
-            value = value.item() if hasattr(value, 'item') else value  # of NumPy and torch
-            if isinstance(value, float) and value.is_integer():  # 15e6
-                value = int(value)
-            object.__setattr__(self, name, value)
         for name, least in (('population', 1), ('offspring', 1), ('generations', 0), ('seed', 0)):
-            value = getattr(self, name)
+            value = self._set_number(name)
             if isinstance(value, bool) or not isinstance(value, int) or value < least:
                 raise UsageError(f'{name}={value!r} is not an integer of at least {least}')
         for metric in LIMITED:
             for name in (f'max_{metric}', f'min_{metric}'):
-                value = getattr(self, name)
+                value = self._set_number(name, whole=metric != 'latency')
                 types, what = ((int, float), 'a number') if metric == 'latency' else (int, 'an integer')
                 if value is None:
                     continue
@@ -121,6 +108,16 @@ class SearchConfig:
             )
         ordered = tuple((name, weights[name]) for name in OBJECTIVES if name in weights)
         object.__setattr__(self, 'objectives', ordered)
+
+    def _set_number(self, name: str, whole: bool = True) -> Any:
+        """Make a field a number of Python, where it is one of NumPy or torch, or a whole one such as 15e6."""
+        value = as_int(getattr(self, name))
+        if isinstance(value, Real) and not isinstance(value, (int, float)):
+            value = float(value)
+        if whole and isinstance(value, float) and value.is_integer():
+            value = int(value)
+        object.__setattr__(self, name, value)
+        return value
 
     @property
     def num_evaluations(self) -> int:

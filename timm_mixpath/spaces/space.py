@@ -11,6 +11,7 @@ from functools import cache
 from itertools import combinations, product
 from typing import TYPE_CHECKING
 
+from ..utils.numbers import as_int
 from .arch import SKIP, Arch, BlockChoice, cached_choice, check_expand_ratio, check_vector
 
 if TYPE_CHECKING:
@@ -143,7 +144,9 @@ class BlockSpec:
     def __post_init__(self) -> None:
         # lists are welcome, but a space is hashed and compared
         object.__setattr__(self, 'expand_ratios', tuple(self.expand_ratios))
-        object.__setattr__(self, 'kernel_sizes', tuple(self.kernel_sizes))
+        object.__setattr__(self, 'kernel_sizes', tuple(map(as_int, self.kernel_sizes)))
+        object.__setattr__(self, 'out_chs', as_int(self.out_chs))
+        object.__setattr__(self, 'stride', as_int(self.stride))
 
 
 class BlockSpace(Space):
@@ -341,7 +344,7 @@ class SearchSpace(BlockSpace):
 
     def __post_init__(self) -> None:
         self._check_blocks()
-        size = tuple(self.input_size) if isinstance(self.input_size, Iterable) else (self.input_size,)
+        size = tuple(map(as_int, self.input_size)) if isinstance(self.input_size, Iterable) else (self.input_size,)
         object.__setattr__(self, 'input_size', size)  # a list is welcome, but a space is hashed and compared
         if len(size) != 3 or not all(type(n) is int and n > 0 for n in size):
             raise ValueError(
@@ -354,7 +357,8 @@ class SearchSpace(BlockSpace):
             ('ds_chs', 1),
             ('num_classes', 0),
         ):
-            value = getattr(self, field)
+            value = as_int(getattr(self, field))
+            object.__setattr__(self, field, value)
             if not (field == 'ds_chs' and value is None) and (type(value) is not int or value < least):
                 raise ValueError(f'space {self.name!r}: {field}={value!r} must be an integer of at least {least}')
         for block in self.blocks:

@@ -422,7 +422,7 @@ def _train_epochs(args: Namespace, run: _Run) -> TrainResult:
 
 def _last_metrics(summary: Path) -> dict[str, float]:
     last = read_csv(summary)[-1:] if summary.exists() else []
-    return {key: float(value) for row in last for key, value in row.items() if key.startswith(('train_', 'eval_'))}
+    return {k: float(v) for row in last for k, v in row.items() if v and k.startswith(('train_', 'eval_'))}
 
 
 def _train_all(args: Namespace, run: _Run, result: TrainResult, log: Callable[..., None] | None) -> None:

@@ -3,6 +3,7 @@
 import argparse
 import os
 from argparse import Namespace
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -292,13 +293,15 @@ def _convert(value: Any, action: argparse.Action, what: str) -> Any:
         return value
     kind = action.type or str
     values = value if is_list else [value]
-    if not all(v is None or isinstance(v, (str, int, float)) for v in values):
+    if not all(v is None or isinstance(v, (str, int, float, date)) for v in values):  # YAML reads 2024-01-01 as a date
         raise UsageError(f'{what} is {value!r}, expected {"a list of " if is_list else ""}text or numbers')
     if isinstance(action.nargs, int) and len(values) != action.nargs:
         raise UsageError(f'{what} is {value!r}, expected {action.nargs} values')
     try:  # YAML reads 1e-5 as text
         converted = [kind(v) if kind in (int, str) else kind(str(v)) for v in values]
-        if kind is int and any(isinstance(v, bool) or float(v) != c for v, c in zip(values, converted)):
+        if kind is int and any(
+            isinstance(v, bool) or (isinstance(v, float) and v != c) for v, c in zip(values, converted)
+        ):
             raise ValueError
         if any(v is None or (kind is str and isinstance(v, bool)) for v in values):
             raise ValueError
@@ -329,7 +332,7 @@ def default_args(**overrides: Any) -> argparse.Namespace:
 
     Args:
         **overrides: Options that differ, by their names with underscores. `config`, a recipe's name or path, sets the
-            defaults of the others, as on the command line.
+            defaults of the others, as on the command line; set afterwards it does nothing.
 
     Raises:
         UsageError: There is no such option or recipe, or the option can not have this value.
@@ -340,19 +343,17 @@ def default_args(**overrides: Any) -> argparse.Namespace:
     for name in overrides:
         if name not in actions:
             raise UsageError(f'{name!r} is not an option of timm_mixpath train')
-    if overrides.get('config') is not None:
-        apply_config(parser, find_recipe(os.fspath(overrides['config'])))
-    args = parser.parse_args([])
-    for name, value in overrides.items():
-        setattr(args, name, _checked(value, actions[name]))
-    return args
+    checked = {name: _checked(value, actions[name]) for name, value in overrides.items()}
+    if checked.get('config'):
+        apply_config(parser, find_recipe(checked['config']))
+    return Namespace(**{**vars(parser.parse_args([])), **checked})
 
 
 def _options(parser: argparse.ArgumentParser) -> dict[str, argparse.Action]:
     return {action.dest: action for action in parser._actions if action.default != argparse.SUPPRESS}
 
 
-def _plain(value: Any) -> Any:
+def _as_yaml(value: Any) -> Any:
     """Return a value of Python as YAML would give it: numbers of NumPy and torch, tuples, paths, devices, too."""
     if isinstance(value, str):
         return str(value)  # an Arch is a text of its own class
@@ -360,26 +361,30 @@ def _plain(value: Any) -> Any:
         return os.fspath(value)
     if hasattr(value, 'tolist'):
         return value.tolist()
-    if isinstance(value, (tuple, set, frozenset)):
-        return [_plain(v) for v in value]
+    if isinstance(value, dict):
+        # Tuples remain: those of a command line are, and a resumed run has to have the same
+        return {k: tuple(map(_as_yaml, v)) if isinstance(v, tuple) else _as_yaml(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple, set, frozenset, range)):
+        return [_as_yaml(v) for v in value]
     if isinstance(value, torch.device):
         return str(value)
     return value
 
 
 def _checked(value: Any, action: argparse.Action) -> Any:
-    value = _plain_kwargs(value, action.dest) if isinstance(value, dict) else _plain(value)
-    return _convert(value, action, action.dest)
-
-
-def _plain_kwargs(kwargs: dict[str, Any], what: str) -> dict[str, Any]:
-    plain = {key: value if isinstance(value, tuple) else _plain(value) for key, value in kwargs.items()}
-    for key, value in plain.items():
+    """Check a value of Python as that of a recipe is."""
+    name = action.dest
+    if value is None and name == 'color_jitter':
+        return 0.0  # timm's word for none
+    if value is None and not action.default:
+        return action.default  # that of an option that is off
+    value = _convert(_as_yaml(value), action, name)
+    for key, part in value.items() if isinstance(value, dict) else ():
         try:
-            yaml.safe_dump(value)
+            yaml.safe_dump(part)
         except yaml.YAMLError:
-            raise UsageError(f'{what}: {key}={value!r} can not be stored; give a name, numbers or a list') from None
-    return plain
+            raise UsageError(f'{name}: {key}={part!r} can not be stored; give a name, numbers or a list') from None
+    return value
 
 
 def make_storable(args: Namespace) -> None:
@@ -390,9 +395,12 @@ def make_storable(args: Namespace) -> None:
     """
     parser = argparse.ArgumentParser()
     add_train_options(parser)
-    for key, action in _options(parser).items():
-        if hasattr(args, key):
-            setattr(args, key, _plain(_checked(getattr(args, key), action)))
+    actions = _options(parser)
+    for key, value in vars(args).items():
+        if key in actions:
+            setattr(args, key, _checked(value, actions[key]))
+        elif isinstance(value, os.PathLike):
+            setattr(args, key, os.fspath(value))
     if args.data_dir:
         args.data_dir = os.path.abspath(args.data_dir)  # a later search may start from another folder
     if args.class_map and os.path.exists(args.class_map):  # otherwise timm looks for it in the data folder

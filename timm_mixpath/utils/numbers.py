@@ -1,11 +1,13 @@
 """Numbers as people write them on a command line."""
 
 import math
+import operator
 import re
 from argparse import ArgumentTypeError
 from decimal import Decimal
+from typing import Any
 
-__all__ = ['parse_count', 'parse_epochs', 'parse_float', 'parse_milliseconds', 'parse_share']
+__all__ = ['as_int', 'parse_count', 'parse_epochs', 'parse_float', 'parse_milliseconds', 'parse_share']
 
 _PLAIN = r'\d+(?:\.\d*)?|\.\d+'
 _GROUPED = r'\d{1,3}(?:_\d{3})+(?:\.\d*)?|\d{1,3}(?:,\d{3})+(?:\.\d*)?|\d+(?:_\d+)+'
@@ -17,6 +19,14 @@ _COUNT = re.compile(
     r'\s*(?P<what>macs?|madds?|params?|parameters|images|archs)?',
     re.IGNORECASE,
 )
+
+
+def as_int(value: Any) -> Any:
+    """Return an integer of NumPy or torch as one of Python, and anything else as it is."""
+    try:
+        return value if isinstance(value, bool) else operator.index(value)
+    except TypeError:
+        return value
 
 
 def parse_count(text: str) -> int:
