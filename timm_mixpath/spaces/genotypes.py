@@ -26,13 +26,7 @@ MIXPATH_B = (
 )
 
 # S1
-MIXPATH_C = (
-    'k3+5+9_e3,k5+7+9_e3,'
-    'k3+5+7_e6,k3+5+7+9_e6,k3+5+7+9_e6,'
-    'k9_e6,k3+7+9_e3,k3+5+7+9_e3,'
-    'k5_e6,k3+5+9_e6,'
-    'k7+9_e6,k3+5+7+9_e3'
-)
+MIXPATH_C = 'k7_e3,k3+5+7_e6,k3+5+7+9_e3,k3_e6,k3+5+7+9_e3,k3+9_e3,k3+5+7+9_e3,k9_e3,k3+5+7+9_e6,k5_e6,k9_e6,k3+9_e3'
 
 # Around tf_efficientnet_lite0, m = 2; not in the paper
 MIXPATH_LITE0 = 'k3_e1,k3_e4.5,k3_e6,k5_e6,k5_e6,k3_e6,k3_e3,k3_e6,k5_e4.5,k5_e6,k5+7_e6,k5_e6,k5_e6,k3_e6,k5_e6,k3_e6'
