@@ -3,6 +3,7 @@
 Importing the package registers its models with timm.
 """
 
+from importlib import import_module
 from typing import Any
 
 from .utils.timm_version import check_timm
@@ -58,9 +59,7 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     # The models do not need it, and it takes a while
     if name == 'search':
-        from . import search
-
-        return search
+        return import_module('.search', __name__)
     raise AttributeError(f'module {__name__!r} has no attribute {name!r}')
 
 
