@@ -533,8 +533,8 @@ def _create(variant: str, pretrained: bool, backbone: str | None = None, **kwarg
             raise UsageError(f'the weights are of a network around {backbone}, not {name}; pass backbone={backbone!r}')
         if not isinstance(share_widths, bool):
             raise UsageError(f'share_widths={share_widths!r} must be True or False')
-        if more_kernel_sizes is None:
-            more_kernel_sizes = _KERNEL_SIZES
+        more_kernel_sizes = _KERNEL_SIZES if more_kernel_sizes is None else more_kernel_sizes
+        more_kernel_sizes = _as_kernel_sizes(more_kernel_sizes, 'more_kernel_sizes')
         space = backbone_space(backbone, kernel_sizes, expansions, skip, m, more_kernel_sizes)
         if not variant.endswith('_supernet'):
             space = _including(space, arch)
@@ -551,7 +551,7 @@ def _create(variant: str, pretrained: bool, backbone: str | None = None, **kwarg
         model = _SUPERNETS[type(network)](network, space, own, arch, sum_norm, seed, sampling, share_widths)
         model._model_args = dict(backbone=backbone, expansions=expansions, skip=skip, share_widths=share_widths)
         if kernel_sizes is None:
-            model._model_args['more_kernel_sizes'] = list(_as_kernel_sizes(more_kernel_sizes, 'more_kernel_sizes'))
+            model._model_args['more_kernel_sizes'] = list(more_kernel_sizes)
         return model
 
     def check(state_dict: dict[str, Any], model: nn.Module) -> dict[str, Any]:

@@ -320,8 +320,7 @@ def read_config(path: str | Path | None) -> argparse.Namespace:
     Raises:
         UsageError: See `apply_config`.
     """
-    parser = argparse.ArgumentParser()
-    add_train_options(parser)
+    parser = _train_parser()
     if path is not None:
         apply_config(parser, path)
     return parser.parse_args([])
@@ -337,8 +336,7 @@ def default_args(**overrides: Any) -> argparse.Namespace:
     Raises:
         UsageError: There is no such option or recipe, or the option can not have this value.
     """
-    parser = argparse.ArgumentParser()
-    add_train_options(parser)
+    parser = _train_parser()
     actions = _options(parser)
     for name in overrides:
         if name not in actions:
@@ -347,6 +345,12 @@ def default_args(**overrides: Any) -> argparse.Namespace:
     if checked.get('config'):
         apply_config(parser, find_recipe(checked['config']))
     return Namespace(**{**vars(parser.parse_args([])), **checked})
+
+
+def _train_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser()
+    add_train_options(parser)
+    return parser
 
 
 def _options(parser: argparse.ArgumentParser) -> dict[str, argparse.Action]:
@@ -393,9 +397,7 @@ def make_storable(args: Namespace) -> None:
     Raises:
         UsageError: An option can not have the value that it has.
     """
-    parser = argparse.ArgumentParser()
-    add_train_options(parser)
-    actions = _options(parser)
+    actions = _options(_train_parser())
     for key, value in vars(args).items():
         if key in actions:
             setattr(args, key, _checked(value, actions[key]))
