@@ -332,25 +332,30 @@ class BackboneCostTable(_BlockCosts):
         self.num_classes = num_classes
         self.input_size = input_size
         whole = supernet.make_empty(num_classes)
-        archs, macs = _single_path_archs(self.space), dict[str, int]()
-        for arch in archs:
-            whole.active_arch = arch
+        blocks = whole.get_choice_blocks()
+        # All paths of a block at once, one expansion after the other
+        choices = [
+            [BlockChoice((spec.kernel_sizes,) * spec.num_groups, e) for e in spec.expand_ratios]
+            for spec in self.space.blocks
+        ]
+        macs: dict[str, int] = {}
+        for i in range(max(map(len, choices))):
+            for block, of_block in zip(blocks.values(), choices):
+                block.set_choice(of_block[i % len(of_block)])
             macs.update(count_macs(whole, input_size))
         counts = {'macs': macs, 'params': {name: p.numel() for name, p in whole.named_parameters()}}
-        blocks = whole.get_choice_blocks()
         for metric, count in counts.items():
             self._base[metric] = _sum_below(count, '')
             for index, (name, block) in enumerate(blocks.items()):
                 of_block = {key: n for key, n in count.items() if key.startswith(f'{name}.')}
                 self._base[metric] -= sum(of_block.values())
-                for choice in dict.fromkeys(arch.blocks[index] for arch in archs):
-                    expansion, groups = block.parts(choice)
+                for choice in choices[index]:
+                    expansion, paths = block.parts(choice)
                     total = _sum_below(of_block, f'{name}.{expansion}.')
                     total -= _sum_below(of_block, f'{name}.{expansion}.{block.site.paths}.')
-                    self._costs[metric].setdefault((index, choice.expand_ratio), total)
-                    for group, (part, kernels) in enumerate(zip(groups, choice.groups)):
-                        key = index, choice.expand_ratio, group, kernels[0]
-                        self._costs[metric].setdefault(key, _sum_below(of_block, f'{name}.{part}.'))
+                    self._costs[metric][index, choice.expand_ratio] = total
+                    for part, path in zip(_parts_of(index, choice)[1:], paths):
+                        self._costs[metric][part] = _sum_below(of_block, f'{name}.{path}.')
 
 
 class CellCostTable(_Costs):
