@@ -1,5 +1,7 @@
 import csv
 import json
+import shutil
+from argparse import Namespace
 from pathlib import Path
 
 import pytest
@@ -13,10 +15,10 @@ from timm_mixpath.models.cost import cost_table, count_macs
 from timm_mixpath.models.latency import measure_latency
 from timm_mixpath.search.accuracy import evaluate
 from timm_mixpath.search.config import SearchConfig
-from timm_mixpath.search.images import SearchData, load_batches
+from timm_mixpath.search.images import SearchData, load_batches, open_search_split
 from timm_mixpath.search.run import search_checkpoint
-from timm_mixpath.train.checkpoint import load_model
-from timm_mixpath.train.data import hold_out, open_dataset
+from timm_mixpath.train.checkpoint import load_model, read_checkpoint
+from timm_mixpath.train.data import file_names, hold_out, open_dataset
 from timm_mixpath.train.loop import train
 from timm_mixpath.utils.errors import UsageError
 
@@ -111,6 +113,61 @@ def test_search_split_by_name_and_warning(digits: Path, tmp_path: Path, caplog: 
     result = search_checkpoint(run / 'last.pth.tar', tmp_path / 'b', SMALL, data, workers=0)
     assert 'trained on all' not in caplog.text
     assert result.fingerprint['num_images'] == 30 and result.fingerprint['split'] == 'validation'
+
+
+def test_images_that_were_trained_on_are_noticed(
+    digits: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    data = tmp_path / 'data'
+    shutil.copytree(digits, data)
+    args = small_args(data, tmp_path, epochs=1)
+    run = train(args).output_dir
+    loaded = load_model(run / 'last.pth.tar')
+    search_set, _, _ = open_search_split(loaded, SearchData())
+    names = file_names(search_set.dataset)
+    kept = next(i for i in range(200) if i not in search_set.indices)
+    (data / 'train' / names[kept]).unlink()  # which the search never needs
+    now, _, _ = open_search_split(loaded, SearchData())
+    assert [file_names(now.dataset)[i] for i in now.indices] == [names[i] for i in search_set.indices]
+    assert 'trained on' not in caplog.text
+    (data / 'train' / names[search_set.indices[0]]).unlink()
+    open_search_split(loaded, SearchData())
+    assert '(200 then, 198 now): some of those that are held out now may have been trained on' in caplog.text
+    caplog.clear()
+    train(Namespace(**{**vars(args), 'epochs': 2, 'resume': str(run / 'last.pth.tar')}))
+    assert '(200 then, 198 now)' in caplog.text
+
+
+def test_checkpoint_without_a_record_is_searched_on_the_images_of_its_time(
+    digits: Path, supernet_run: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    checkpoint = read_checkpoint(supernet_run / 'last.pth.tar')
+    del checkpoint['args'].held_out
+    torch.save(checkpoint, tmp_path / 'old.pth.tar')
+    loaded = load_model(tmp_path / 'old.pth.tar')
+    search_set, _, _ = open_search_split(loaded, SearchData())
+    _, expected = hold_out(open_dataset('', str(digits), 'train'), 0.1, by_position=True)
+    assert search_set.indices == expected.indices and 'trained on' not in caplog.text
+    _, other = hold_out(open_dataset('', str(digits), 'train'), 0.1)
+    assert search_set.indices != other.indices
+
+
+@pytest.mark.parametrize('by', ['pretrained_path', 'initial_checkpoint'])
+def test_start_from_a_training_that_held_the_same_out(
+    digits: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, by: str
+) -> None:
+    backbone = 'mobilenetv3_small_050'
+    supernet = dict(model='mixpath_supernet', model_kwargs=dict(backbone=backbone), epochs=1)
+    for holdout, warns in ((0.1, False), (0.0, True)):
+        own = dict(supernet, search_holdout=holdout)
+        if by == 'pretrained_path':
+            own['model'], own['model_kwargs'] = backbone, {}
+        start = train(small_args(digits, tmp_path, **own, experiment=f'start{holdout}')).output_dir / 'last.pth.tar'
+        options = {'pretrained': by == 'pretrained_path', by: str(start)}
+        run = train(small_args(digits, tmp_path, **supernet, **options, experiment=f'own{holdout}')).output_dir
+        caplog.clear()
+        open_search_split(load_model(run / 'last.pth.tar'), SearchData())
+        assert ('may have been, also on those that score archs now' in caplog.text) == warns
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ from commands import fails
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
 from timm_mixpath.search.images import load_batches
 from timm_mixpath.train.cached_loader import CachedLoader
@@ -89,11 +90,15 @@ def test_floats_and_32_bits_are_refused_by_name(tmp_path: Path, workers: int) ->
 
 def test_corrupt_files_are_skipped_by_name(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     good = png(GRAY.astype(np.uint8))
-    broken = dict(a0=b'', a1=b'no image', a2=good[:60], a3=good[: len(good) // 2])
+    text = PngInfo()
+    text.add_text('xmp', 'x' * 3_000_000, zip=True)
+    large = io.BytesIO()
+    Image.fromarray(GRAY.astype(np.uint8)).save(large, 'PNG', pnginfo=text)  # more than Pillow decompresses
+    broken = dict(a0=b'', a1=b'no image', a2=good[:60], a3=good[: len(good) // 2], a4=large.getvalue())
     root = folder(tmp_path, **broken)
     with caplog.at_level(logging.WARNING):
         batches = load_batches(open_dataset('', str(root), 'train'), CONFIG, workers=0)
-    assert sum(len(y) for _, y in batches) == 16
+    assert sum(len(y) for _, y in batches) == 17
     for name in broken:
         assert f"train/a/{name}.png': " in caplog.text
 

@@ -3,6 +3,7 @@
 import hashlib
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,13 +16,14 @@ import pytest
 import torch
 from commands import assert_equal, command, environment, fails
 from conftest import small_args
+from PIL import Image
 from timm.models._helpers import _torch_load
 from torch.utils.data import DataLoader, TensorDataset
 
 from timm_mixpath.train import loop
 from timm_mixpath.train.loop import train
 from timm_mixpath.train.recovery import RECOVERY, StopSignal, batches_behind, latest_checkpoint
-from timm_mixpath.utils.errors import Stopped, UsageError
+from timm_mixpath.utils.errors import RunError, Stopped, UsageError
 
 KEYS = ('state_dict', 'optimizer', 'epoch', 'metric')
 
@@ -120,6 +122,37 @@ def start(args: Namespace) -> subprocess.Popen:
     return subprocess.Popen(words, stderr=subprocess.PIPE, text=True, env=environment(), start_new_session=True)
 
 
+def test_other_batches_begin_the_epoch_again(
+    digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    args = plain_args(digits, tmp_path, epochs=1)
+    with monkeypatch.context() as patch, pytest.raises(Stopped):
+        Recorder(patch, stop_at=3)
+        train(args)
+    batches = go_on(Namespace(**{**vars(args), 'batch_size': 20}), monkeypatch)
+    assert [len(batch) for batch in batches] == [20] * 9 and len({image for batch in batches for image in batch}) == 180
+    text = 'stopped in is begun again, as its batches are others now: batch_size 32 -> 20, batches per epoch 5 -> 9'
+    assert text in caplog.text
+
+
+def test_image_that_can_not_be_validated_costs_no_epoch(
+    digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = tmp_path / 'data'
+    shutil.copytree(digits, data)
+    file = next(data.glob('validation/3/*.png'))
+    content = file.read_bytes()
+    Image.new('F', (8, 8)).save(file, 'TIFF')
+    args = plain_args(data, tmp_path, epochs=1)
+    with pytest.raises(RunError, match=file.name):
+        train(args)
+    file.write_bytes(content)
+    assert go_on(args, monkeypatch) == []  # nothing is trained again
+    whole = train(plain_args(digits, tmp_path / 'whole', epochs=1)).output_dir
+    for key in KEYS:
+        assert_equal(checkpoint(tmp_path / 'run')[key], checkpoint(whole)[key])
+
+
 def test_everybody_is_asked_to_end(digits: Path, tmp_path: Path) -> None:
     """As a scheduler does: the processes that load images get the signal, too."""
     args = small_args(digits, tmp_path, epochs=30, log_interval=1, workers=2)
@@ -146,8 +179,8 @@ def test_interval_and_kill(digits: Path, tmp_path: Path, monkeypatch: pytest.Mon
     written: list[int] = []
     recover = loop._recover
 
-    def recorded(run: Any, epoch: int, batches: int, *rest: Any) -> None:
-        recover(run, epoch, batches, *rest)
+    def recorded(args: Namespace, run: Any, epoch: int, batches: int, *rest: Any) -> None:
+        recover(args, run, epoch, batches, *rest)
         written.append(batches)
         if batches == 4:
             raise KeyboardInterrupt  # as good as a kill here: nothing is written any more
@@ -214,7 +247,7 @@ raise KeyError('unforeseen')
 
 def test_process_that_loads_images_ends_with_one_that_fails() -> None:
     """Python ends its processes by SIGTERM, and waits for them: they outlive that of others only."""
-    done = subprocess.run([sys.executable, '-c', UNFORESEEN], env=environment(), capture_output=True, timeout=60)
+    done = subprocess.run([sys.executable, '-c', UNFORESEEN], env=environment(), capture_output=True, timeout=300)
     assert done.returncode == 1 and b'unforeseen' in done.stderr
 
 

@@ -62,6 +62,11 @@ def test_supernet_trains_on_some_shards_and_is_searched_on_another(
     assert cli.main([*train, '--search-holdout', '0', '--train-num-samples', '150', *keys]) == 0
     assert len((tmp_path / 'run' / 'summary.csv').read_text().splitlines()) == 3
 
+    # Nothing tells the classes of a stream before they are met
+    few = [*train, '--search-holdout', '0', '--train-num-samples', '150', '--experiment', 'few', '--num-classes', '2']
+    status, error = fails(capsys, few)
+    assert status == 2 and "is not one of the model's 2 classes" in error and '--num-classes' in error
+
     search = f'search --checkpoint {tmp_path}/run/last.pth.tar --search-split train-0003.tar --population 4'
     search += ' --offspring 2 --generations 1 --num-images 30 --recalibration-images 64 -b 8 -j 1 --device cpu'
     assert cli.main([*search.split(), '--output', str(tmp_path / 'one')]) == 0

@@ -34,7 +34,7 @@ from ..search.result import SearchResult
 from ..search.run import search_checkpoint
 from ..spaces.arch import Arch
 from ..spaces.backbone import BackboneSpace
-from ..train.checkpoint import create_model, load_model, write_checkpoint
+from ..train.checkpoint import create_model, load_model, read_checkpoint, write_checkpoint
 from ..train.data import open_dataset
 from ..train.loop import train_or_resume
 from ..train.options import CPU_KERNELS_HELP, default_args, make_storable
@@ -270,6 +270,8 @@ class _Job:
             args: Namespace = default_args(**self.common, **options)
             make_storable(args)
             args.label_names = self.classes
+            # What it knows it has from the backbone
+            args.held_out = getattr(read_checkpoint(self.checkpoint('backbone'))['args'], 'held_out', None)
             model = create_model(args)
             warm_start(model, timm.create_model(f'local-dir:{teacher}', pretrained=True))
             path.parent.mkdir(exist_ok=True)

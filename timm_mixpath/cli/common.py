@@ -122,7 +122,11 @@ def add_image_options(parser: argparse.ArgumentParser, num_images: int | None = 
     add('--dataset-download', action='store_true')
     add('--train-split', metavar='NAME')
     add('--class-map', metavar='FILE')
-    add('--input-key', metavar='KEY', help='key of the images in wds/, hfds/ and hfids/ data sets')
+    add(
+        '--input-key',
+        metavar='KEY',
+        help="key of the images in wds/, hfds/ and hfids/ data sets, endings of a folder's, as '.webp;.png'",
+    )
     add('--target-key', metavar='KEY', help='key of the class indices in them')
     add('--search-holdout', type=parse_share, metavar='SHARE', help='share of the training images that was held out')
     add('--search-split', metavar='NAME', help='use this split whole instead')

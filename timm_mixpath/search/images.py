@@ -15,7 +15,19 @@ from torch.utils.data import Dataset
 
 from ..models.backbone import BackboneNet, BackboneSupernet
 from ..train.checkpoint import LoadedModel, state_dict_sha256
-from ..train.data import Subset, check_classes, hold_out, image_mode, is_stream, iterate, open_dataset, read_alone
+from ..train.data import (
+    Subset,
+    check_classes,
+    hold_out,
+    image_mode,
+    is_stream,
+    iterate,
+    open_dataset,
+    read_alone,
+    split_record,
+    targets,
+    warn_of_other_images,
+)
 from ..utils.distributed import Ranks
 from ..utils.errors import UsageError
 
@@ -231,7 +243,7 @@ def open_search_split(loaded: LoadedModel, data: SearchData, *, warn: bool = Tru
     options = dict(
         class_map=pick(data.class_map, 'class_map', ''),
         download=data.dataset_download,
-        input_img_mode=pick(None, 'input_img_mode') or image_mode(loaded.data_config['input_size'][0]),
+        input_img_mode=image_mode(loaded.data_config['input_size'][0], pick(None, 'input_img_mode')),
         input_key=pick(data.input_key, 'input_key'),
         target_key=pick(data.target_key, 'target_key'),
     )
@@ -243,10 +255,16 @@ def open_search_split(loaded: LoadedModel, data: SearchData, *, warn: bool = Tru
         splits = {f'split {train_split!r}': train_set, f'split {data.search_split!r}': search_set}
         check_classes(splits, num_classes, trained)
         return search_set, train_set, dict(dataset=dataset, split=data.search_split)
-    trained_holdout = getattr(loaded.args, 'search_holdout', None)
+    trained_holdout, record = (getattr(loaded.args, name, None) for name in ('search_holdout', 'held_out'))
     holdout = next(v for v in (data.search_holdout, trained_holdout or None, 0.1) if v is not None)
-    # Weights of a backbone were trained on images of others
-    is_warm = isinstance(loaded.model, BackboneSupernet | BackboneNet)
+    # What is not known to be of a training: weights of a backbone were trained on images of others
+    start = getattr(loaded.args, 'start_held_out', None)
+    may_have_seen = (
+        loaded.args.initial_checkpoint
+        or (loaded.args.pretrained and not isinstance(loaded.model, BackboneSupernet | BackboneNet))
+        if vars(loaded.args)
+        else None
+    )
     if not warn:
         pass
     elif not vars(loaded.args):
@@ -254,7 +272,7 @@ def open_search_split(loaded: LoadedModel, data: SearchData, *, warn: bool = Tru
             'a model folder does not tell which images its supernet was trained on; if they include those that score '
             'archs now, errors will look too low. A training checkpoint tells, or name an unseen --search-split'
         )
-    elif not trained_holdout or loaded.args.initial_checkpoint or (loaded.args.pretrained and not is_warm):
+    elif not trained_holdout or (start != record if start is not None else may_have_seen):
         _logger.warning(
             'the supernet was trained on all training images, or started from weights that may have been, also on '
             'those that score archs now: errors will look too low. Train with `timm-mixpath train`, which holds a '
@@ -267,7 +285,15 @@ def open_search_split(loaded: LoadedModel, data: SearchData, *, warn: bool = Tru
         )
     whole = open_dataset(dataset, root, train_split, **options)
     check_classes({f'split {train_split!r}': whole}, num_classes, trained)
-    train_set, search_set = hold_out(whole, holdout)
+    train_set, search_set = hold_out(whole, holdout, by_position=bool(trained_holdout) and record is None)
+    if warn and record is not None and holdout == trained_holdout:
+        warn_of_other_images(record, split_record(search_set))
+    labels = targets(whole) if warn else None
+    if labels and (unseen := set(labels) - {labels[i] for i in search_set.indices}):
+        _logger.warning(
+            f'{len(unseen)} of {len(set(labels))} classes have too few images to hold out {holdout} of them, so archs '
+            'are scored without them; a larger share in the training and the search, or a --search-split, has them'
+        )
     return search_set, train_set, dict(dataset=dataset, split=train_split, holdout=holdout)
 
 

@@ -5,6 +5,7 @@ import logging
 import os
 import shutil
 from argparse import Namespace
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from pickle import UnpicklingError
@@ -38,6 +39,7 @@ __all__ = [
     'load_supernet',
     'load_weights',
     'note_origin',
+    'note_start',
     'own_model',
     'read_checkpoint',
     'resolve_data',
@@ -226,6 +228,22 @@ def note_origin(model: nn.Module, args: Namespace) -> None:
         args.origin = _find_origin(model, args)
     if args.origin:
         model.pretrained_cfg['notes'] = tuple(args.origin)
+
+
+def note_start(args: Namespace) -> None:
+    """Keep with a training what the one held out whose weights it starts from.
+
+    Args:
+        args: Options of the training. `start_held_out` is set: the `data.split_record` of that training, empty if it
+            held nothing out, None if that is not known, as with weights alone.
+    """
+    path = args.initial_checkpoint or (args.pretrained_path if args.pretrained or args.warm_start else '')
+    args.start_held_out = None
+    if path:
+        with suppress(OSError, UsageError, RunError):  # weights alone, of any kind
+            before = read_checkpoint(path)['args']
+            is_told = not getattr(before, 'search_holdout', None) or hasattr(before, 'held_out')
+            args.start_held_out = getattr(before, 'held_out', None) or {} if is_told else None
 
 
 def _find_origin(model: nn.Module, args: Namespace) -> list[str]:

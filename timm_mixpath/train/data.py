@@ -1,6 +1,10 @@
 """Data sets as timm reads them, and the search split that is held out from the training images."""
 
 import copy
+import hashlib
+import logging
+import math
+import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -8,27 +12,34 @@ from tarfile import TarError
 from typing import Any
 
 import torch
+from PIL import ImageMode
 from timm.data import ImageDataset, create_dataset
 from torch.utils.data import Dataset, IterableDataset
 
 from ..models._timm import search_split
 from ..utils.errors import RunError, UsageError, concise
-from .image_files import ImageFiles
+from .folders import check_folders, shortened
+from .image_files import ImageFiles, ImagesInMode
 
 __all__ = [
     'HOLDOUT_SPLIT',
     'Subset',
     'check_classes',
     'class_names',
+    'file_names',
     'hold_out',
     'image_mode',
     'is_stream',
     'iterate',
     'open_dataset',
     'read_alone',
+    'split_record',
     'targets',
+    'warn_of_other_images',
 ]
 
+
+_logger = logging.getLogger(__name__)
 
 # Name under which the held-out training images are a split to validate on
 HOLDOUT_SPLIT = 'search-holdout'
@@ -47,6 +58,15 @@ class Subset(torch.utils.data.Subset):
 
     def __init__(self, dataset: Dataset, indices: Sequence[int]) -> None:
         super().__init__(copy.copy(dataset), list(indices))
+
+    def __getitem__(self, index: int) -> Any:
+        """Return a sample; an image that can't be decoded is replaced by the next one of the part, not of the whole."""
+        if isinstance(self.dataset, ImageFiles):
+            return self.dataset.first_readable(self.indices, index)
+        return super().__getitem__(index)
+
+    def __getitems__(self, indices: list[int]) -> list[Any]:
+        return [self[index] for index in indices]  # torch's own goes by __getitem__
 
     @property
     def transform(self) -> Any:
@@ -96,9 +116,14 @@ def open_dataset(
         # timm would silently take the whole folder, training images included, for the split
         found = ', '.join(sorted(p.name for p in Path(root).iterdir())[:10]) or 'nothing'
         raise UsageError(f'split {split!r} is not in data folder {root!r}, which holds {found}')
-    # Only these have keys and may not know how many images they have
-    if name.split('/')[0].lower() not in ('wds', 'hfds', 'hfids', 'tfds'):
-        kwargs = {key: value for key, value in kwargs.items() if key not in ('input_key', 'target_key', 'num_samples')}
+    kind = name.split('/')[0].lower()
+    if kind == 'torch' and kwargs.pop('class_map', ''):
+        raise UsageError(f'--class-map has no effect on {name!r}, whose classes torchvision numbers; leave it out')
+    # Only these have keys and may not know how many images they have; of a folder a key names the kinds of files
+    if kind not in ('wds', 'hfds', 'hfids', 'tfds'):
+        left_out = {'input_key', 'target_key', 'num_samples'}
+        left_out -= {'input_key'} if not name and Path(root).is_dir() else set()
+        kwargs = {key: value for key, value in kwargs.items() if key not in left_out}
     kwargs = {key: value for key, value in kwargs.items() if key != 'input_key' or value is not None}
     try:
         dataset = create_dataset(name, root=root, split=split, **kwargs)
@@ -117,7 +142,10 @@ def open_dataset(
     if name.lower().startswith('hfds/'):
         _check_keys(dataset.reader, name)
     if type(dataset) is ImageDataset:
+        check_folders(dataset.reader, f'split {split!r}', kwargs.get('class_map'), kwargs.get('input_key'))
         dataset = ImageFiles(dataset)
+    elif kind == 'torch' and kwargs.get('input_img_mode'):
+        dataset = ImagesInMode(dataset, kwargs['input_img_mode'])
     if num_classes is not None:
         check_classes({f'split {split!r}': dataset}, num_classes)
     return dataset
@@ -159,13 +187,13 @@ def check_classes(
     sides = {} if trained is None else {'the training of the checkpoint': list(trained)}
     sides.update({what: names for what, names in zip(splits, map(class_names, splits.values())) if names is not None})
     empty = sorted({name for dataset in splits.values() for name in _empty_classes(dataset)})
-    empty_text = f' (without images: {_shortened(empty)})' if empty else ''
+    empty_text = f' (without images: {shortened(empty)})' if empty else ''
     (first, names), *others = sides.items() if sides else [('', None)]
     for what, other in others:
         if other == names:
             continue
         missing = (first, _without(names, other)), (what, _without(other, names))
-        only = [f'only {side} has {_shortened(classes)}' for side, classes in missing if classes]
+        only = [f'only {side} has {shortened(classes)}' for side, classes in missing if classes]
         problem = ', '.join(only) or f'{first} numbers them in another order'
         raise UsageError(
             f'the classes of {first} and {what} differ, so the same index would mean two classes: {problem}'
@@ -183,11 +211,6 @@ def check_classes(
 def _without(names: Sequence[str], others: Sequence[str]) -> list[str]:
     known = set(others)
     return [name for name in names if name not in known]
-
-
-def _shortened(names: Sequence[str]) -> str:
-    shown = ', '.join(repr(str(name)) for name in names[:5])
-    return f'{shown} and {len(names) - 5} more' if len(names) > 5 else shown
 
 
 def _empty_classes(dataset: Dataset) -> list[str]:
@@ -220,9 +243,32 @@ def iterate(loader: Iterable) -> Iterator[Any]:
         yield batch
 
 
-def image_mode(channels: int) -> str:
-    """Return the mode in which images are opened for a model of so many input channels."""
-    return 'RGB' if channels == 3 else 'L'
+def image_mode(channels: int, mode: str | None = None) -> str:
+    """Return the mode in which images are opened for a model of so many input channels.
+
+    Args:
+        channels: Input channels.
+        mode: Mode of Pillow that was asked for; L for one channel and RGB for three if None.
+
+    Raises:
+        UsageError: The mode does not exist or has another number of channels, or there is no usual one.
+    """
+    usual = {1: 'L', 3: 'RGB'}
+    if not mode and channels not in usual:
+        raise UsageError(
+            f'images of {channels} channels have no usual mode; pass --input-img-mode, such as LA for 2 or RGBA for 4'
+        )
+    mode = mode or usual[channels]
+    try:
+        bands = ImageMode.getmode(mode).bands
+    except KeyError:
+        raise UsageError(f'--input-img-mode {mode!r} is no mode of Pillow, such are L, LA, RGB, RGBA, CMYK') from None
+    if len(bands) != channels:
+        raise UsageError(
+            f'--input-img-mode {mode} has {len(bands)} channels, the model takes {channels}; pass --in-chans '
+            f'{len(bands)}, or another mode'
+        )
+    return mode
 
 
 def class_names(dataset: Dataset) -> list[str] | None:
@@ -261,15 +307,17 @@ def read_alone(dataset: IterableDataset) -> None:
             setattr(reader, name, value)
 
 
-def hold_out(dataset: Dataset, fraction: float) -> tuple[Dataset, Dataset]:
+def hold_out(dataset: Dataset, fraction: float, *, by_position: bool = False) -> tuple[Subset, Subset]:
     """Split training images into those that train the supernet and those that score archs in the search.
 
     The split depends on the data set and `fraction` alone, not on a seed, so that a later search finds the images
-    that an earlier training left out. Classes keep their share where the data set tells them.
+    that an earlier training left out. Classes keep their share where the data set tells them. Where files have names
+    these decide, so that images that are added or removed move at most one other image of their class each.
 
     Args:
         dataset: Map-style training set.
         fraction: Share of the images to hold out, in (0, 1).
+        by_position: Draw positions even where there are names, as versions did that kept no `split_record`.
 
     Returns:
         Training part and search part.
@@ -285,6 +333,7 @@ def hold_out(dataset: Dataset, fraction: float) -> tuple[Dataset, Dataset]:
             'shards, and name the others as --search-split of the search, for wds/ as shard-{0008..0009}.tar'
         )
     labels = targets(dataset) or [0] * len(dataset)
+    names = None if by_position else file_names(dataset)
     generator = torch.Generator().manual_seed(0)
     by_class: dict[int, list[int]] = {}
     for index, label in enumerate(labels):
@@ -292,9 +341,66 @@ def hold_out(dataset: Dataset, fraction: float) -> tuple[Dataset, Dataset]:
     held = set()
     for label in sorted(by_class):
         indices = by_class[label]
-        order = torch.randperm(len(indices), generator=generator).tolist()
-        held.update(indices[i] for i in order[: round(len(indices) * fraction)])
+        if names is not None:
+            order = sorted(indices, key=lambda i: _digest(names[i]))
+            count = math.floor(len(indices) * fraction + 0.5)
+        else:
+            order = [indices[i] for i in torch.randperm(len(indices), generator=generator).tolist()]
+            count = round(len(indices) * fraction)
+        held.update(order[:count])
     if not held or len(held) == len(labels):
-        raise UsageError(f'holding out {fraction} of {len(labels)} images leaves a part empty')
+        raise UsageError(
+            f'holding out {fraction} of {len(labels)} images of {len(by_class)} classes leaves a part empty; more '
+            'images per class are needed, or another share'
+        )
     kept = [i for i in range(len(labels)) if i not in held]
     return Subset(dataset, kept), Subset(dataset, sorted(held))
+
+
+def split_record(held: Subset) -> dict[str, Any]:
+    """Return what tells later whether the same images are held out, for a checkpoint.
+
+    Args:
+        held: The search part of `hold_out`.
+
+    Returns:
+        Number of images of the whole, whether they have names, and a digest of the part: of its names, or of its
+        positions and the size of the whole.
+    """
+    names = file_names(held.dataset)
+    whole = len(held.dataset)
+    told = sorted(names[i] for i in held.indices) if names is not None else [whole, *held.indices]
+    return dict(num_images=whole, named=names is not None, digest=_digest('\n'.join(map(str, told))))
+
+
+def warn_of_other_images(before: dict[str, Any], now: dict[str, Any]) -> None:
+    """Say when images are held out that the training had, as its data set has changed.
+
+    Args:
+        before: `split_record` of the training.
+        now: `split_record` of the data set as it is.
+    """
+    if before['digest'] != now['digest']:
+        share = 'some' if before['named'] and now['named'] else 'most'
+        _logger.warning(
+            f'the training images are not those that the training began with ({before["num_images"]} then, '
+            f'{now["num_images"]} now): {share} of those that are held out now may have been trained on, and errors '
+            'look too low; put the images back, or name an unseen --search-split of the search'
+        )
+
+
+def file_names(dataset: Dataset) -> list[str] | None:
+    """Return the name of every sample's file below the root of the data set, None where the data set does not tell."""
+    for owner in (getattr(dataset, 'reader', None), dataset):
+        samples, root = getattr(owner, 'samples', None), getattr(owner, 'root', None)
+        if not samples or root is None:
+            continue
+        files = [sample[0] for sample in samples]
+        if all(isinstance(file, str) for file in files):
+            prefix = len(os.path.join(root, ''))
+            return [file[prefix:].replace(os.sep, '/') for file in files]
+    return None
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode(errors='surrogateescape')).hexdigest()

@@ -1,19 +1,23 @@
 """Image files as pixels of 8 bits, and by their name where they can't be read."""
 
 import logging
-from typing import Any
+import struct
+import zlib
+from collections.abc import Callable, Sequence
+from typing import Any, BinaryIO
 
 import numpy as np
 from PIL import Image
 from timm.data import ImageDataset
+from torch.utils.data import Dataset
 
 from ..utils.errors import RunError
 
-__all__ = ['ImageFiles', 'to_mode']
+__all__ = ['ImageFiles', 'ImagesInMode', 'to_mode']
 
 _logger = logging.getLogger(__name__)
 
-# Of the file system, and what Pillow's decoders let through
+# Of the file system and of Pillow
 _DECODING_ERRORS = (OSError, SyntaxError, EOFError, Image.DecompressionBombError)
 
 # Formats whose 32-bit images are 16-bit ones in Pillow's larger type
@@ -43,6 +47,15 @@ def to_mode(image: Image.Image, mode: str) -> Image.Image:
     return image.convert(mode)
 
 
+def _decode(file: BinaryIO) -> Image.Image:
+    try:
+        image = Image.open(file)
+        image.load()  # decodes, so errors are met here
+    except (ValueError, struct.error, zlib.error) as e:  # what Pillow's decoders let through
+        raise OSError(str(e)) from e
+    return image
+
+
 class ImageFiles(ImageDataset):
     """timm's `ImageDataset`, with images of all modes as `to_mode` converts them, and with file names in messages.
 
@@ -68,19 +81,31 @@ class ImageFiles(ImageDataset):
         Raises:
             RunError: An image can't be converted, or one after the other can't be decoded; the message names the file.
         """
+        return self.first_readable(range(len(self)), index)
+
+    def first_readable(self, indices: Sequence[int], position: int) -> tuple[Any, ...]:
+        """Return the sample of an index, or of the first one behind it whose image can be decoded.
+
+        Args:
+            indices: Samples to choose from, in order; the first follows the last.
+            position: Where the index is in `indices`.
+
+        Raises:
+            RunError: See `__getitem__`.
+        """
         for _ in range(self._max_retries):
+            index = indices[position]
             try:
                 file, target, *features = self.reader[index]
-                image = Image.open(file)
-                image.load()  # decodes, so errors are met here
+                image = _decode(file)
                 break
             except _DECODING_ERRORS as e:
                 _logger.warning(f'Skipped image {self._name(index)!r}: {e}')
-                index = (index + 1) % len(self)
+                position = (position + 1) % len(indices)
         else:
             raise RunError(
                 f'{self._max_retries} images one after the other can not be decoded, the last of them '
-                f'{self._name((index - 1) % len(self))!r}; remove them, or save them again'
+                f'{self._name(index)!r}; remove them, or save them again'
             )
         if self.input_img_mode:
             try:
@@ -100,3 +125,40 @@ class ImageFiles(ImageDataset):
             return str(self.filename(index, absolute=True))
         except (AttributeError, NotImplementedError, TypeError):  # a reader of what has no files
             return f'number {index}'
+
+
+class ImagesInMode(Dataset):
+    """A data set of torchvision, whose images are converted as those of files are.
+
+    What is asked of it beside samples, such as `targets`, is answered by the data set.
+
+    Args:
+        dataset: Data set that gives images of Pillow with their class, without a transform of its own.
+        mode: Mode of 8 bits, see `to_mode`.
+    """
+
+    def __init__(self, dataset: Dataset, mode: str) -> None:
+        self.dataset = dataset
+        self.mode = mode
+        self.transform: Callable[[Image.Image], Any] | None = None
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: int) -> tuple[Any, Any]:
+        """Return image and target of a sample.
+
+        Raises:
+            RunError: The image can't be converted.
+        """
+        image, target = self.dataset[index]
+        try:
+            image = to_mode(image, self.mode)
+        except ValueError as e:
+            raise RunError(f'image number {index} can not be used: {e}') from None
+        return image if self.transform is None else self.transform(image), target
+
+    def __getattr__(self, name: str) -> Any:
+        if name == 'dataset':  # it is being unpickled
+            raise AttributeError(name)
+        return getattr(self.dataset, name)

@@ -8,18 +8,27 @@ import torch
 import torch.distributed as dist
 from timm import utils
 from timm.data import FastCollateMixup, Mixup, create_loader
+from torch.utils.data.distributed import DistributedSampler
 
 from ..models.supernet import Supernet
 from ..utils.errors import UsageError
 from .cached_loader import CachedLoader
-from .data import HOLDOUT_SPLIT, check_classes, hold_out, image_mode, open_dataset
+from .data import (
+    HOLDOUT_SPLIT,
+    check_classes,
+    hold_out,
+    image_mode,
+    open_dataset,
+    split_record,
+    warn_of_other_images,
+)
 from .options import mixup_active
 
 __all__ = ['create_loaders', 'open_data']
 
 
 def open_data(args: Namespace, model: torch.nn.Module, data_config: dict[str, Any]) -> tuple[Any, Any]:
-    args.input_img_mode = args.input_img_mode or image_mode(data_config['input_size'][0])
+    args.input_img_mode = image_mode(data_config['input_size'][0], args.input_img_mode)
     common = dict(
         class_map=args.class_map,
         download=args.dataset_download,
@@ -46,13 +55,19 @@ def open_data(args: Namespace, model: torch.nn.Module, data_config: dict[str, An
     args.label_names = check_classes(splits, model.num_classes, trained) or trained
     if args.search_holdout is None:
         args.search_holdout = 0.1 if isinstance(model, Supernet) else 0.0
+    before = getattr(args, 'held_out', None)
+    by_position = bool(args.resume) and before is None  # as versions did that kept no record
     if args.search_holdout:
-        train_set, _ = hold_out(train_set, args.search_holdout)
+        train_set, held = hold_out(train_set, args.search_holdout, by_position=by_position)
+        if not by_position:
+            args.held_out = split_record(held)
+            if before is not None:
+                warn_of_other_images(before, args.held_out)
     if args.val_split == HOLDOUT_SPLIT:
         if not args.search_holdout:
             raise UsageError(f'--val-split {HOLDOUT_SPLIT} needs a --search-holdout SHARE, for example 0.1')
         whole = open_dataset(args.dataset, args.data_dir, args.train_split, is_training=False, **common)
-        _, val_set = hold_out(whole, args.search_holdout)
+        _, val_set = hold_out(whole, args.search_holdout, by_position=by_position)
     return train_set, val_set
 
 
@@ -134,10 +149,12 @@ def create_loaders(
         interpolation=interpolation,
         collate_fn=collate_fn,
         worker_seeding=args.worker_seeding,
-        # Workers that live on keep random state that a resumed run could not restore
-        persistent_workers=args.use_multi_epochs_loader and args.workers > 0,
+        # Workers that live on keep random state that a resumed run could not restore, and go on to mix images
+        persistent_workers=args.use_multi_epochs_loader and args.workers > 0 and not args.mixup_off_epoch,
         **common,
     )
+    if isinstance(loader_train.sampler, DistributedSampler):
+        loader_train.sampler.seed = args.seed
     return loader_train, _create_val_loader(args, data_config, val_set, common), mixup_fn
 
 

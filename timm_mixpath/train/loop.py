@@ -48,6 +48,7 @@ from .checkpoint import (
     keep_preprocessing,
     load_weights,
     note_origin,
+    note_start,
     own_model,
     read_checkpoint,
     resolve_data,
@@ -262,6 +263,8 @@ def _make_run(args: Namespace, stop: StopSignal, progress: dict[str, Any], outpu
     if args.initial_checkpoint and not args.resume:
         load_weights(model, args.initial_checkpoint, args)
     note_origin(model, args)
+    if not args.resume:
+        note_start(args)
     keep_preprocessing(args, model)
     _init_head(model, args)
     args.num_classes = model.num_classes
@@ -337,6 +340,7 @@ def _make_run(args: Namespace, stop: StopSignal, progress: dict[str, Any], outpu
         device_ids = None if device.type == 'cpu' else [device]
         task.prepare_distributed(device_ids=device_ids, broadcast_buffers=not args.no_ddp_bb)
 
+    progress = _continued(args, progress, len(loader_train)) if progress else {}
     updates_per_epoch = _updates_per_epoch(args, loader_train)
     eval_metric = args.eval_metric if loader_val is not None else 'loss'
     decreasing = eval_metric == 'loss'
@@ -384,6 +388,35 @@ def _make_run(args: Namespace, stop: StopSignal, progress: dict[str, Any], outpu
         stop=stop,
         progress=progress,
     )
+
+
+# What decides which images the batches of an epoch have
+_SHARING = ('batch_size', 'world_size', 'grad_accum_steps')
+
+
+def _continued(args: Namespace, progress: dict[str, Any], num_batches: int) -> dict[str, Any]:
+    """Where a stopped run stands within its epoch: behind its last batch, if the batches are what they were."""
+    changed = {
+        name: f'{name} {progress[name]} -> {getattr(args, name)}'
+        for name in _SHARING
+        if progress.get(name, getattr(args, name)) != getattr(args, name)
+    }
+    before = progress.get('num_batches', num_batches)
+    if progress['batches'] >= before:  # stopped in the validation, nothing of the epoch is left
+        loss_sum = progress['loss_sum'] / progress['batches'] * num_batches
+        return dict(
+            progress, batches=num_batches, updates=math.ceil(num_batches / args.grad_accum_steps), loss_sum=loss_sum
+        )
+    if before != num_batches:
+        changed['num_batches'] = f'batches per epoch {before} -> {num_batches}'
+    if not changed:
+        return progress
+    if utils.is_primary(args):
+        _logger.warning(
+            f'the epoch that {args.resume!r} was stopped in is begun again, as its batches are others now: '
+            f'{", ".join(changed.values())}'
+        )
+    return {}
 
 
 def _updates_per_epoch(args: Namespace, loader: Any) -> int:
@@ -445,7 +478,11 @@ def _train_all(args: Namespace, run: _Run, result: TrainResult, log: Callable[..
             ema = task.has_ema()
             if ema and args.distributed and args.dist_bn:
                 utils.distribute_bn(task.get_trainable_module(ema=True), args.world_size, args.dist_bn == 'reduce')
-            val_metrics = _validate(args, run, epoch, train_metrics['loss'], ema=ema)
+            try:
+                val_metrics = _validate(args, run, epoch, train_metrics['loss'], ema=ema)
+            except RunError:  # an image that can't be read must not cost the epoch
+                _recover_trained(args, run, epoch, train_metrics['loss'])
+                raise
             if not math.isfinite(val_metrics['loss']):  # the last step may have broken what its loss did not show
                 raise RunError(
                     _not_finite(epoch, _updates_per_epoch(args, run.loader_train), val_metrics['loss'], output_dir)
@@ -514,6 +551,8 @@ def check_resumed(args: Namespace, before: Namespace) -> None:
     args.model_kwargs = kwargs
     args.label_names = getattr(before, 'label_names', None)
     args.origin = getattr(before, 'origin', None)
+    args.held_out = getattr(before, 'held_out', None)
+    args.start_held_out = getattr(before, 'start_held_out', None)
     if args.opt != before.opt and not args.no_resume_opt:
         raise UsageError(
             f'--opt {args.opt} differs from the {before.opt} of {args.resume!r}, whose state it can not go on with; '
@@ -663,7 +702,7 @@ def _train_one_epoch(args: Namespace, run: _Run, epoch: int) -> OrderedDict[str,
         need_update = batch_index + 1 == num_batches or (batch_index + 1) % accum_steps == 0
 
         with nullcontext() if need_update else task.no_sync():
-            with run.autocast():
+            with run.autocast(), _known_classes(args):
                 loss = task(input, target)['loss']
             scaled_loss = loss / steps if steps > 1 else loss
             clip_parameters = None
@@ -710,14 +749,29 @@ def _train_one_epoch(args: Namespace, run: _Run, epoch: int) -> OrderedDict[str,
             run.scheduler.step_update(num_updates=num_updates, metric=None)
         is_due = args.recovery_interval and (update_index + 1) % args.recovery_interval == 0 and not last_group
         if is_due or run.stop.number is not None:
-            _recover(run, epoch, batch_index + 1, update_index + 1, loss_sum)
+            _recover(args, run, epoch, batch_index + 1, update_index + 1, loss_sum)
     progress.close()
     if hasattr(optimizer, 'sync_lookahead'):
         optimizer.sync_lookahead()
     return OrderedDict(loss=loss_avg)
 
 
-def _recover(run: _Run, epoch: int, batches: int, updates: int, loss_sum: torch.Tensor) -> None:
+@contextmanager
+def _known_classes(args: Namespace) -> Iterator[None]:
+    try:
+        yield
+    except (IndexError, RuntimeError) as e:  # of a stream nothing tells the classes beforehand
+        if 'out of bounds' not in str(e):
+            raise
+        raise UsageError(
+            f"a class index of the images is not one of the model's {args.num_classes} classes ({concise(e)}); pass "
+            '--num-classes N'
+        ) from None
+
+
+def _recover(
+    args: Namespace, run: _Run, epoch: int, batches: int, updates: int, loss_sum: torch.Tensor | float
+) -> None:
     """Write a checkpoint within an epoch, and end if that was asked for.
 
     Weights are the same in all processes, so the first one writes alone. The others go on until it has left: it may
@@ -725,11 +779,19 @@ def _recover(run: _Run, epoch: int, batches: int, updates: int, loss_sum: torch.
     """
     if run.saver is None:
         return
-    loss = loss_sum.item()
+    loss = float(loss_sum)
     if math.isfinite(loss):  # otherwise the checkpoint that there is is the better one
-        run.saver.recover(epoch, dict(batches=batches, updates=updates, loss_sum=loss))
+        progress = {name: getattr(args, name) for name in _SHARING}
+        progress |= dict(batches=batches, updates=updates, loss_sum=loss, num_batches=len(run.loader_train))
+        run.saver.recover(epoch, progress)
     if run.stop.number is not None:
         raise run.stop.stopped(f'behind batch {batches} of epoch {epoch}, which are in {run.output_dir / RECOVERY}')
+
+
+def _recover_trained(args: Namespace, run: _Run, epoch: int, train_loss: float) -> None:
+    """Write a checkpoint of an epoch of which the validation alone is left, see `_recover`."""
+    batches = len(run.loader_train)
+    _recover(args, run, epoch, batches, _updates_per_epoch(args, run.loader_train), train_loss * batches)
 
 
 def _not_finite(epoch: int, step: int, loss: float, output_dir: Path | None) -> str:
@@ -753,8 +815,7 @@ def _validate(args: Namespace, run: _Run, epoch: int, train_loss: float, *, ema:
     with torch.inference_mode():
         for input, target in iterate(loader):
             if run.stop.number is not None:
-                batches, updates = len(run.loader_train), _updates_per_epoch(args, run.loader_train)
-                _recover(run, epoch, batches, updates, torch.tensor(train_loss * batches, dtype=torch.float64))
+                _recover_trained(args, run, epoch, train_loss)
             if args.no_prefetcher:
                 input, target = input.to(task.device), target.to(task.device)
             if args.channels_last:

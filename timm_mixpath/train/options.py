@@ -66,7 +66,12 @@ def add_data_options(parser: argparse.ArgumentParser) -> None:
     add('--dataset-download', action='store_true', help='download torch/ and tfds/ data sets that support it')
     add('--class-map', default='', metavar='FILE', help='file that maps class names to indices')
     add('--input-img-mode', default=None, metavar='MODE', help='PIL mode of the images (default: RGB, L for 1 channel)')
-    add('--input-key', default=None, metavar='KEY', help='key of the images in wds/, hfds/ and hfids/ data sets')
+    add(
+        '--input-key',
+        default=None,
+        metavar='KEY',
+        help="key of the images in wds/, hfds/ and hfids/ data sets, endings of a folder's, as '.webp;.png'",
+    )
     add('--target-key', default=None, metavar='KEY', help='key of the class indices in them')
     add('--train-num-samples', type=int, default=None, metavar='N', help='images of the training split of a stream')
     add('--val-num-samples', type=int, default=None, metavar='N', help='images of the validation split of a stream')
