@@ -1,5 +1,8 @@
 """A model computes the same in every runtime."""
 
+from collections.abc import Callable
+from functools import partial
+
 import pytest
 import timm
 import torch
@@ -87,6 +90,44 @@ def test_runtimes_compute_the_same(name: str, kwargs: dict, runtime: str) -> Non
         expected = model.eval()(x)
     found = run()
     found = torch.as_tensor(found[0]) if isinstance(found, list) else found
+    assert torch.allclose(found, expected, rtol=1e-3, atol=1e-3 * float(expected.abs().max()))
+
+
+class _Graphs:
+    """A backend of torch.compile that counts graphs and runs them as they are."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.count = 0
+        monkeypatch.setattr(torch, 'compile', partial(torch.compile, backend=self))
+
+    def __call__(self, graph: torch.fx.GraphModule, _: list[torch.Tensor]) -> Callable:
+        self.count += 1
+        return graph.forward
+
+
+def test_every_network_is_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Torch gives up after eight networks that share the code of their forward."""
+    graphs = _Graphs(monkeypatch)
+    x = torch.randn(1, 3, 8, 8)
+    runners = [make_runner(with_random_norms(_Twice()), x, runtime='compile') for _ in range(10)]
+    for number, run in enumerate(runners, 1):
+        run()
+        assert graphs.count == number
+    for run in runners:
+        run()
+    assert graphs.count == len(runners)
+
+
+@pytest.mark.parametrize('name', ['mobilenetv3_small_050', 'mixpath_s3', 'mixpath_nb101'])
+def test_networks_are_compiled_as_one_graph(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    graphs = _Graphs(monkeypatch)
+    model = with_random_norms(timm.create_model(name, num_classes=7))
+    x = torch.randn(1, 3, 32, 32)
+    with torch.no_grad():
+        expected = model(x)
+    found = make_runner(model, x, runtime='compile')()
+    assert graphs.count == 1
     assert torch.allclose(found, expected, rtol=1e-3, atol=1e-3 * float(expected.abs().max()))
 
 

@@ -2,8 +2,10 @@
 
 import copy
 import io
+import itertools
 import logging
 import platform
+import types
 import warnings
 from collections.abc import Callable
 from contextlib import contextmanager
@@ -21,6 +23,8 @@ __all__ = ['RUNTIMES', 'check_runtime', 'describe_device', 'fold_batch_norms', '
 
 
 RUNTIMES = ('torch', 'compile', 'onnxruntime')
+
+_compiled_numbers = itertools.count()
 
 
 def check_runtime(runtime: str) -> str:
@@ -68,13 +72,14 @@ def make_runner(
     Args:
         model: Model in any mode, on the device of `x`; it is left as it is.
         x: Images, [B, C, H, W].
-        runtime: `'torch'`: batch norms folded, channels last, eager. `'compile'`: the same under `torch.compile`.
-            `'onnxruntime'`: exported to ONNX for the size of `x`, with all optimizations of onnxruntime.
+        runtime: `'torch'`: batch norms folded, channels last, eager. `'compile'`: the same under `torch.compile`, as
+            one graph. `'onnxruntime'`: exported to ONNX for the size of `x`, with all optimizations of onnxruntime.
         num_threads: Threads of onnxruntime on a CPU, torch's number if None. Those of torch are a setting of the
             process.
 
     Returns:
-        A function that runs the model once. On a GPU it returns before the device is done, but for onnxruntime.
+        A function that runs the model once. On a GPU it returns before the device is done, but for onnxruntime. Under
+        `torch.compile` its first call compiles, and raises torch's error for a model that is not one graph.
 
     Raises:
         ValueError: Unknown runtime.
@@ -86,9 +91,20 @@ def make_runner(
     if runtime == 'onnxruntime':
         return _onnx_runner(model, x, torch.get_num_threads() if num_threads is None else num_threads)
     model, x = model.to(memory_format=torch.channels_last), x.contiguous(memory_format=torch.channels_last)
-    if runtime == 'compile':
-        model = torch.compile(model)
-    return torch.inference_mode()(lambda: model(x))
+    run = _compile_forward() if runtime == 'compile' else _forward
+    return torch.inference_mode()(lambda: run(model, x))
+
+
+def _forward(model: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    return model(x)
+
+
+def _compile_forward() -> Callable[[nn.Module, torch.Tensor], torch.Tensor]:
+    # Torch counts recompilations by code object, and networks of one class share theirs: behind the eighth it would go
+    # on without compiling and say nothing. So every network has its own, and the whole graph makes a rest an error
+    code = _forward.__code__
+    own = types.FunctionType(code.replace(co_name=f'{code.co_name}_{next(_compiled_numbers)}'), _forward.__globals__)
+    return torch.compile(own, fullgraph=True, dynamic=False)
 
 
 @torch.no_grad()
