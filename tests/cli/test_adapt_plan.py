@@ -90,6 +90,25 @@ def test_several_limits_leave_no_floor(supernet: BackboneSupernet, monkeypatch: 
     assert search.config == replace(config, min_latency=0.8 * config.max_latency)
 
 
+def test_limits_are_those_of_the_part_that_is_searched(
+    supernet: BackboneSupernet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    table = cost_table(supernet, (3, 64, 64))
+    monkeypatch.setattr('timm_mixpath.cli.adapt_plan.cost_table', lambda *_: table)
+    # No kernel of a backbone is the largest, which is the fastest here
+    prices = {part: 1.0 - 0.05 * (len(part) == 4 and part[-1]) for part in table.part_costs('macs')}
+    table.add_metric('latency', 1.0, prices)
+    part = supernet.space.without_more()
+    limit = table.within(part).bounds('latency')[0]
+    assert limit > table.bounds('latency')[0]
+    config = SearchConfig(max_latency=limit, objectives={'loss': 1, 'latency': 1})
+    assert len(plan_searches(supernet, BACKBONE, [64], config, space=part)) == 1
+    config = replace(config, max_latency=limit - 0.01)
+    assert len(plan_searches(supernet, BACKBONE, [64], config)) == 1
+    with pytest.raises(UsageError, match=f'excludes every arch, the smallest of the space has {limit:.2f} ms'):
+        plan_searches(supernet, BACKBONE, [64], config, space=part)
+
+
 def test_latency_table_is_of_one_size(supernet: BackboneSupernet) -> None:
     table = object.__new__(LatencyTable)
     with pytest.raises(UsageError, match=r'a latency table is of images of one size, --img-size 32 64 names 2'):

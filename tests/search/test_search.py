@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import timm
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
@@ -863,6 +864,32 @@ def test_impossible_latency_names_the_range(timed, tmp_path):
         run(timed, tmp_path / 'a.jsonl', max_latency=0.1)
     with pytest.raises(UsageError, match='min_latency=100 ms excludes every arch'):
         run(timed, tmp_path / 'a.jsonl', min_latency=100)
+
+
+# ---- A part of a space
+
+
+def test_part_is_searched_where_the_cheapest_archs_are_outside(tmp_path):
+    supernet = timm.create_model('mixpath_supernet', backbone='mobilenetv3_small_050', num_classes=4, device='meta')
+    cost, part = cost_table(supernet, (3, 32, 32)), supernet.space.without_more()
+    # A larger kernel is a bit faster, as noise may have it
+    prices = {key: 1.0 - 0.05 * (len(key) == 4 and key[-1] - 7) for key in cost.part_costs('macs')}
+    cost.add_metric('latency', 1.0, prices)
+    own = cost.within(part)
+    smallest = own.bounds('latency')[0]
+    assert cost.bounds('latency')[0] < smallest == cost.cost('latency', part.arch(own.smallest('latency')))
+    assert cost.within(supernet.space) is cost and own.metrics == cost.metrics
+
+    def search_below(limit: float):
+        config = SearchConfig(near=str(part.default_arch), max_latency=limit, population=3, offspring=2, generations=1)
+        scores = dict(top1=50.0, loss=1.0)
+        return search(part, cost, lambda _: scores, config, archive_path=tmp_path / 'a', fingerprint={})
+
+    result = search_below(smallest)
+    assert result.evaluations and all(part.arch(c.arch) and c.latency <= smallest for c in result.evaluations)
+    assert result.bounds['latency'] == own.bounds('latency')
+    with pytest.raises(UsageError, match=f'excludes every arch, the smallest of the space has {smallest:.2f} ms'):
+        search_below(smallest - 0.01)
 
 
 # ---- Near an arch

@@ -110,7 +110,8 @@ def run_adapt(config: AdaptConfig, output: str | os.PathLike) -> Path:
     head = {} if len(classes) == pretrained_cfg.num_classes else dict(head_init_scale=0.01, head_init_bias=0.0)
     supernet = timm.create_model('mixpath_supernet', num_classes=len(classes), device='meta', **kwargs)
     latency = LatencyTable.load(config.latency_table) if config.latency_table else None
-    searches = plan_searches(supernet, config.backbone, config.sizes, search_config, config.search_floor, latency)
+    part = supernet.space.without_more() if config.reduce_only and not config.supernet_epochs else None
+    searches = plan_searches(supernet, config.backbone, config.sizes, search_config, config.search_floor, latency, part)
     if config.supernet_epochs is None:
         config = replace(config, supernet_epochs=SUPERNET_EPOCHS if is_backbone_alone(searches) else 0)
     if not config.supernet_epochs and not config.recalibration_images:
@@ -146,8 +147,8 @@ def run_adapt(config: AdaptConfig, output: str | os.PathLike) -> Path:
         with stages(f'{made} a copy of it'):
             checkpoint = job.supernet(teacher, kwargs)
         with stages('Searching'):
-            reduce = config.reduce_only and not config.supernet_epochs
-            part = supernet.space.without_more() if reduce else None
+            if config.supernet_epochs:
+                part = None
             results = {search.img_size: job.search(search, checkpoint, part) for search in searches}
         with stages('Fine-tuning the winner' if config.winner_epochs else 'Making the winner'):
             inherited, size = job.inherit(results, checkpoint, teacher)

@@ -12,6 +12,7 @@ from ..models.cost import cost_table, count_macs
 from ..models.latency_table import LatencyTable
 from ..search.config import LIMITED, SearchConfig
 from ..search.pool import ArchPool, check_limits
+from ..spaces.backbone import BackboneSpace
 from ..utils.errors import UsageError, as_usage_error
 
 __all__ = ['SizedSearch', 'is_backbone_alone', 'plan_searches', 'share_evaluations']
@@ -44,6 +45,7 @@ def plan_searches(
     config: SearchConfig,
     floor: float = 0.0,
     latency_table: LatencyTable | None = None,
+    space: BackboneSpace | None = None,
 ) -> list[SizedSearch]:
     """Find the sizes of images with which there is something to search, in ascending order, and say what is there.
 
@@ -58,6 +60,7 @@ def plan_searches(
         floor: Share of the only limit below which nothing is looked at, where the backbone is above it: NSGA-II keeps a
             whole front, and would spend half of its evaluations far below.
         latency_table: Table that a limit or an objective needs.
+        space: Part of the supernet's space to search, all of it if None.
 
     Raises:
         UsageError: A size is out of range, the limits exclude every arch with all of them, or a latency table is of
@@ -77,6 +80,8 @@ def plan_searches(
             table = cost_table(supernet, (3, img_size, img_size))
         if latency_table is not None:
             latency_table.add_to(table)
+        if space is not None:
+            table = table.within(space)
         try:
             check_limits(config, table)
         except UsageError as e:
@@ -91,7 +96,7 @@ def plan_searches(
             f'{backbone} has {table.macs(own_arch) / 1e6:.1f} M MACs at {img_size}x{img_size} pixels, the networks '
             f'around it {low / 1e6:.1f} to {high / 1e6:.1f} M'
         )
-        holds_backbone = ArchPool(supernet.space, table, config).violation(own_arch) == 0
+        holds_backbone = ArchPool(table.space, table, config).violation(own_arch) == 0
         if holds_backbone and searches:
             left_out = ', '.join(f'{s.img_size}x{s.img_size}' for s in searches)
             _logger.info(f'That is within the limits, so smaller images ({left_out}) are left out')

@@ -5,13 +5,14 @@ expansion, and one part per active path. The parts are read off a few single-pat
 by torch itself, so there is no formula here that could drift from the layers.
 """
 
+import copy
 import re
 import statistics
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property, lru_cache, partial
 from itertools import product
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn as nn
@@ -27,6 +28,9 @@ from .backbone import BackboneSupernet
 from .cellnet import CellSupernet
 from .mixpath import MixPath
 from .supernet import Supernet
+
+if TYPE_CHECKING:
+    from typing_extensions import Self  # of typing itself from Python 3.11 on
 
 __all__ = [
     'BackboneCostTable',
@@ -128,6 +132,19 @@ class _Costs:
         self._base[name], self._costs[name] = base, dict(costs)
         self._extremes.pop(name, None)
         self.metrics = (*dict.fromkeys((*self.metrics, name)),)
+
+    def within(self, space: Space) -> 'Self':
+        """Return a table of the same costs whose archs, smallest, largest and bounds are those of a part of the space.
+
+        Args:
+            space: The part, such as `BackboneSpace.without_more` makes; with all of it the table itself is returned.
+        """
+        if space == self.space:
+            return self
+        table = copy.copy(self)
+        table.space, table._extremes = space, {}
+        table._base, table._costs = dict(self._base), dict(self._costs)  # of which `add_metric` changes entries
+        return table
 
     def cost(self, metric: str, arch: str) -> float:
         """Return the cost of an arch by the metric's name.
@@ -406,6 +423,12 @@ class CellCostTable(_Costs):
     def _extreme(self, metric: str, pick: Callable[..., Any]) -> CellArch:
         costs, archs = self._costs[metric], self._parts_of_all
         return pick(archs, key=lambda arch: sum(costs[part] for part in archs[arch]))
+
+    def within(self, space: Space) -> 'Self':
+        table = super().within(space)
+        if table is not self:
+            vars(table).pop('_parts_of_all', None)
+        return table
 
     @cached_property
     def _parts_of_all(self) -> dict[CellArch, list[Part]]:

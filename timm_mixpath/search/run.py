@@ -69,7 +69,8 @@ def search(
 
     Args:
         space: Space to search.
-        cost: Costs of the archs of this space; with `LatencyTable.add_to` their latency is one of them.
+        cost: Costs of the archs of this space, or of one that this is a part of; with `LatencyTable.add_to` their
+            latency is one of them.
         evaluate: Returns the metrics of an arch on the search split, at least `top1` in percent and `loss`. Metrics
             are numbers, text or None.
         config: What to search for.
@@ -91,6 +92,7 @@ def search(
     """
     if config.algorithm == 'nsga2':
         require_pymoo()
+    cost = cost.within(space)
     check_limits(config, cost)
     if config.near not in (None, 'none'):
         with as_usage_error(f'near={config.near!r} is no arch of the space'):
@@ -248,7 +250,7 @@ def search_checkpoint(
                     f'The latency table is poor: it ranks unseen networks with tau {table.test["tau"]}, at least '
                     f'{MIN_TAU} is wanted; measure it again on an idle machine or with more networks'
                 )
-        check_limits(config, cost)
+        check_limits(config, cost if space is None else cost.within(space))
         if config.near is None and config.algorithm == 'nsga2' and isinstance(supernet, BackboneSupernet):
             config = replace(config, near=str(supernet.space.default_arch))
         batch_size, autocast = prepare_device(process.device, batch_size, amp_dtype)
