@@ -5,10 +5,13 @@ import sys
 from pathlib import Path
 
 import pytest
+import timm
+import torch
 from commands import fails
 
 from timm_mixpath import cli
-from timm_mixpath.models.latency_table import LatencyTable
+from timm_mixpath.models.cost import cost_table
+from timm_mixpath.models.latency_table import LatencyTable, space_digest
 
 QUICK = ['--num-archs', '20', '--test-archs', '5', '--rounds', '1', '--threads', '1', '--device', 'cpu']
 
@@ -130,6 +133,46 @@ def test_wrong_commands(
     status, found = fails(capsys, words.split())
     assert status == 2 and message in found
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    'words',
+    ['--runtime torch', '--threads 1', '-b 1', '--input-size 3 16 16', '--num-classes 10', '--rounds 10', '--seed 0',
+     '--num-archs 150', '--test-archs 50'],
+)  # fmt: skip
+def test_what_a_table_decides_is_no_option(words: str, capsys: pytest.CaptureFixture) -> None:
+    measure = ['latency', '--model', 'mixpath_nano_supernet', '--latency-table', 'table.json', '--archs', 'k3_e6']
+    status, message = fails(capsys, [*measure, *words.split()])
+    shown = words.replace('-b', '--batch-size')
+    assert status == 2 and f'{shown} has no effect on --archs, which are measured as those of the table' in message
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason='is about where there is none')
+def test_table_of_a_device_that_is_not_here(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    cost = cost_table(timm.create_model('mixpath_nano_supernet', device='meta'))
+    LatencyTable(
+        space='nano',
+        max_paths=cost.space.max_paths,
+        input_size=cost.input_size,
+        num_classes=cost.num_classes,
+        digest=space_digest(cost),
+        batch_size=1,
+        runtime='torch',
+        device='cuda',
+        device_name='a GPU',
+        threads=1,
+        versions={},
+        protocol={},
+        measured=[],
+        base=1.0,
+        parts=[[*part, 1.0] for part in cost.part_costs('macs')],
+    ).save(tmp_path / 'gpu.json')
+    arch = str(cost.space.default_arch)
+    measure = ['latency', '--model', 'mixpath_nano_supernet', '--latency-table', str(tmp_path / 'gpu.json')]
+    status, message = fails(capsys, [*measure, '--archs', arch])
+    assert status == 2 and 'the table is of a GPU (cuda), on which --archs are measured; run this where' in message
+    status, message = fails(capsys, [*measure, '--archs', arch, '--device', 'cpu'])
+    assert status == 2 and "--device 'cpu' can not be used: the table is of 'cuda', where --archs are" in message
 
 
 def test_archs_that_are_none(supernet_run: Path, table: Path, capsys: pytest.CaptureFixture, tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """The command latency."""
 
 import argparse
+import dataclasses
 import json
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -8,7 +9,7 @@ from typing import TYPE_CHECKING
 from ..utils.errors import UsageError, as_usage_error
 from ..utils.numbers import parse_count
 from ..utils.tables import format_size
-from .common import add_model_options, create_supernet, from_args, like, setup_logging
+from .common import add_model_options, create_supernet, like, setup_logging
 
 if TYPE_CHECKING:
     from ..models.latency_table import LatencyTable
@@ -31,47 +32,67 @@ def add_latency(parser: argparse.ArgumentParser) -> None:
     add('--input-size', nargs=3, type=int, metavar='N', help='channels, height, width (default: as in the training)')
 
     add = parser.add_argument_group('what is measured').add_argument
-    add('--runtime', default=default.runtime, choices=RUNTIMES,
+    add('--runtime', choices=RUNTIMES,
         help='torch: eager, batch norms folded; compile: that under torch.compile (default: torch)')  # fmt: skip
     add('--threads', type=int, metavar='N', help="CPU threads (default: torch's)")
-    add('-b', '--batch-size', type=int, default=default.batch_size, metavar='N', help='images per batch (default: 1)')
+    add('-b', '--batch-size', type=int, metavar='N', help='images per batch (default: 1)')
     add('--device', metavar='NAME', help='default: cuda if there is a GPU, else cpu')
-    add('--num-archs', type=parse_count, default=default.num_archs, metavar='N',
-        help='networks to fit the table to (default: %(default)s)')  # fmt: skip
-    add('--test-archs', type=parse_count, default=default.test_archs, metavar='N',
-        help='unseen networks to test it with (default: %(default)s)')  # fmt: skip
-    add('--rounds', type=int, default=default.rounds, metavar='N', help='visits of each (default: %(default)s)')
-    add('--seed', type=int, default=default.seed)
-
-    parser.set_defaults(visit_ms=default.visit_ms)
+    add('--num-archs', type=parse_count, metavar='N',
+        help=f'networks to fit the table to (default: {default.num_archs})')  # fmt: skip
+    add('--test-archs', type=parse_count, metavar='N',
+        help=f'unseen networks to test it with (default: {default.test_archs})')  # fmt: skip
+    add('--rounds', type=int, metavar='N', help=f'visits of each (default: {default.rounds})')
+    add('--seed', type=int)
 
     add = parser.add_argument_group('measure archs, beside what a table predicts').add_argument
-    add('--archs', nargs='+', metavar='ARCH', help='archs, or the front.json of a search')
+    add('--archs', nargs='+', metavar='ARCH',
+        help='archs, or the front.json of a search; they are measured as those of the table were')  # fmt: skip
     add('--latency-table', metavar='FILE', help='a table of this supernet')
 
 
 def run_latency(args: argparse.Namespace) -> None:
-    from ..analysis.latency import LatencyConfig, measure_table
-    from ..models.latency_table import MIN_TAU
-    from ..utils.tables import format_table
+    from ..models.latency_table import LatencyTable
 
     setup_logging()
     if bool(args.archs) != bool(args.latency_table):
         raise UsageError('--archs and --latency-table go together: archs to measure, and the table that predicts them')
     if bool(args.archs) == bool(args.output):
         raise UsageError('pass either --output FILE for a table, or --archs and --latency-table to measure archs')
-    table = None
-    if args.archs:
-        from ..models.latency_table import LatencyTable
-
-        table = LatencyTable.load(args.latency_table)
-        args.num_classes, args.input_size = table.num_classes, table.input_size
-    config = from_args(LatencyConfig, args)
-    supernet, input_size = _supernet(args)
-    if table is not None:
-        _measure(supernet, _archs(args.archs, supernet), table)
+    if args.output:
+        _measure_table(args)
         return
+    for name in _OF_A_TABLE:
+        if (value := getattr(args, name)) is not None:
+            shown = ' '.join(map(str, value)) if isinstance(value, list) else value
+            raise UsageError(
+                f'--{name.replace("_", "-")} {shown} has no effect on --archs, which are measured as those of the '
+                'table were; leave it out'
+            )
+    table = LatencyTable.load(args.latency_table)
+    args.num_classes, args.input_size = table.num_classes, table.input_size
+    supernet, _ = _supernet(args)
+    _measure(supernet, _archs(args.archs, supernet), table, args.device)
 
+
+# What a table decides where archs are measured beside it
+_OF_A_TABLE = (
+    'num_classes', 'input_size', 'runtime', 'threads', 'batch_size', 'num_archs', 'test_archs', 'rounds', 'seed',
+)  # fmt: skip
+
+
+def _measure_table(args: argparse.Namespace) -> None:
+    import torch
+
+    from ..analysis.latency import LatencyConfig, measure_table
+    from ..models.latency_table import MIN_TAU
+    from ..utils.tables import format_table
+
+    given = {field.name: getattr(args, field.name, None) for field in dataclasses.fields(LatencyConfig)}
+    config = LatencyConfig(**{name: value for name, value in given.items() if value is not None})
+    supernet, input_size = _supernet(args)
+    device = args.device or ('cuda' if torch.cuda.is_available() else 'cpu')
+    with as_usage_error(f'--device {device!r} can not be used'):
+        supernet = supernet.to(device)
     table = measure_table(supernet, args.output, config, input_size=input_size)
     test, repeats = table.test, table.test['repeats']
     rows = [
@@ -101,11 +122,8 @@ def run_latency(args: argparse.Namespace) -> None:
 
 
 def _supernet(args: argparse.Namespace) -> 'tuple[Supernet, tuple[int, int, int] | None]':
-    import torch
-
     from ..train.checkpoint import load_supernet, resolve_data
 
-    device = args.device or ('cuda' if torch.cuda.is_available() else 'cpu')
     input_size = tuple(args.input_size) if args.input_size else None
     if args.checkpoint:
         loaded = load_supernet(args.checkpoint, 'latency table', 0, like(args))
@@ -124,8 +142,7 @@ def _supernet(args: argparse.Namespace) -> 'tuple[Supernet, tuple[int, int, int]
             input_size = tuple(resolve_data(options, supernet)['input_size'])
     else:
         raise UsageError('no supernet: pass --checkpoint PATH, --model NAME, or --config FILE')
-    with as_usage_error(f'--device {device!r} can not be used'):
-        return supernet.eval().to(device), input_size
+    return supernet.eval(), input_size
 
 
 def _archs(texts: list[str], supernet: 'Supernet') -> list[str]:
@@ -140,7 +157,9 @@ def _archs(texts: list[str], supernet: 'Supernet') -> list[str]:
         return [supernet.space.arch(arch) for arch in archs]
 
 
-def _measure(supernet: 'Supernet', archs: list[str], table: 'LatencyTable') -> None:
+def _measure(supernet: 'Supernet', archs: list[str], table: 'LatencyTable', device: str | None) -> None:
+    import torch
+
     from ..analysis.latency import compare_prediction
     from ..analysis.rank_statistics import require_scipy
     from ..models.cost import cost_table
@@ -151,7 +170,16 @@ def _measure(supernet: 'Supernet', archs: list[str], table: 'LatencyTable') -> N
     require_scipy()
     cost = cost_table(supernet, table.input_size)
     table.add_to(cost)
-    here = describe_device(next(supernet.parameters()).device)
+    with as_usage_error(f'--device {device!r} can not be used'):
+        if device is not None and torch.device(device).type != table.device:
+            raise ValueError(f'the table is of {table.device!r}, where --archs are measured; leave it out')
+    device = device or table.device
+    with as_usage_error(
+        f'the table is of {table.device_name} ({table.device}), on which --archs are measured; run this where there is '
+        'one'
+    ):
+        supernet = supernet.to(device)
+        here = describe_device(device)
     measured = measure_archs(supernet, archs, table)
     predicted = [cost.cost('latency', arch) for arch in archs]
     rows = [

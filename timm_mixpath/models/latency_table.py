@@ -175,8 +175,8 @@ def measure_archs(
 ) -> list[float]:
     """Measure networks of a supernet as those of a table were: same runtime, threads, batch and input.
 
-    Twenty at a time are in memory. They are measured on the type of device that the table is of, wherever the supernet
-    is.
+    Twenty at a time are in memory. They are measured where the supernet is if that is the type of device that the table
+    is of, otherwise on one of that type.
 
     Args:
         supernet: Supernet in any mode; its weights do not matter.
@@ -193,7 +193,9 @@ def measure_archs(
         ValueError: The space does not hold an arch.
         ImportError: The runtime is not installed.
     """
-    x = make_images(supernet, table.batch_size, table.input_size).to(table.device)
+    x = make_images(supernet, table.batch_size, table.input_size)
+    if x.device.type != table.device:  # torch's first GPU would take the place of the second one
+        x = x.to(table.device)
     runner = partial(
         arch_runner, supernet, x, runtime=table.runtime, num_threads=table.threads, num_classes=table.num_classes
     )
