@@ -13,7 +13,7 @@ from small_space import TINY
 
 from timm_mixpath import sample
 from timm_mixpath.models.cost import CostTable, cost_table
-from timm_mixpath.models.latency_table import LatencyTable, fit_latency, space_digest
+from timm_mixpath.models.latency_table import LatencyTable, fit_latency, layers_digest, space_digest
 from timm_mixpath.utils.errors import UsageError
 
 
@@ -163,3 +163,28 @@ def test_tables_of_others_are_refused() -> None:
     with pytest.raises(UsageError, match='another variant of space'):
         table.add_to(CostTable(TINY.scaled(2.0)))
     table.add_to(CostTable(TINY, num_classes=5))  # the classifier is a small part
+
+
+@pytest.mark.parametrize(
+    ('name', 'kwargs', 'others', 'same'),
+    [
+        ('nano', {}, dict(act_layer='silu'), dict(num_classes=0, drop_path_rate=0.1, drop_rate=0.2, sum_norm='bn')),
+        ('nano', {}, dict(norm_layer='groupnorm'), {}),
+        ('supernet', dict(backbone='mobilenetv3_small_050'), dict(act_layer='relu'), {}),
+        ('nb201', {}, dict(global_pool='max'), dict(sum_norm='bn', num_classes=3)),
+    ],
+)
+def test_table_of_other_activations_is_refused(name: str, kwargs: dict, others: dict, same: dict) -> None:
+    name = 'mixpath_supernet' if name == 'supernet' else f'mixpath_{name}_supernet'
+
+    def cost_of(**more):
+        return cost_table(timm.create_model(name, device='meta', **{**kwargs, **more}), (3, 32, 32))
+
+    cost = cost_of()
+    table = table_for(cost, *planted(cost, 1, 0.5), layers=layers_digest(cost))
+    other = cost_of(**others)
+    with pytest.raises(UsageError, match=r'another variant of space .*activations, gates, norms or pooling differ'):
+        table.add_to(other)
+    replace(table, layers=None).add_to(other)  # measured before this was kept
+    if same:
+        table.add_to(cost_of(**same))

@@ -16,7 +16,7 @@ import torch
 
 from ..models.cost import cost_table
 from ..models.latency import make_images, measure_side_by_side
-from ..models.latency_table import CHUNK, LatencyTable, arch_runner, fit_latency, space_digest
+from ..models.latency_table import CHUNK, LatencyTable, arch_runner, fit_latency, layers_digest, space_digest
 from ..models.runtimes import check_runtime, describe_device, runtime_versions
 from ..models.supernet import Supernet
 from ..search.archive import Archive
@@ -128,6 +128,7 @@ def measure_table(
     random.Random(config.seed).shuffle(archs)
     what = dict(
         digest=space_digest(cost),
+        layers=layers_digest(cost),
         input_size=cost.input_size,
         num_classes=cost.num_classes,
         device=device.type,

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn as nn
+from timm.layers import DropPath
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -41,6 +42,7 @@ __all__ = [
     'check_input_size',
     'cost_table',
     'count_macs',
+    'find_layer_kinds',
     'profile_space',
 ]
 
@@ -98,11 +100,13 @@ class _Costs:
         num_classes: Number of classes.
         input_size: Input as (channels, height, width), in pixels.
         metrics: Names of what is counted.
+        layer_kinds: Kinds of layers without multiply-adds, see `find_layer_kinds`.
     """
 
     space: Space
     num_classes: int
     input_size: tuple[int, int, int]
+    layer_kinds: list[str]
 
     def __init__(self) -> None:
         self.metrics: tuple[str, ...] = ('macs', 'params')
@@ -308,6 +312,7 @@ class CostTable(_BlockCosts):
             model = MixPath(space, arch, num_classes=self.num_classes, in_chans=self.input_size[0], **kwargs)
             # timm's norm layers make the parameters of an activation on the CPU in any case
             self._add(model.to('meta'), arch)
+            self.layer_kinds = find_layer_kinds(model)  # the same for all
 
     def _add(self, model: MixPath, arch: Arch) -> None:
         counts = {
@@ -349,6 +354,7 @@ class BackboneCostTable(_BlockCosts):
         self.num_classes = num_classes
         self.input_size = input_size
         whole = supernet.make_empty(num_classes)
+        self.layer_kinds = find_layer_kinds(whole)
         blocks = whole.get_choice_blocks()
         # All paths of a block at once, one expansion after the other
         choices = [
@@ -399,6 +405,7 @@ class CellCostTable(_Costs):
         self.input_size = input_size
         space = self.space.with_max_paths(self.space.max_paths_limit)
         whole = type(supernet)(space, **supernet.subnet_kwargs(num_classes), device='meta').eval()
+        self.layer_kinds = find_layer_kinds(whole)
         macs: dict[str, int] = {}
         for arch in space.covering_archs():
             whole.active_arch = arch
@@ -484,6 +491,26 @@ def count_macs(model: nn.Module, input_size: tuple[int, int, int]) -> dict[str, 
                 own[parent] -= macs
                 break
     return own
+
+
+def find_layer_kinds(model: nn.Module) -> list[str]:
+    """Return the kinds of a model's activations, gates, norms and pooling in order, repeated ones in a row once.
+
+    That is what takes time and shows in neither multiply-adds nor the number of parameters.
+    """
+    kinds: list[str] = []
+    for module in model.modules():
+        is_layer = not any(True for _ in module.children()) or any(True for _ in module.parameters(recurse=False))
+        if is_layer and not isinstance(module, _OTHER_LAYERS):
+            # The norms of a supernet have other names than those of its networks
+            kind = 'BatchNorm' if isinstance(module, nn.modules.batchnorm._BatchNorm) else type(module).__name__
+            if kinds[-1:] != [kind]:
+                kinds.append(kind)
+    return kinds
+
+
+# Those that multiply-adds are counted of, and those that do nothing in eval mode
+_OTHER_LAYERS = (nn.Conv2d, nn.Linear, nn.Identity, nn.Dropout, DropPath, nn.ModuleList, nn.ModuleDict, nn.Sequential)
 
 
 def _sum_below(counts: dict[str, int], prefix: str) -> int:

@@ -31,7 +31,15 @@ if TYPE_CHECKING:
     from .cost import CostTable, Part
     from .supernet import Supernet
 
-__all__ = ['MIN_TAU', 'LatencyTable', 'arch_runner', 'fit_latency', 'measure_archs', 'space_digest']
+__all__ = [
+    'MIN_TAU',
+    'LatencyTable',
+    'arch_runner',
+    'fit_latency',
+    'layers_digest',
+    'measure_archs',
+    'space_digest',
+]
 
 
 _FORMAT = 'timm-mixpath latency table'
@@ -71,6 +79,7 @@ class LatencyTable:
         test: How well the archs of use `'test'` are predicted: `num_archs`, `tau`, `mean_error` and `max_error`, the
             errors as shares of the measured latency; `repeats` has the same for a second measurement in the place of
             the prediction.
+        layers: Digest of the other layers of the networks, see `layers_digest`; None in tables of earlier versions.
     """
 
     space: str
@@ -89,6 +98,7 @@ class LatencyTable:
     base: float
     parts: list[list[Any]]
     test: dict[str, Any] = field(default_factory=dict)
+    layers: str | None = None
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> 'LatencyTable':
@@ -158,8 +168,13 @@ class LatencyTable:
         prices = self.prices()
         if cost.part_costs('macs').keys() - prices.keys() or self.digest != space_digest(cost):
             raise UsageError(
-                f'the latency table is of another variant of space {self.space!r} (width, m = {self.max_paths}, '
-                'activation or expansions differ); measure one for this supernet'
+                f'the latency table is of another variant of space {self.space!r} (width, expansions, kernels or norms '
+                'of sums differ); measure one for this supernet'
+            )
+        if self.layers is not None and self.layers != layers_digest(cost):
+            raise UsageError(
+                f'the latency table is of another variant of space {self.space!r} (activations, gates, norms or '
+                'pooling differ); measure one for this supernet'
             )
         cost.add_metric('latency', self.base, prices)
 
@@ -226,6 +241,11 @@ def space_digest(cost: 'CostTable') -> str:
     macs, params = cost.part_costs('macs'), cost.part_costs('params')
     parts = sorted([json.dumps(part), macs[part], params[part]] for part in macs)
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+
+
+def layers_digest(cost: 'CostTable') -> str:
+    """Return a digest of the kinds of layers that the parts of `space_digest` say nothing of, such as activations."""
+    return hashlib.sha256(json.dumps(cost.layer_kinds).encode()).hexdigest()
 
 
 def fit_latency(

@@ -19,7 +19,7 @@ __all__ = ['Archive', 'evaluate_all', 'plain_metrics']
 _VERSION = 1
 
 # Entries of the fingerprint that archives of earlier versions do not have
-_ADDED = ('mean', 'std')
+_ADDED = ('mean', 'std', 'layers')
 
 _T = TypeVar('_T')
 
