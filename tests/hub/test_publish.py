@@ -346,6 +346,17 @@ def test_card_says_what_is_recorded_and_nothing_else(run: Path, model_dir: Path,
     assert 'license' not in timm.create_model(f'local-dir:{tmp_path / "b"}').pretrained_cfg
 
 
+def test_licence_of_a_folder_stays(tmp_path: Path) -> None:
+    save_model(timm.create_model('mixpath_nano'), tmp_path / 'model')
+    write_repo(tmp_path / 'model', NAME, tmp_path / 'a', details=CardDetails('cc-by-nc-4.0'))
+    write_repo(tmp_path / 'a', NAME, tmp_path / 'b')
+    write_repo(tmp_path / 'b', NAME, tmp_path / 'c', details=CardDetails('mit'))
+    for name, expected in (('b', 'cc-by-nc-4.0'), ('c', 'mit')):
+        config = json.loads((tmp_path / name / 'config.json').read_text())
+        assert config['pretrained_cfg']['license'] == expected
+        assert ModelCard.load(tmp_path / name / 'README.md').data.to_dict()['license'] == expected
+
+
 def test_card_of_a_network_around_a_backbone(tmp_path: Path) -> None:
     backbone = timm.create_model('mobilenetv3_small_050', num_classes=10)
     for name, start in (('mixpath', 'An image classifier (`mixpath`)'), ('mixpath_supernet', 'A one-shot supernet')):

@@ -89,7 +89,9 @@ def add_push(parser: argparse.ArgumentParser) -> None:
         help="accuracy of the weights as stored: what timm's validate.py wrote with --results-file FILE "
         '--results-format json',
     )
-    add('--license', metavar='NAME', help='licence of the weights, for example apache-2.0')
+    add(
+        '--license', metavar='NAME', help='licence of the weights, for example apache-2.0 (default: that of the source)'
+    )
     add('--dataset-id', metavar='NAME', help='data set by its name on the Hub, for example uoft-cs/cifar10')
     add('--dataset-name', metavar='TEXT', help='its name for readers, for example CIFAR-10')
     add('--commit', metavar='SHA', help='commit of timm-mixpath that trained the model')

@@ -61,7 +61,8 @@ class CardDetails:
     """What only the owner of a model can tell. None leaves it out.
 
     Attributes:
-        license: Licence of the weights, by its name on the Hub, for example apache-2.0.
+        license: Licence of the weights, by its name on the Hub, for example apache-2.0; a model folder or Hub repo may
+            name it by itself.
         dataset_id: Data set by its name on the Hub, for example uoft-cs/cifar10.
         dataset_name: Its name for readers, for example CIFAR-10.
         commit: Commit of timm-mixpath that trained the model.

@@ -7,7 +7,7 @@ import shutil
 import tempfile
 from argparse import Namespace
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from huggingface_hub import HfApi, get_token
@@ -72,7 +72,8 @@ def write_repo(
         checkpoint: Training checkpoint (its averaged weights, if it has them), model folder or `hf-hub:ORG/NAME`.
         repo_id: `ORG/NAME`. What stands behind a dot in NAME is the tag of the weights.
         folder: Folder to make.
-        details: What the card says that neither checkpoint nor search know.
+        details: What the card says that neither checkpoint nor search know. The licence that a model folder or Hub
+            repo names stays if there is no other.
         search: Output folder of the search that found the arch, or that searched this supernet.
         results: What timm's validate.py measured of the weights as they are stored, see `hub.records.read_results`.
         dtype: What the weights are stored as, see `hub.export.export`.
@@ -92,6 +93,9 @@ def write_repo(
     loaded = load_model(checkpoint, like=like)
     set_img_size(loaded, img_size)
     model = loaded.model
+    known = model.pretrained_cfg.get('license')  # of a model folder or Hub repo, which may say anything
+    if details.license is None and isinstance(known, str):
+        details = replace(details, license=known)
     if not isinstance(model, MixPath | CellNet | BackboneNet | BackboneSupernet):
         raise UsageError(
             f'{str(checkpoint)!r} holds {type(model).__name__}, which is not of timm-mixpath; publish it with '
