@@ -99,6 +99,30 @@ def test_classes_of_imagenet_are_described_in_words(tmp_path: Path) -> None:
         assert again.pretrained_cfg.get('label_descriptions') == expected
 
 
+def test_names_and_descriptions_of_a_folder_are_kept(tmp_path: Path) -> None:
+    model = timm.create_model('mixpath_nano', num_classes=3)
+    descriptions = {'a': 'an ant', 'b': 'a bee', 'c': 'a cat'}
+    model.pretrained_cfg.update(label_names=list('abc'), label_descriptions=descriptions)
+    save_model(model, tmp_path / 'first')
+    export(tmp_path / 'first', tmp_path / 'second')
+    write_repo(tmp_path / 'second', 'org/name', tmp_path / 'third')
+    for name in ('first', 'second', 'third'):
+        cfg = timm.create_model(f'local-dir:{tmp_path / name}', pretrained=True).pretrained_cfg
+        assert (cfg['label_names'], cfg['label_descriptions']) == (list('abc'), descriptions)
+    # Of the same classes in another order
+    save_model(load_model(tmp_path / 'first').model, tmp_path / 'other', label_names=list('acb'))
+    assert 'label_descriptions' not in json.loads((tmp_path / 'other' / 'config.json').read_text())
+
+
+def test_class_names_that_are_numbers(tmp_path: Path) -> None:
+    """A config.json of others may have them."""
+    save_model(timm.create_model('mixpath_nano', num_classes=3), tmp_path / 'a', label_names=list('012'))
+    config = json.loads((tmp_path / 'a' / 'config.json').read_text())
+    (tmp_path / 'a' / 'config.json').write_text(json.dumps({**config, 'label_names': [0, 1, 2]}))
+    export(tmp_path / 'a', tmp_path / 'b')
+    assert json.loads((tmp_path / 'b' / 'config.json').read_text())['label_names'] == ['0', '1', '2']
+
+
 def test_model_in_channels_last_is_saved(tmp_path: Path) -> None:
     model = timm.create_model('mixpath_nano').to(memory_format=torch.channels_last)
     save_model(model, tmp_path / 'm')

@@ -129,10 +129,11 @@ def write_model(
     """
     model_config: dict[str, Any] = {'pretrained_cfg': dict(pretrained_cfg or {})}
     if label_names:
+        descriptions = _own_descriptions(model, label_names) or _synset_descriptions(label_names)
         # Not those of the weights that it once started from
         model_config['pretrained_cfg'].update(label_names=None, label_descriptions=None)
         model_config['label_names'] = list(label_names)
-        if descriptions := _synset_descriptions(label_names):
+        if descriptions:
             model_config['label_descriptions'] = descriptions
     if dtype is not None and dtype not in DTYPES:
         raise UsageError(f'dtype {dtype!r} is none that weights are stored as: {", ".join(DTYPES)}')
@@ -146,6 +147,14 @@ def write_model(
                     f'{name} of the {type(model).__name__} does not fit into {dtype}; store it as bfloat16 or float32'
                 )
     save_for_hf(stored, str(folder), model_config=model_config, safe_serialization=True, data_config=data_config)
+
+
+def _own_descriptions(model: nn.Module, label_names: Sequence[str]) -> dict[str, str]:
+    """What a model says of its classes, nothing if it has others."""
+    names, descriptions = (model.pretrained_cfg.get(key) for key in ('label_names', 'label_descriptions'))
+    if not isinstance(names, list | tuple) or not isinstance(descriptions, dict):
+        return {}
+    return descriptions if list(map(str, names)) == list(label_names) else {}
 
 
 def _synset_descriptions(label_names: Sequence[str]) -> dict[str, str]:

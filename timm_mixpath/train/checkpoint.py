@@ -120,7 +120,7 @@ class LoadedModel:
         if vars(self.args):  # the cfg of a checkpoint's model is that of the name it was made from
             return getattr(self.args, 'label_names', None)
         names = self.model.pretrained_cfg.get('label_names')
-        return list(names) if isinstance(names, list | tuple) else None
+        return list(map(str, names)) if isinstance(names, list | tuple) else None  # a config.json may have numbers
 
 
 def read_checkpoint(path: str | os.PathLike) -> dict[str, Any]:
