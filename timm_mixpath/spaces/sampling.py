@@ -22,8 +22,7 @@ def sample(space: Space, *, seed: int, step: int, strategy: str = 'paths') -> st
 
     - `'paths'`: as MixPath's released code does. Wherever paths are summed their number is uniform in 1..m, and then
       that many are drawn uniformly without replacement: uniform over the number of paths, not over combinations.
-    - `'uniform'`: every entry of the space's integer vectors is uniform over its values, so all archs are equally
-      likely (single-path one-shot, arXiv 1904.00420).
+    - `'uniform'`: all archs are equally likely (single-path one-shot, arXiv 1904.00420).
     - `'fair'`: in every s steps each entry of the vector, of s values, takes each of its values once, in a random
       order (the strict fairness of FairNAS, arXiv 1907.01845, with one optimizer step per arch).
 
@@ -50,7 +49,7 @@ def sample(space: Space, *, seed: int, step: int, strategy: str = 'paths') -> st
     # numbers in every Python version, hence no randrange() and no sample().
     draw = random.Random(f'{seed}/{step}').random
     if strategy == 'uniform':
-        return space.decode([int(draw() * size) for size in space.gene_sizes])
+        return space.sample_uniform(draw)
     return space.sample(draw)
 
 

@@ -111,6 +111,14 @@ class Space(ABC):
             draw: Gives numbers in [0, 1), as `random.random` does.
         """
 
+    def sample_uniform(self, draw: Callable[[], float]) -> str:
+        """Draw an arch, all of them equally likely.
+
+        Args:
+            draw: Gives numbers in [0, 1), as `random.random` does.
+        """
+        return self.decode([int(draw() * size) for size in self.gene_sizes])
+
 
 @dataclass(frozen=True)
 class BlockSpec:
@@ -301,6 +309,17 @@ class BlockSpace(Space):
                 groups.append(tuple(sorted(paths)))
             blocks.append(cached_choice(tuple(groups), expand_ratio))
         return Arch.from_blocks(blocks)
+
+    def sample_uniform(self, draw: Callable[[], float]) -> Arch:
+        vector: list[int] = []
+        for index, spec in enumerate(self.blocks):
+            # A skipped block is one choice, and stands for as many vectors as its kernels have values
+            if spec.can_skip and int(draw() * self.num_choices(index)) == 0:
+                vector += [len(spec.expand_ratios), *[0] * spec.num_groups]
+                continue
+            sizes = len(spec.expand_ratios), *[len(self.subsets(index))] * spec.num_groups
+            vector += [int(draw() * size) for size in sizes]
+        return self.decode(vector)
 
 
 @dataclass(frozen=True)
