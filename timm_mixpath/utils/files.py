@@ -73,11 +73,21 @@ def write_dir_atomic(path: str | os.PathLike) -> Iterator[Path]:
         path: Folder to make; it may exist if it is empty.
 
     Raises:
-        UsageError: The folder exists and holds something, which is never overwritten.
+        UsageError: The folder exists and holds something, which is never overwritten; or it is one that no other can
+            take the place of.
     """
     path = Path(path)
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise UsageError(f'{str(path)!r} exists already and is not overwritten; choose another folder or remove it')
+    if path.is_dir():
+        problem = 'the current folder' if path.samefile(os.curdir) else 'a mount point' if path.is_mount() else ''
+        if problem:
+            raise UsageError(
+                f'{str(path)!r} is {problem}, which no other folder can take the place of; choose one inside it, such '
+                f'as {str(path / "model")!r}'
+            )
+    if path.is_symlink():  # which stays, and what it leads to is made
+        path = path.resolve()
     make_output_dir(path.parent)
     temporary = Path(tempfile.mkdtemp(prefix=f'.{path.name}.', dir=path.parent))
     try:
