@@ -102,7 +102,7 @@ def test_classes_of_imagenet_are_described_in_words(tmp_path: Path) -> None:
 def test_names_and_descriptions_of_a_folder_are_kept(tmp_path: Path) -> None:
     model = timm.create_model('mixpath_nano', num_classes=3)
     descriptions = {'a': 'an ant', 'b': 'a bee', 'c': 'a cat'}
-    model.pretrained_cfg.update(label_names=list('abc'), label_descriptions=descriptions)
+    model.pretrained_cfg.update(num_classes=3, label_names=list('abc'), label_descriptions=descriptions)
     save_model(model, tmp_path / 'first')
     export(tmp_path / 'first', tmp_path / 'second')
     write_repo(tmp_path / 'second', 'org/name', tmp_path / 'third')

@@ -169,7 +169,7 @@ def test_tables_of_others_are_refused() -> None:
     ('name', 'kwargs', 'others', 'same'),
     [
         ('nano', {}, dict(act_layer='silu'), dict(num_classes=0, drop_path_rate=0.1, drop_rate=0.2, sum_norm='bn')),
-        ('nano', {}, dict(norm_layer='groupnorm'), {}),
+        ('nano', dict(sum_norm='bn'), dict(norm_layer='groupnorm1'), {}),
         ('supernet', dict(backbone='mobilenetv3_small_050'), dict(act_layer='relu'), {}),
         ('nb201', {}, dict(global_pool='max'), dict(sum_norm='bn', num_classes=3)),
     ],
