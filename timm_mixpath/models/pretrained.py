@@ -61,7 +61,7 @@ PACKAGED: dict[str, str] = {
     'mixpath_a.imagenette': 'a7c4e86c35d1e3038c5f988d7b3c86bb338bcabeaf3cdb93cf6a41b72e53acce',
     'mixpath_b.imagenette': '9396594a4fbb27f2605cb0b2d0b802ad78cc531c4abe294629fb1aa0c4061241',
     'mixpath_lite0.in1k_ft_imagenette': '8d963fba38eda000c5790dcd08d09ed8a9beba86113eee4998acd2d4e108795b',
-    'mixpath_nano.cifar10': '02c6a9344e7b25126d8b62edddf75109376d77470e9b7b9f7a6c9ed803cf57ee',
+    'mixpath_nano.cifar10': '5fa6f27a81f4ce122e8c9772415ab8e99d0be8cd6cdf34d1873a25790cafa0c5',
 }
 _WEIGHTS_DIR = Path(__file__).parents[1] / 'weights'
 
