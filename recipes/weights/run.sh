@@ -4,9 +4,10 @@
 #   recipes/weights/run.sh IMAGENETTE CIFAR10 OUTPUT VALIDATE [JOB ...]
 #
 # IMAGENETTE and CIFAR10 hold Imagenette (the 160 px version) and the images of CIFAR-10 as class folders in train/ and
-# validation/; VALIDATE is validate.py of timm's repository. Jobs, all of them by default: lite0, nano, mixpath_a,
-# mixpath_b, same, and package, which writes OUTPUT/weights/MODEL.TAG for timm_mixpath/weights from what is trained, with
-# the accuracy that VALIDATE measures of it. Each is one process of one thread (OMP_NUM_THREADS).
+# validation/; VALIDATE is validate.py of timm's repository, with avg_checkpoints.py beside it. Jobs, all of them by
+# default: lite0, nano, mixpath_a, mixpath_b, same, and package, which writes OUTPUT/weights/MODEL.TAG for
+# timm_mixpath/weights from what is trained, with the accuracy that VALIDATE measures of it. Each is one process of one
+# thread (OMP_NUM_THREADS).
 set -euo pipefail
 : "${4:?usage: run.sh IMAGENETTE CIFAR10 OUTPUT VALIDATE [JOB ...]}"
 imagenette=$1 cifar10=$2 output=$3 validate=$4
