@@ -130,11 +130,11 @@ for job in "$@"; do
             mkdir -p "$output/nano-mean"
             cp "$output/nano-64/last.pth.tar" "$output/nano-mean/0.pth.tar"
             cp "$output/nano-64-mixed/last.pth.tar" "$output/nano-mean/1.pth.tar"
-            [ -e "$output/nano-mean/mean.safetensors" ] || python "$(dirname "$validate")/avg_checkpoints.py" \
-                --input "$output/nano-mean" --no-sort --safetensors --output "$output/nano-mean/mean.safetensors"
+            [ -e "$output/nano-mean/mean.pth" ] || python "$(dirname "$validate")/avg_checkpoints.py" \
+                --input "$output/nano-mean" --no-sort --output "$output/nano-mean/mean.pth"
             cifar10_teacher
             train nano "${nano[@]}" --epochs 6 --img-size 64 --lr 0.05 --warmup-epochs 0 --smoothing 0 \
-                --initial-checkpoint "$output/nano-mean/mean.safetensors" \
+                --initial-checkpoint "$output/nano-mean/mean.pth" \
                 --kd-model-name "local-dir:$output/cifar10-teacher/model" --kd-teacher-img-size 112 \
                 --kd-temperature 3 --task-loss-weight 0.3
             ;;

@@ -62,6 +62,7 @@ def interrupt(*_: object, **__: object) -> None:
     raise KeyboardInterrupt
 
 
+@pytest.mark.slow
 def test_supernet_is_searched_as_it_starts(
     tiny: AdaptConfig, tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -137,6 +138,7 @@ def test_winner_without_a_training(
     assert summary['rows'][1]['top1'] == round(100 * sum(hits) / len(hits), 2)
 
 
+@pytest.mark.slow
 def test_mixed_precision(tiny: AdaptConfig, tmp_path: Path) -> None:
     config = replace(tiny, supernet_epochs=0, winner_epochs=0, refit_images=0, amp=True, amp_dtype='bfloat16')
     folder = run_adapt(config, tmp_path / 'job')
@@ -151,6 +153,7 @@ def test_mixed_precision(tiny: AdaptConfig, tmp_path: Path) -> None:
     assert run_adapt(replace(config, amp=False, reuse=str(tmp_path / 'job')), tmp_path / 'other').exists()
 
 
+@pytest.mark.slow
 def test_backbone_itself_is_chosen(
     tiny: AdaptConfig, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -190,6 +193,7 @@ def test_smaller_images_are_the_other_way_to_a_limit(
     assert (text in caplog.text) == (expected is not None) == ('With images of' in caplog.text)
 
 
+@pytest.mark.slow
 def test_best_of_several_image_sizes(
     tiny: AdaptConfig,
     tmp_path: Path,
@@ -283,6 +287,7 @@ def test_sizes_that_are_searched(
     assert searched == expected
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('near, factor', [(-100.0, 1), (100.0, 4)])
 def test_winner_is_trained_gently_where_it_starts_near_the_backbone(
     tiny: AdaptConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, near: float, factor: int
@@ -293,6 +298,7 @@ def test_winner_is_trained_gently_where_it_starts_near_the_backbone(
     assert load_model(tmp_path / 'backbone' / 'last.pth.tar').args.lr == tiny.lr / 4
 
 
+@pytest.mark.slow
 def test_job_of_before_the_floor_goes_on(tiny: AdaptConfig, tmp_path: Path) -> None:
     config = replace(tiny, supernet_epochs=0, winner_epochs=0, refit_images=0)
     run_adapt(replace(config, search_floor=0.0), tmp_path)
@@ -552,6 +558,7 @@ def printed(capsys: pytest.CaptureFixture) -> str:
     return ' '.join(capsys.readouterr().out.split())
 
 
+@pytest.mark.slow
 def test_latency_is_the_budget(
     tiny: AdaptConfig, tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -136,6 +136,7 @@ def test_run_gives_a_script_its_arguments_and_our_models(tmp_path: Path) -> None
     assert result.returncode == 3
 
 
+@pytest.mark.slow
 def test_space_of_ones_own_through_device_modules(digits: Path, tmp_path: Path) -> None:
     """The README's way: register in a module, train, search and export without touching the package."""
     (tmp_path / 'my_space.py').write_text(

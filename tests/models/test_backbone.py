@@ -278,6 +278,7 @@ def test_folder_holds_the_defaults_that_made_the_weights(
         assert config['model_args'].items() >= dict(expected, m=2, sum_norm='sbn').items()
 
 
+@pytest.mark.slow
 def test_pretrained_file_is_that_of_the_backbone_or_of_the_supernet(tmp_path: Path) -> None:
     network = make_backbone('mobilenetv2_050')
     save_file(network.state_dict(), tmp_path / 'backbone.safetensors')
@@ -316,7 +317,13 @@ def test_pretrained_file_is_that_of_the_backbone_or_of_the_supernet(tmp_path: Pa
     assert all(torch.equal(value, again.state_dict()[key]) for key, value in supernet.state_dict().items())
 
 
-@pytest.mark.parametrize('name', ['mobilenetv3_small_050', 'mobilenetv4_conv_small_035', 'mobilenetv2_050'])
+@pytest.mark.parametrize(
+    'name',
+    [
+        'mobilenetv3_small_050',
+        *(pytest.param(name, marks=pytest.mark.slow) for name in ('mobilenetv4_conv_small_035', 'mobilenetv2_050')),
+    ],
+)
 def test_smaller_output_stride_is_timms(name: str) -> None:
     """Which timm has for one of its two classes with `features_only` alone."""
     plain = make_backbone(name)
@@ -504,6 +511,7 @@ def test_default_arch_of_all_backbones_is_in_their_space() -> None:
         assert space.arch(space.default_arch) == space.decode(space.encode(space.default_arch))
 
 
+@pytest.mark.slow
 def test_an_arch_of_narrow_blocks_can_be_traced() -> None:
     supernet = make_supernet(make_backbone('mobilenetv3_small_050'))
     supernet.active_arch = cost_table(supernet).smallest('macs')

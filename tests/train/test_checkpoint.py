@@ -64,6 +64,7 @@ def test_run_from_a_folder_needs_it_no_more(source: Path, digits: Path, tmp_path
         train(small_args(digits, tmp_path, model='local-dir:other', resume=str(last)))
 
 
+@pytest.mark.slow
 def test_run_from_pretrained_weights_needs_them_no_more(source: Path, digits: Path, tmp_path: Path) -> None:
     export(write_supernet(tmp_path), tmp_path / 'three')
     for name, options, arch in (

@@ -531,6 +531,7 @@ def test_binary_cross_entropy_is_that_of_timm(digits: Path, tmp_path: Path) -> N
     assert losses['positive'] == pytest.approx((9 + 3) * math.log(2), rel=1e-4)
 
 
+@pytest.mark.slow
 def test_repeated_augmentation_needs_processes(digits: Path, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match='--aug-repeats 3 shows an image in several processes of torchrun at once'):
         train(small_args(digits, tmp_path, aug_repeats=3))
@@ -541,6 +542,7 @@ def test_repeated_augmentation_needs_processes(digits: Path, tmp_path: Path) -> 
     assert labels[0] == labels[1] and len(labels[0]) > 3  # the same image in both, in every place
 
 
+@pytest.mark.slow
 def test_compiled_run_is_that_of_eager_mode_and_goes_on(digits: Path, tmp_path: Path) -> None:
     options = dict(model='mixpath_nb201_supernet', model_kwargs=dict(num_cells=1, width=4), model_ema=True, drop=0.1)
     plain = train(small_args(digits, tmp_path / 'plain', **options)).output_dir
