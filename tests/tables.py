@@ -1,14 +1,17 @@
-"""Tables of stand-alone accuracies: the benchmarks', and a made one with its ranking."""
+"""Tables of stand-alone accuracies, the benchmarks' and a made one with its ranking, and made ones of latencies."""
 
 import csv
 import math
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 from timm_mixpath.analysis.accuracy_table import AccuracyTable
 from timm_mixpath.analysis.ranking import RankConfig, RankedArch, RankResult, summarize
+from timm_mixpath.models.cost import CostTable
+from timm_mixpath.models.latency_table import LatencyTable, space_digest
 
 NASBENCH = Path(__file__).parents[2] / 'shared' / 'data' / 'nasbench'
 
@@ -45,3 +48,29 @@ def make_result(num: int = 40, score: str = 'top1', recalibrated: bool = True, e
     )
     config = RankConfig(score=score, top_k=(10, 30), num_resamples=50)
     return summarize(table, config, dict(num_images=20, split='train'), archs)
+
+
+def table_for(cost: CostTable, base: float, parts: dict, **kwargs: Any) -> LatencyTable:
+    """A latency table of made prices, of a space and input as a cost table has them."""
+    return LatencyTable(
+        **{
+            **dict(
+                space=cost.space.name,
+                max_paths=cost.space.max_paths,
+                input_size=cost.input_size,
+                num_classes=cost.num_classes,
+                digest=space_digest(cost),
+                batch_size=1,
+                runtime='torch',
+                device='cpu',
+                device_name='a device of tests',
+                threads=2,
+                versions={},
+                protocol={},
+                measured=[],
+                base=base,
+                parts=[[*part, ms] for part, ms in parts.items()],
+            ),
+            **kwargs,
+        }
+    )

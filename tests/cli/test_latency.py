@@ -8,10 +8,11 @@ import pytest
 import timm
 import torch
 from commands import fails
+from tables import table_for
 
 from timm_mixpath import cli
 from timm_mixpath.models.cost import cost_table
-from timm_mixpath.models.latency_table import LatencyTable, space_digest
+from timm_mixpath.models.latency_table import LatencyTable
 
 QUICK = ['--num-archs', '20', '--test-archs', '5', '--rounds', '1', '--threads', '1', '--device', 'cpu']
 
@@ -150,23 +151,8 @@ def test_what_a_table_decides_is_no_option(words: str, capsys: pytest.CaptureFix
 @pytest.mark.skipif(torch.cuda.is_available(), reason='is about where there is none')
 def test_table_of_a_device_that_is_not_here(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     cost = cost_table(timm.create_model('mixpath_nano_supernet', device='meta'))
-    LatencyTable(
-        space='nano',
-        max_paths=cost.space.max_paths,
-        input_size=cost.input_size,
-        num_classes=cost.num_classes,
-        digest=space_digest(cost),
-        batch_size=1,
-        runtime='torch',
-        device='cuda',
-        device_name='a GPU',
-        threads=1,
-        versions={},
-        protocol={},
-        measured=[],
-        base=1.0,
-        parts=[[*part, 1.0] for part in cost.part_costs('macs')],
-    ).save(tmp_path / 'gpu.json')
+    prices = dict.fromkeys(cost.part_costs('macs'), 1.0)
+    table_for(cost, 1.0, prices, device='cuda', device_name='a GPU').save(tmp_path / 'gpu.json')
     arch = str(cost.space.default_arch)
     measure = ['latency', '--model', 'mixpath_nano_supernet', '--latency-table', str(tmp_path / 'gpu.json')]
     status, message = fails(capsys, [*measure, '--archs', arch])

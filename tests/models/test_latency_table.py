@@ -10,10 +10,11 @@ from pathlib import Path
 import pytest
 import timm
 from small_space import TINY
+from tables import table_for
 
 from timm_mixpath import sample
 from timm_mixpath.models.cost import CostTable, cost_table
-from timm_mixpath.models.latency_table import LatencyTable, fit_latency, layers_digest, space_digest
+from timm_mixpath.models.latency_table import LatencyTable, fit_latency, layers_digest
 from timm_mixpath.utils.errors import UsageError
 
 
@@ -31,31 +32,6 @@ def planted(cost, seed: int, departure: float) -> tuple[float, dict]:
         piece, per_mac = prices[cost.part_kind(part)]
         parts[part] = (piece + per_mac * macs) * (1 + departure * draw.uniform(-1, 1))
     return 0.5, parts
-
-
-def table_for(cost, base: float, parts: dict, **kwargs) -> LatencyTable:
-    return LatencyTable(
-        **{
-            **dict(
-                space=cost.space.name,
-                max_paths=cost.space.max_paths,
-                input_size=cost.input_size,
-                num_classes=cost.num_classes,
-                digest=space_digest(cost),
-                batch_size=1,
-                runtime='torch',
-                device='cpu',
-                device_name='a device of tests',
-                threads=2,
-                versions={},
-                protocol={},
-                measured=[],
-                base=base,
-                parts=[[*part, ms] for part, ms in parts.items()],
-            ),
-            **kwargs,
-        }
-    )
 
 
 @pytest.mark.parametrize('name', ['mixpath_nano_supernet', 'mixpath_s3_supernet', 'mixpath_nb201_supernet'])

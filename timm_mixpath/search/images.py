@@ -257,14 +257,6 @@ def open_search_split(loaded: LoadedModel, data: SearchData, *, warn: bool = Tru
         return search_set, train_set, dict(dataset=dataset, split=data.search_split)
     trained_holdout, record = (getattr(loaded.args, name, None) for name in ('search_holdout', 'held_out'))
     holdout = next(v for v in (data.search_holdout, trained_holdout or None, 0.1) if v is not None)
-    # What is not known to be of a training: weights of a backbone were trained on images of others
-    start = getattr(loaded.args, 'start_held_out', None)
-    may_have_seen = (
-        loaded.args.initial_checkpoint
-        or (loaded.args.pretrained and not isinstance(loaded.model, BackboneSupernet | BackboneNet))
-        if vars(loaded.args)
-        else None
-    )
     if not warn:
         pass
     elif not vars(loaded.args):
@@ -272,7 +264,7 @@ def open_search_split(loaded: LoadedModel, data: SearchData, *, warn: bool = Tru
             'a model folder does not tell which images its supernet was trained on; if they include those that score '
             'archs now, errors will look too low. A training checkpoint tells, or name an unseen --search-split'
         )
-    elif not trained_holdout or (start != record if start is not None else may_have_seen):
+    elif not trained_holdout or _started_from_seen(loaded):
         _logger.warning(
             'the supernet was trained on all training images, or started from weights that may have been, also on '
             'those that score archs now: errors will look too low. Train with `timm-mixpath train`, which holds a '
@@ -295,6 +287,17 @@ def open_search_split(loaded: LoadedModel, data: SearchData, *, warn: bool = Tru
             'are scored without them; a larger share in the training and the search, or a --search-split, has them'
         )
     return search_set, train_set, dict(dataset=dataset, split=train_split, holdout=holdout)
+
+
+def _started_from_seen(loaded: LoadedModel) -> bool:
+    """Whether a training started from weights that may have been trained on what it held out."""
+    args = loaded.args
+    start = getattr(args, 'start_held_out', None)
+    if start is not None:
+        return start != getattr(args, 'held_out', None)
+    # Nothing tells of what: those of a backbone were trained on images of others
+    is_warm = isinstance(loaded.model, BackboneSupernet | BackboneNet)
+    return bool(args.initial_checkpoint or (args.pretrained and not is_warm))
 
 
 def recalibration_batches(

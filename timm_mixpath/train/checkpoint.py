@@ -5,7 +5,6 @@ import logging
 import os
 import shutil
 from argparse import Namespace
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from pickle import UnpicklingError
@@ -239,11 +238,10 @@ def note_start(args: Namespace) -> None:
     """
     path = args.initial_checkpoint or (args.pretrained_path if args.pretrained or args.warm_start else '')
     args.start_held_out = None
-    if path:
-        with suppress(OSError, UsageError, RunError):  # weights alone, of any kind
-            before = read_checkpoint(path)['args']
-            is_told = not getattr(before, 'search_holdout', None) or hasattr(before, 'held_out')
-            args.start_held_out = getattr(before, 'held_out', None) or {} if is_told else None
+    before = _training_of(path) if path else None
+    # Versions that kept no record do not tell which images they held out
+    if before is not None and (hasattr(before, 'held_out') or not getattr(before, 'search_holdout', None)):
+        args.start_held_out = getattr(before, 'held_out', None) or {}
 
 
 def _find_origin(model: nn.Module, args: Namespace) -> list[str]:
@@ -282,10 +280,15 @@ def _notes_of(path: str) -> list[str]:
     """What a model folder, the file in it or a training checkpoint says of where its weights came from."""
     if config := _what_is_beside(path):
         return [str(note) for note in config['pretrained_cfg'].get('notes') or ()]
+    return list(getattr(_training_of(path), 'origin', None) or ())
+
+
+def _training_of(path: str) -> Namespace | None:
+    """The options of a training checkpoint, None for weights alone, which say nothing."""
     try:
-        return list(getattr(read_checkpoint(path)['args'], 'origin', None) or ())
+        return read_checkpoint(path)['args']
     except (OSError, UsageError, RunError):
-        return []  # weights alone say nothing
+        return None
 
 
 def load_weights(model: nn.Module, path: str, args: Namespace) -> None:

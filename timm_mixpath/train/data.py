@@ -98,7 +98,8 @@ def open_dataset(
         UsageError: The folder or the split does not exist, or the number of classes differs, see `check_classes`.
         RunError: There is no image in it, or it can't be read.
     """
-    if name and name.split('/')[0].lower() not in _KINDS:
+    kind = name.split('/')[0].lower()
+    if name and kind not in _KINDS:
         raise UsageError(
             f'unknown kind of data set {name!r}; it is empty for a folder or tar of class folders, or starts with one '
             f'of {", ".join(_KINDS)} and a slash, for example torch/cifar10'
@@ -116,7 +117,6 @@ def open_dataset(
         # timm would silently take the whole folder, training images included, for the split
         found = ', '.join(sorted(p.name for p in Path(root).iterdir())[:10]) or 'nothing'
         raise UsageError(f'split {split!r} is not in data folder {root!r}, which holds {found}')
-    kind = name.split('/')[0].lower()
     if kind == 'torch' and kwargs.pop('class_map', ''):
         raise UsageError(f'--class-map has no effect on {name!r}, whose classes torchvision numbers; leave it out')
     # Only these have keys and may not know how many images they have; of a folder a key names the kinds of files
@@ -139,7 +139,7 @@ def open_dataset(
         raise RunError(f'data set {name or root!r}, split {split!r}, can not be read: {concise(e)}') from e
     if empty:
         raise RunError(f'data set {name or root!r}, split {split!r}, holds no images')
-    if name.lower().startswith('hfds/'):
+    if kind == 'hfds':
         _check_keys(dataset.reader, name)
     if type(dataset) is ImageDataset:
         check_folders(dataset.reader, f'split {split!r}', kwargs.get('class_map'), kwargs.get('input_key'))

@@ -47,6 +47,13 @@ def to_mode(image: Image.Image, mode: str) -> Image.Image:
     return image.convert(mode)
 
 
+def _converted(image: Image.Image, mode: str, name: str) -> Image.Image:
+    try:
+        return to_mode(image, mode)
+    except ValueError as e:
+        raise RunError(f'image {name} can not be used: {e}') from None
+
+
 def _decode(file: BinaryIO) -> Image.Image:
     try:
         image = Image.open(file)
@@ -108,10 +115,7 @@ class ImageFiles(ImageDataset):
                 f'{self._name(index)!r}; remove them, or save them again'
             )
         if self.input_img_mode:
-            try:
-                image = to_mode(image, self.input_img_mode)
-            except ValueError as e:
-                raise RunError(f'image {self._name(index)!r} can not be used: {e}') from None
+            image = _converted(image, self.input_img_mode, repr(self._name(index)))
         if self.transform is not None:
             image = self.transform(image)
         if target is None:
@@ -152,10 +156,7 @@ class ImagesInMode(Dataset):
             RunError: The image can't be converted.
         """
         image, target = self.dataset[index]
-        try:
-            image = to_mode(image, self.mode)
-        except ValueError as e:
-            raise RunError(f'image number {index} can not be used: {e}') from None
+        image = _converted(image, self.mode, f'number {index}')
         return image if self.transform is None else self.transform(image), target
 
     def __getattr__(self, name: str) -> Any:

@@ -340,8 +340,8 @@ def _make_run(args: Namespace, stop: StopSignal, progress: dict[str, Any], outpu
         device_ids = None if device.type == 'cpu' else [device]
         task.prepare_distributed(device_ids=device_ids, broadcast_buffers=not args.no_ddp_bb)
 
-    progress = _continued(args, progress, len(loader_train)) if progress else {}
     updates_per_epoch = _updates_per_epoch(args, loader_train)
+    progress = _continued(args, progress, len(loader_train), updates_per_epoch) if progress else {}
     eval_metric = args.eval_metric if loader_val is not None else 'loss'
     decreasing = eval_metric == 'loss'
     with as_usage_error(f'schedule {args.sched!r} can not be created'):
@@ -394,7 +394,7 @@ def _make_run(args: Namespace, stop: StopSignal, progress: dict[str, Any], outpu
 _SHARING = ('batch_size', 'world_size', 'grad_accum_steps')
 
 
-def _continued(args: Namespace, progress: dict[str, Any], num_batches: int) -> dict[str, Any]:
+def _continued(args: Namespace, progress: dict[str, Any], num_batches: int, num_updates: int) -> dict[str, Any]:
     """Where a stopped run stands within its epoch: behind its last batch, if the batches are what they were."""
     changed = {
         name: f'{name} {progress[name]} -> {getattr(args, name)}'
@@ -404,9 +404,7 @@ def _continued(args: Namespace, progress: dict[str, Any], num_batches: int) -> d
     before = progress.get('num_batches', num_batches)
     if progress['batches'] >= before:  # stopped in the validation, nothing of the epoch is left
         loss_sum = progress['loss_sum'] / progress['batches'] * num_batches
-        return dict(
-            progress, batches=num_batches, updates=math.ceil(num_batches / args.grad_accum_steps), loss_sum=loss_sum
-        )
+        return dict(batches=num_batches, updates=num_updates, loss_sum=loss_sum)
     if before != num_batches:
         changed['num_batches'] = f'batches per epoch {before} -> {num_batches}'
     if not changed:
