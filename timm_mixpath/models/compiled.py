@@ -19,7 +19,7 @@ from .cells import CellNode, CellPath, NB101Cell, NB201Cell
 from .choice_blocks import ChoiceBlock
 from .supernet import Supernet
 
-__all__ = ['CompiledRegions', 'check_compile']
+__all__ = ['CompiledRegions', 'check_compile', 'with_own_code']
 
 _logger = logging.getLogger(__name__)
 
@@ -145,14 +145,7 @@ class CompiledRegions:
         return y
 
     def _compile(self, region: _Region) -> Callable:
-        code, function = region.function.__code__, region.function
-        own = types.FunctionType(
-            code.replace(co_name=f'{code.co_name}_{len(self._compiled)}'),
-            function.__globals__,
-            code.co_name,
-            function.__defaults__,
-            function.__closure__,
-        )
+        own = with_own_code(region.function, len(self._compiled))
         return torch.compile(own, fullgraph=region.fullgraph, dynamic=False, backend=self.backend, mode=self.mode)
 
     def warm_up(self, x: torch.Tensor) -> None:
@@ -257,3 +250,20 @@ def _covering_archs(supernet: Supernet) -> Iterator[Any]:
             seen |= used
             since = 0
             yield arch
+
+
+def with_own_code(function: Callable, number: int) -> Callable:
+    """Copy a function, with a code object of its own: torch counts recompilations by that, and gives up after some.
+
+    Args:
+        function: Function in Python.
+        number: Another one for each copy.
+    """
+    code = function.__code__
+    return types.FunctionType(
+        code.replace(co_name=f'{code.co_name}_{number}'),
+        function.__globals__,
+        code.co_name,
+        function.__defaults__,
+        function.__closure__,
+    )

@@ -5,7 +5,6 @@ import io
 import itertools
 import logging
 import platform
-import types
 import warnings
 from collections.abc import Callable
 from contextlib import contextmanager
@@ -17,6 +16,7 @@ from timm.utils import reparameterize_model
 from torch import nn
 
 from ..utils.errors import needs
+from .compiled import with_own_code
 from .layers import fold_bn
 
 __all__ = ['RUNTIMES', 'check_runtime', 'describe_device', 'fold_batch_norms', 'make_runner', 'runtime_versions']
@@ -102,9 +102,7 @@ def _forward(model: nn.Module, x: torch.Tensor) -> torch.Tensor:
 def _compile_forward() -> Callable[[nn.Module, torch.Tensor], torch.Tensor]:
     # Torch counts recompilations by code object, and networks of one class share theirs: behind the eighth it would go
     # on without compiling and say nothing. So every network has its own, and the whole graph makes a rest an error
-    code = _forward.__code__
-    own = types.FunctionType(code.replace(co_name=f'{code.co_name}_{next(_compiled_numbers)}'), _forward.__globals__)
-    return torch.compile(own, fullgraph=True, dynamic=False)
+    return torch.compile(with_own_code(_forward, next(_compiled_numbers)), fullgraph=True, dynamic=False)
 
 
 @torch.no_grad()
