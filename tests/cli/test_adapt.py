@@ -116,7 +116,9 @@ def test_supernet_is_searched_as_it_starts(
 def test_winner_without_a_training(
     tiny: AdaptConfig, tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    config = replace(tiny, supernet_epochs=0, winner_epochs=0, refit_images=100)
+    classes = tmp_path / 'classes.txt'  # in another order, and one more, for which there are no images yet
+    classes.write_text('\n'.join(['later', *map(str, reversed(range(10)))]))
+    config = replace(tiny, supernet_epochs=0, winner_epochs=0, refit_images=100, class_map=str(classes))
     refits: list[int] = []
 
     def refit(model: torch.nn.Module, source: torch.nn.Module, batches: list) -> None:
@@ -131,7 +133,8 @@ def test_winner_without_a_training(
     assert config.data_dir is not None
     summary = json.loads((tmp_path / 'summary.json').read_text())
     winner = timm.create_model(f'local-dir:{folder}', pretrained=True).eval()
-    dataset = timm.data.create_dataset('', config.data_dir, split='validation')
+    assert winner.pretrained_cfg['label_names'] == classes.read_text().split()
+    dataset = timm.data.create_dataset('', config.data_dir, split='validation', class_map=str(classes))
     dataset.transform = timm.data.create_transform(**timm.data.resolve_model_data_config(winner))
     with torch.inference_mode():
         hits = [winner(image[None]).argmax().item() == label for image, label in dataset]

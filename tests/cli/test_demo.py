@@ -4,6 +4,7 @@ from pathlib import Path
 import pytest
 import timm
 import torch
+from PIL import Image
 
 from timm_mixpath.cli.demo import DemoConfig, digits_folder, run_demo
 from timm_mixpath.utils.errors import UsageError
@@ -25,7 +26,12 @@ def test_demo_on_ones_own_images(
     digits: Path, tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Supernet, search, training, model folder; cut off in the middle, the same call goes on and changes nothing."""
-    config = replace(TINY, data_dir=str(digits))
+    images = tmp_path / 'images'
+    for path in digits.glob('*/*/*.png'):  # of a kind that timm reads where it is told to
+        other = images / path.relative_to(digits).with_suffix('.webp')
+        other.parent.mkdir(parents=True, exist_ok=True)
+        Image.open(path).save(other, lossless=True)
+    config = replace(TINY, data_dir=str(images), input_key='.webp')
     monkeypatch.setattr('timm_mixpath.cli.demo.save_model', lambda *_: (_ for _ in ()).throw(KeyboardInterrupt()))
     with pytest.raises(KeyboardInterrupt):
         run_demo(config, tmp_path)

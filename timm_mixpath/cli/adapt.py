@@ -35,7 +35,6 @@ from ..search.run import search_checkpoint
 from ..spaces.arch import Arch
 from ..spaces.backbone import BackboneSpace
 from ..train.checkpoint import create_model, load_model, read_checkpoint, write_checkpoint
-from ..train.data import open_dataset
 from ..train.loop import train_or_resume
 from ..train.options import CPU_KERNELS_HELP, default_args, make_storable
 from ..utils.distributed import open_process
@@ -47,9 +46,11 @@ from .adapt_config import AdaptConfig, as_begun, check_config, find_reused
 from .adapt_plan import SizedSearch, is_backbone_alone, plan_searches, share_evaluations
 from .common import (
     add_latency_limit,
+    add_user_images,
     check_single_process,
     from_args,
     job_folder,
+    open_user_images,
     setup_logging,
     user_images,
 )
@@ -341,7 +342,7 @@ class _Job:
         """Top-1 of a model folder on the validation split, in percent."""
         loaded, config = load_model(folder), self.config
         data_config = {key: loaded.data_config[key] for key in ('input_size', *PREPROCESSING)}
-        split = open_dataset(config.dataset, config.data_dir or '', config.val_split, download=config.dataset_download)
+        split = open_user_images(self.common, config.val_split)
         with open_process(config.device) as process:
             model = loaded.model.to(device=process.device, memory_format=torch.channels_last)
             size, _ = prepare_device(process.device, None, None)
@@ -456,11 +457,7 @@ def add_adapt(parser: argparse.ArgumentParser) -> None:
     add('--backbone', required=True, metavar='NAME', help='network of timm, for example mobilenetv3_large_100')
     add('--backbone-weights', metavar='FILE', help='its weights as timm has them (default: downloaded)')
     add('--output', required=True, metavar='DIR', help='output folder')
-    add('--data-dir', metavar='DIR', help='your images, in train/CLASS/ and validation/CLASS/')
-    add('--dataset', default='', metavar='NAME', help='type/name as in timm')
-    add('--train-split', default='train', metavar='NAME')
-    add('--val-split', default='validation', metavar='NAME')
-    add('--dataset-download', action='store_true', help='download torch/ data sets')
+    add_user_images(add, 'your images, in train/CLASS/ and validation/CLASS/')
     add('--img-size', type=int, nargs='+', metavar='N',
         help="pixels (default: the backbone's); of several, the best for the limits is chosen")  # fmt: skip
     add('--max-macs', type=parse_count, metavar='N', help='limit of the search, for example 200M')

@@ -29,6 +29,9 @@ class AdaptConfig:
         train_split: Training split; a tenth of it scores archs in the search and trains nothing.
         val_split: Validation split, for the final accuracies only.
         dataset_download: Download the data set where timm can.
+        class_map: File that maps class names to indices.
+        input_key: Key of the images in data sets of hfds/, endings of the files of a folder.
+        target_key: Key of the class indices in data sets of hfds/.
         img_size: Size that the images are brought to, in pixels; the backbone's if None. Of several the search chooses:
             smaller images are the other way to a limit. The backbone is fine-tuned with the largest.
         max_macs: Limit of the search, for the images of the size that it is made with.
@@ -73,6 +76,9 @@ class AdaptConfig:
     train_split: str = 'train'
     val_split: str = 'validation'
     dataset_download: bool = False
+    class_map: str | None = None
+    input_key: str | None = None
+    target_key: str | None = None
     img_size: int | Sequence[int] | None = None
     max_macs: int | None = None
     max_params: int | None = None

@@ -4,10 +4,10 @@ import argparse
 import dataclasses
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..utils.errors import UsageError, as_usage_error
 from ..utils.files import new_output_dir
@@ -15,12 +15,16 @@ from ..utils.numbers import parse_count, parse_milliseconds, parse_share
 from ..utils.precision import add_amp_options
 from ..utils.tables import write_json
 
+if TYPE_CHECKING:
+    from torch.utils.data import Dataset
+
 __all__ = [
     'add_checkpoint_options',
     'add_device_option',
     'add_image_options',
     'add_latency_limit',
     'add_model_options',
+    'add_user_images',
     'check_single_process',
     'create_supernet',
     'describe_job',
@@ -28,6 +32,7 @@ __all__ = [
     'is_first_process',
     'job_folder',
     'like',
+    'open_user_images',
     'setup_logging',
     'user_images',
 ]
@@ -121,19 +126,33 @@ def add_image_options(parser: argparse.ArgumentParser, num_images: int | None = 
     add('--dataset', metavar='NAME', help='type/name as in timm')
     add('--dataset-download', action='store_true')
     add('--train-split', metavar='NAME')
-    add('--class-map', metavar='FILE')
-    add(
-        '--input-key',
-        metavar='KEY',
-        help="key of the images in wds/, hfds/ and hfids/ data sets, endings of a folder's, as '.webp;.png'",
-    )
-    add('--target-key', metavar='KEY', help='key of the class indices in them')
+    _add_keys(add)
     add('--search-holdout', type=parse_share, metavar='SHARE', help='share of the training images that was held out')
     add('--search-split', metavar='NAME', help='use this split whole instead')
     parser.set_defaults(num_images=num_images)
     if scored:
         add('--num-images', type=parse_count, metavar='N',
             help=f'number of images (default: {num_images or "all, at most 20,000"})')  # fmt: skip
+
+
+def _add_keys(add: Any) -> None:
+    add('--class-map', metavar='FILE', help='file that names all classes, one a line, in the order of their indices')
+    add(
+        '--input-key',
+        metavar='KEY',
+        help="key of the images in wds/, hfds/ and hfids/ data sets, endings of a folder's, as '.webp;.png'",
+    )
+    add('--target-key', metavar='KEY', help='key of the class indices in them')
+
+
+def add_user_images(add: Any, what: str) -> None:
+    """Add where the images of a whole job are, see `user_images`."""
+    add('--data-dir', metavar='DIR', help=what)
+    add('--dataset', default='', metavar='NAME', help='type/name as in timm')
+    add('--train-split', default='train', metavar='NAME')
+    add('--val-split', default='validation', metavar='NAME')
+    add('--dataset-download', action='store_true', help='download torch/ data sets')
+    _add_keys(add)
 
 
 def add_latency_limit(parser: Any) -> None:
@@ -205,7 +224,7 @@ def job_folder(output: str | os.PathLike, config: Any, name: str) -> Iterator[Pa
 
 
 # Options of jobs that name a file or folder
-_PATHS = ('data_dir', 'backbone_weights', 'latency_table', 'reuse')
+_PATHS = ('data_dir', 'class_map', 'backbone_weights', 'latency_table', 'reuse')
 
 
 def describe_job(options: dict[str, Any]) -> dict[str, Any]:
@@ -245,7 +264,7 @@ def user_images(config: Any, data_dir: str | None) -> tuple[dict[str, Any], list
     """Open the training images of a job, and say in the options of `train` where its images are.
 
     Args:
-        config: Job with `dataset`, `train_split`, `val_split` and `dataset_download`.
+        config: Job with the options of `add_user_images`.
         data_dir: Root of the images.
 
     Returns:
@@ -254,15 +273,24 @@ def user_images(config: Any, data_dir: str | None) -> tuple[dict[str, Any], list
     Raises:
         UsageError: The images do not exist, their classes are not known, or there are none to report on.
     """
-    from ..train.data import HOLDOUT_SPLIT, class_names, open_dataset
+    from ..train.data import HOLDOUT_SPLIT, class_names
 
     if config.val_split in ('', HOLDOUT_SPLIT):
         raise UsageError(
             f'--val-split {config.val_split!r}: the result is measured on a split of its own, name one of the data set'
         )
-    train_set = open_dataset(config.dataset, data_dir, config.train_split, download=config.dataset_download)
+    keys = dict(class_map=config.class_map or '', input_key=config.input_key, target_key=config.target_key)
+    opened = dict(dataset=config.dataset, data_dir=data_dir, dataset_download=config.dataset_download, **keys)
+    train_set = open_user_images(opened, config.train_split)
     names = class_names(train_set)
     if names is None:
         raise UsageError(f'the classes of data set {config.dataset!r} are not known, use `timm-mixpath train`')
-    options = {key: getattr(config, key) for key in ('dataset', 'train_split', 'val_split', 'dataset_download')}
-    return {'data_dir': data_dir, **options}, names, len(train_set)
+    return {**opened, 'train_split': config.train_split, 'val_split': config.val_split}, names, len(train_set)
+
+
+def open_user_images(options: Mapping[str, Any], split: str) -> 'Dataset':
+    """Open a split of what `user_images` has found."""
+    from ..train.data import open_dataset
+
+    keys = {key: options[key] for key in ('class_map', 'input_key', 'target_key')}
+    return open_dataset(options['dataset'], options['data_dir'], split, download=options['dataset_download'], **keys)

@@ -25,7 +25,7 @@ from ..train.options import default_args
 from ..utils.errors import UsageError, as_usage_error
 from ..utils.files import write_dir_atomic
 from ..utils.numbers import parse_count
-from .common import check_single_process, from_args, job_folder, setup_logging, user_images
+from .common import add_user_images, check_single_process, from_args, job_folder, setup_logging, user_images
 
 __all__ = ['DemoConfig', 'add_demo', 'digits_folder', 'run_demo', 'run_demo_command']
 
@@ -43,6 +43,9 @@ class DemoConfig:
         train_split: Training split.
         val_split: Validation split, for the final accuracy only.
         dataset_download: Download the data set where timm can.
+        class_map: File that maps class names to indices.
+        input_key: Key of the images in data sets of hfds/, endings of the files of a folder.
+        target_key: Key of the class indices in data sets of hfds/.
         img_size: Size that the images are brought to, in pixels.
         supernet_epochs: Epochs of the supernet.
         train_epochs: Epochs of the winner.
@@ -59,6 +62,9 @@ class DemoConfig:
     train_split: str = 'train'
     val_split: str = 'validation'
     dataset_download: bool = False
+    class_map: str | None = None
+    input_key: str | None = None
+    target_key: str | None = None
     img_size: int = 32
     supernet_epochs: int = 20
     train_epochs: int = 10
@@ -217,11 +223,7 @@ def add_demo(parser: argparse.ArgumentParser) -> None:
     default = DemoConfig()
     add = parser.add_argument
     add('--output', default='mixpath-demo', metavar='DIR', help='output folder (default: mixpath-demo)')
-    add('--data-dir', metavar='DIR', help="your images (default: scikit-learn's digits)")
-    add('--dataset', default='', metavar='NAME', help='type/name as in timm')
-    add('--train-split', default=default.train_split, metavar='NAME')
-    add('--val-split', default=default.val_split, metavar='NAME')
-    add('--dataset-download', action='store_true', help='download torch/ data sets')
+    add_user_images(add, "your images (default: scikit-learn's digits)")
     add('--img-size', type=int, default=default.img_size, metavar='N', help='pixels (default: %(default)s)')
     add('--supernet-epochs', type=int, default=default.supernet_epochs, metavar='N')
     add('--train-epochs', type=int, default=default.train_epochs, metavar='N')

@@ -66,7 +66,7 @@ def _check_map(mapping: dict[str, int], used: set[int], what: str, class_map: st
 
 
 def _advice(kinds: Iterable[str], others: Iterable[str]) -> str:
-    return f", or give `train` and `search` all kinds, as --input-key '{';'.join(sorted({*kinds, *others}))}'"
+    return f", or name all kinds, as --input-key '{';'.join(sorted({*kinds, *others}))}'"
 
 
 def _joined(endings: Iterable[str]) -> str:
