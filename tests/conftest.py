@@ -19,7 +19,7 @@ CLASSES = 10
 def pytest_configure() -> None:
     # Small tensors gain nothing from threads, and threads that spin on busy cores lose a lot: a float64 depthwise
     # convolution is 10 times slower. OMP_NUM_THREADS=2 shows whether a result depends on their number.
-    torch.set_num_threads(int(os.environ.get('OMP_NUM_THREADS', 1)))
+    torch.set_num_threads(int(os.environ.setdefault('OMP_NUM_THREADS', '1')))  # of the processes that it starts, too
 
 
 @pytest.fixture(scope='session')

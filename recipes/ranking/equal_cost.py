@@ -288,9 +288,10 @@ def draw(rankings: Rankings, path: Path) -> None:
         left.axhspan(low, high, color='0.5', alpha=0.12, linewidth=0)
         left.axhline(best, color='0.3', linewidth=1, label='scores without error (noise of the table, estimated)')
     left.axhline(0, color='0.8', linewidth=0.8)
+    has_start = any(group[1] == 0 for group in rankings.groups)
     left.set(
         title=f'{len(table.archs)} archs, {table.macs.min() / 1e6:.1f} to {table.macs.max() / 1e6:.1f} M multiply-adds',
-        xlabel='epochs of the supernet, 0: the warm start',
+        xlabel='epochs of the supernet' + (', 0: the warm start' if has_start else ''),
         ylabel="Kendall's tau, archs ranked by the loss",
         ylim=(-0.45, 1.05),
     )

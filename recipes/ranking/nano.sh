@@ -4,9 +4,9 @@
 #
 #   recipes/ranking/nano.sh OUTPUT JOBS [DATA OPTIONS of timm-mixpath train ...]
 #
-# JOBS is all, or some of these in quotes: table-band, the truth, four epochs of each of 40 archs of nearly equal
+# JOBS is all, or some of these in quotes: table-band, the truth, three epochs of each of 40 archs of nearly equal
 # multiply-adds, two seeds; table-random, the same for 20 random archs, one seed; and RUN-SEED, a supernet, sbn or bn
-# (sums of up to 2 paths), m3 or bn3 (up to 3), trained for 24 epochs and ranked after some of them. PROCESSES of one
+# (sums of up to 2 paths), m3 or bn3 (up to 3), trained for 12 epochs and ranked after some of them. PROCESSES of one
 # thread (OMP_NUM_THREADS), 1 by default, share the trainings. For example, with torchvision's CIFAR-10:
 #
 #   recipes/ranking/nano.sh output/rank_nano all --dataset torch/cifar10 --dataset-download --data-dir data
@@ -47,17 +47,17 @@ one() {
     if [ ! -e "$folder/trained" ]; then
         [ -e "$folder/last.pth.tar" ] && resume=(--resume "$folder/last.pth.tar")
         # shellcheck disable=SC2086
-        timm-mixpath train -c "$RECIPES/nano_supernet_cifar10.yaml" --input-size 3 16 16 --epochs 24 \
+        timm-mixpath train -c "$RECIPES/nano_supernet_cifar10.yaml" --input-size 3 16 16 --epochs 12 \
             --cache-images --cpu-kernels $DATA --seed "$seed" --model-kwargs "${kwargs[@]}" --checkpoint-hist 99 \
             --output "$OUTPUT" --experiment "$1" "${resume[@]}" >> "$OUTPUT/$1.log" 2>&1 || return 1
         touch "$folder/trained"
     fi
     for table in band random; do
         [ -e "$OUTPUT/table-$table/whole" ] || { echo "the job table-$table has to come first" >&2; return 1; }
-        for epochs in 3 6 12 24; do
+        for epochs in 3 6 12; do
             ranking=$OUTPUT/rank-$table-$1-$epochs
             [ ! -e "$ranking/ranking.json" ] || continue
-            [ "$table" = band ] || [ "$epochs" = 24 ] || continue
+            [ "$table" = band ] || [ "$epochs" = 12 ] || continue
             timm-mixpath rank --checkpoint "$folder/checkpoint-$((epochs - 1)).pth.tar" --top-k 5 --num-images 2000 \
                 --table "$OUTPUT/table-$table/table.csv" --recalibration-images 512 --batch-size 250 \
                 --output "$ranking" >> "$OUTPUT/$1.log" 2>&1 || return 1
@@ -77,7 +77,7 @@ for job in $jobs; do
             # shellcheck disable=SC2086
             "${mixpath[@]}" table -c "$RECIPES/nano_cifar10.yaml" --table-dir "$OUTPUT/$job" \
                 --archs "$OUTPUT/${job#*-}.txt" --seeds "${seeds[@]}" --drop-checkpoints --model mixpath_nano \
-                --input-size 3 16 16 --epochs 4 --cache-images --cpu-kernels --search-holdout 0.1 $DATA
+                --input-size 3 16 16 --epochs 3 --cache-images --cpu-kernels --search-holdout 0.1 $DATA
             touch "$OUTPUT/$job/whole"
             ;;
         *) supernets+=("$job") ;;

@@ -18,13 +18,14 @@ import timm_mixpath
 from timm_mixpath import backbone_space, cli
 from timm_mixpath.cli.adapt import AdaptConfig, run_adapt
 from timm_mixpath.cli.adapt_config import find_reused
-from timm_mixpath.cli.common import describe_job
+from timm_mixpath.cli.common import describe_job, job_folder
 from timm_mixpath.models.cost import count_macs
 from timm_mixpath.models.runtimes import describe_device
 from timm_mixpath.search.blend import Blend
 from timm_mixpath.search.result import SearchResult
 from timm_mixpath.search.run import search_checkpoint
 from timm_mixpath.train.checkpoint import load_model
+from timm_mixpath.train.loop import train_or_resume
 from timm_mixpath.utils.errors import RunError, UsageError
 
 BACKBONE = 'mobilenetv3_small_050'
@@ -93,6 +94,11 @@ def test_supernet_is_searched_as_it_starts(
     # Another job uses the backbone and the start, one that trains its supernet the backbone alone
     monkeypatch.chdir(tmp_path)  # where its paths have other names
     images = os.path.relpath(str(tiny.data_dir))
+    trained: list[str] = []
+    monkeypatch.setattr(
+        'timm_mixpath.cli.adapt.train_or_resume',
+        lambda args: (trained.append(f'{args.output}/{args.experiment}'), train_or_resume(args))[1],
+    )
     for name, reuse, changes in (
         ('other', 'job', dict(max_macs=600_000)),
         ('trained', 'other', dict(supernet_epochs=1)),
@@ -101,6 +107,10 @@ def test_supernet_is_searched_as_it_starts(
     ):
         run_adapt(replace(config, reuse=reuse, data_dir=images, **changes), name)
         assert not (tmp_path / name / 'backbone').exists()
+    # In the folder of another job, which one may only be allowed to read, nothing is begun
+    assert trained == [
+        'other/winner', 'trained/supernet', 'trained/winner', 'same/winner', 'more paths/winner',
+    ]  # fmt: skip
     with_supernet = [
         name for name in ('other', 'trained', 'same', 'more paths') if (tmp_path / name / 'supernet').exists()
     ]
@@ -339,11 +349,23 @@ def test_size_of_the_backbone_has_two_names(
     tiny: AdaptConfig, tmp_path: Path, size: int | tuple | None, later: int | tuple | None
 ) -> None:
     (tmp_path / 'backbone' / 'model').mkdir(parents=True)
+    (tmp_path / 'backbone' / 'summary.csv').touch()
     content = describe_job(asdict(replace(tiny, img_size=size)))
     (tmp_path / 'adapt.json').write_text(json.dumps(content))
     assert find_reused(replace(tiny, img_size=later), tmp_path) == {'backbone': tmp_path / 'backbone'}
     with pytest.raises(UsageError, match=r'has another img_size \(224, now 160\), and so another backbone'):
         find_reused(replace(tiny, img_size=160), tmp_path)
+
+
+def test_images_that_were_downloaded_are_the_same(tiny: AdaptConfig, tmp_path: Path) -> None:
+    config = replace(tiny, dataset='torch/cifar10', dataset_download=True)
+    (tmp_path / 'backbone' / 'model').mkdir(parents=True)
+    (tmp_path / 'backbone' / 'summary.csv').touch()
+    with job_folder(tmp_path, config, 'adapt.json'):
+        pass
+    later = replace(config, dataset_download=False)
+    with job_folder(tmp_path, later, 'adapt.json'):
+        assert find_reused(later, tmp_path).keys() == {'backbone'}
 
 
 def test_what_another_job_still_trains_is_not_taken(tiny: AdaptConfig, tmp_path: Path) -> None:
@@ -353,6 +375,7 @@ def test_what_another_job_still_trains_is_not_taken(tiny: AdaptConfig, tmp_path:
     with pytest.raises(UsageError, match='has not trained its backbone to the end yet'):
         find_reused(tiny, tmp_path)
     (tmp_path / 'backbone' / 'model').mkdir()
+    (tmp_path / 'backbone' / 'summary.csv').touch()
     assert find_reused(tiny, tmp_path).keys() == {'backbone'}
     (tmp_path / 'search').mkdir()
     assert find_reused(tiny, tmp_path).keys() == {'backbone', 'supernet'}
@@ -458,7 +481,7 @@ def test_supernet_is_trained_where_the_backbone_is_within_the_limits(
     assert json.loads((tmp_path / 'adapt.json').read_text())['supernet_epochs'] == epochs
 
 
-@pytest.mark.parametrize('supernet_epochs', [0, 1])
+@pytest.mark.parametrize('supernet_epochs', [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_all_stages_see_images_as_the_tag_does(tiny: AdaptConfig, tmp_path: Path, supernet_epochs: int) -> None:
     name = 'mobilenetv4_conv_small.e3600_r256_in1k'  # the other tags have another mean, std and crop
     backbone = timm.create_model(name)
@@ -498,6 +521,7 @@ def test_all_stages_see_images_as_the_tag_does(tiny: AdaptConfig, tmp_path: Path
         # which the search or the first training would find
         (dict(num_images=0), '--num-images 0 must be at least 1'),
         (dict(recalibration_images=-1), '--recalibration-images -1 must be at least 0'),
+        (dict(recalibration_images=1), '--recalibration-images 1 has no batch statistics'),
         (dict(recalibration_images=0, supernet_epochs=0), '--recalibration-images 0 leaves archs'),
         (dict(img_size=0), '--img-size 0 must be at least 1'),
         (dict(img_size=(64, -1)), '--img-size -1 must be at least 1'),

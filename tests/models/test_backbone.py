@@ -505,6 +505,25 @@ def test_features_are_where_timm_has_them(name: str) -> None:
         assert [f.shape for f in features.eval()(x)] == [f.shape for f in plain.eval()(x)]
 
 
+@pytest.mark.parametrize('name', ['efficientnet_lite0', 'mobilenetv4_conv_small'])
+def test_features_behind_a_stage_whose_last_block_is_skipped(name: str) -> None:
+    space = backbone_space(name)
+    choices = zip(space.blocks, space.default_arch.blocks)
+    arch = ','.join('skip' if spec.can_skip else str(choice) for spec, choice in choices)
+    plain = timm.create_model(name, features_only=True, out_indices=(0, 1, 2, 3)).eval()
+    supernet = timm.create_model('mixpath_supernet', backbone=name, features_only=True, out_indices=(0, 1, 2, 3)).eval()
+    supernet.model.active_arch = arch
+    x = torch.randn(1, 3, 64, 64)
+    with torch.inference_mode():
+        expected, shapes = supernet(x), [f.shape for f in plain(x)]
+        extracted = supernet.model.extract()
+        assert [f.shape for f in expected] == shapes
+        torch.testing.assert_close(extracted.forward_intermediates(x, intermediates_only=True)[-1], expected[-1])
+    network = timm.create_model('mixpath', backbone=name, arch=arch)
+    network.prune_intermediate_layers([3], extra_blocks=True)
+    assert timm.create_model('mixpath', backbone=name, arch=arch, features_only=True).feature_info.channels()
+
+
 def test_default_arch_of_all_backbones_is_in_their_space() -> None:
     for name in itertools.islice(list_backbones('*_b0*'), 5):
         space = backbone_space(name)

@@ -3,6 +3,7 @@
 import copy
 import csv
 import functools
+import math
 from collections import Counter
 
 import pytest
@@ -458,3 +459,16 @@ def test_a_network_has_no_shadows():
     with pytest.raises(ValueError, match="unknown sum_norm 'sbn', known are bn, none"):
         make('nb201', sum_norm='sbn')
     assert get_space('nb201') == make('nb201').space
+
+
+def test_nb201_takes_images_of_any_size() -> None:
+    """Sizes that are halved to whole ones go through the benchmark's pooling, others leave a row and column more."""
+    model = make('nb201').eval()
+    pools = [m for m in model.modules() if isinstance(m, nn.AvgPool2d) and m.kernel_size == 2]
+    assert len(pools) == 2
+    x = torch.randn(2, 4, 8, 8)
+    torch.testing.assert_close(pools[0](x), nn.functional.avg_pool2d(x, 2))
+    with torch.inference_mode():
+        for size in (33, 34, 31):
+            assert model.forward_features(torch.randn(1, 3, size, size)).shape[2:] == (math.ceil(size / 4),) * 2
+        assert pools[0](torch.ones(1, 4, 5, 5)).unique().tolist() == [1.0]  # nothing is mixed with padding

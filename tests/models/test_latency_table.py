@@ -129,7 +129,7 @@ def test_damaged_tables(change: dict, tmp_path: Path) -> None:
         LatencyTable.load(tmp_path / 't.json')
 
 
-def test_tables_of_others_are_refused() -> None:
+def test_tables_of_others_are_refused(caplog: pytest.LogCaptureFixture) -> None:
     cost = CostTable(TINY)
     table = table_for(cost, *planted(cost, 1, 0.5))
     with pytest.raises(UsageError, match='of space other, this'):
@@ -139,6 +139,9 @@ def test_tables_of_others_are_refused() -> None:
     with pytest.raises(UsageError, match='another variant of space'):
         table.add_to(CostTable(TINY.scaled(2.0)))
     table.add_to(CostTable(TINY, num_classes=5))  # the classifier is a small part
+    assert not caplog.records
+    replace(table, max_paths=1).add_to(CostTable(TINY))
+    assert 'with sums of up to 1 path(s), and those of this space have up to 2' in caplog.text
 
 
 @pytest.mark.parametrize(

@@ -190,7 +190,7 @@ def test_modes_and_dtype_are_kept() -> None:
     assert all(module.momentum is not None for module in net.modules() if isinstance(module, nn.BatchNorm2d))
 
 
-@pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize('dtype', [pytest.param(torch.float16, marks=pytest.mark.slow), torch.bfloat16])
 def test_half_precision(dtype: torch.dtype) -> None:
     source = make_backbone('mobilenetv2_050').double()
     net = make_net(source, smaller('mobilenetv2_050'))

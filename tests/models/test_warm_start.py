@@ -49,6 +49,22 @@ def test_weights_of_another_network_change_nothing(source: str, kwargs: dict, me
         warm_start(timm.create_model('resnet18'), supernet)
 
 
+@pytest.mark.parametrize('model', ['mixpath', 'mixpath_supernet'])
+@pytest.mark.parametrize(
+    'kwargs, message',
+    [
+        (dict(head_bias=False), r'they have shape \(1024,\) at conv_head.bias, it has nothing'),
+        (dict(global_pool='catavgmax'), r'they have shape \(1024, 288, 1, 1\) at conv_head.weight, it has shape'),
+    ],
+)
+def test_options_without_a_place_for_the_weights(model: str, kwargs: dict, message: str) -> None:
+    net = timm.create_model(model, backbone='mobilenetv3_small_050', num_classes=10, **kwargs)
+    before = copy.deepcopy(net.state_dict())
+    with pytest.raises(UsageError, match=f'options with which it can not start from mobilenetv3_small_050: {message}'):
+        warm_start(net, timm.create_model('mobilenetv3_small_050', num_classes=10))
+    assert all(torch.equal(value, before[key]) for key, value in net.state_dict().items())
+
+
 @pytest.mark.parametrize(
     'backbone, source, message',
     [

@@ -85,6 +85,31 @@ def test_recalibration_equals_train_mode_statistics_of_the_extracted_model(super
     assert found != evaluate(supernet.extract(arch), batches)
 
 
+def test_recalibration_weighs_batches_by_their_images(supernet, batches) -> None:
+    arch = sample(supernet.space, seed=3, step=0)
+    (x, y), *_ = batches
+    small = x[:2] * 5 + 3, y[:2]  # which would be half of it
+    model = supernet.extract(arch).train()
+    norm, sums = model.bn1, 0.0
+    norm.momentum = 1.0
+    for images in (x, small[0]):
+        model(images)
+        sums = sums + len(images) * norm.running_mean.clone()
+    with recalibrate_bn(supernet, arch, [(x, y), small]) as recalibrated:
+        torch.testing.assert_close(recalibrated.bn1.running_mean, sums / (len(x) + 2))
+
+
+def test_one_image_has_no_batch_statistics(supernet) -> None:
+    before = {k: v.clone() for k, v in supernet.state_dict().items()}
+    image = torch.rand(1, 3, 8, 8), torch.zeros(1, dtype=torch.int64)
+    with (
+        pytest.raises(UsageError, match=r'a batch of 1 image\(s\) is too small for batch statistics'),
+        recalibrate_bn(supernet, supernet.space.default_arch, [image]),
+    ):
+        pass
+    assert all(torch.equal(v, before[k]) for k, v in supernet.state_dict().items())
+
+
 def test_recalibration_carries_nothing_from_one_candidate_to_the_next(supernet, batches) -> None:
     evaluator = SupernetEvaluator(supernet, batches, batches[:2])
     archs = [sample(supernet.space, seed=4, step=i) for i in range(3)]

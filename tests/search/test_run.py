@@ -171,7 +171,8 @@ def test_start_from_a_training_that_held_the_same_out(
 
 
 @pytest.mark.parametrize(
-    'processes, batch_size, recalibration', [(2, 6, 0), (2, 6, 150), pytest.param(4, 8, 150, marks=pytest.mark.slow)]
+    'processes, batch_size, recalibration',
+    [pytest.param(2, 6, 0, marks=pytest.mark.slow), (2, 6, 150), pytest.param(4, 8, 150, marks=pytest.mark.slow)],
 )
 def test_many_processes_find_what_one_finds(
     processes: int, batch_size: int, recalibration: int, supernet_run: Path, tmp_path: Path

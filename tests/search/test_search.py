@@ -17,7 +17,7 @@ import pytest
 import timm
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
+from commands import start_processes
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from small_space import TINY
@@ -599,7 +599,7 @@ def test_two_processes_equal_one(nano, tmp_path):
     # One evaluation of a pair was on disk when the run was killed
     (tmp_path / 'cut').write_bytes(b''.join(content.splitlines(keepends=True)[:5]) + b'{"index": 4')
 
-    mp.spawn(_distributed, args=(2, str(tmp_path)), nprocs=2)
+    start_processes(_distributed, (2, str(tmp_path)), 2)
     results = [pickle.loads((tmp_path / f'result{rank}').read_bytes()) for rank in range(2)]
     archs = [c.arch for c in one.evaluations]
     for rank, (result, evaluated, resumed, evaluated_then, errors) in enumerate(results):

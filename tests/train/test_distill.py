@@ -7,9 +7,8 @@ import pytest
 import timm
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 import torch.nn.functional as F
-from commands import assert_equal, command, torchrun
+from commands import assert_equal, command, start_processes, torchrun
 from conftest import CLASSES, small_args
 from timm.models import save_for_hf
 from timm.task import DistillationTeacher, FeatureDistillationTask, LogitDistillationTask, TokenDistillationTask
@@ -71,7 +70,7 @@ def worker(rank: int, folder: str) -> None:
 
 
 def test_two_processes_train_what_one_would(tmp_path: Path) -> None:
-    mp.spawn(worker, args=(str(tmp_path),), nprocs=WORLD_SIZE)
+    start_processes(worker, (str(tmp_path),), WORLD_SIZE)
     first, second = (torch.load(tmp_path / f'{rank}.pt', weights_only=True) for rank in range(WORLD_SIZE))
     for kind in TASKS:
         assert first[kind]['archs'] == second[kind]['archs'] and len(set(first[kind]['archs'])) == 3

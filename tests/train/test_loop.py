@@ -16,7 +16,7 @@ import pytest
 import timm
 import torch
 import torch.distributed as dist
-from commands import assert_equal, command, environment, torchrun
+from commands import assert_equal, command, environment, torchrun_of_users
 from conftest import small_args
 from PIL import Image
 from timm.data import create_transform, resolve_model_data_config
@@ -349,10 +349,15 @@ def test_damaged_checkpoint_is_refused(digits: Path, supernet_run: Path, tmp_pat
         train(small_args(digits, tmp_path / 'out', model='mixpath_nano', resume=str(supernet_run / 'last.pth.tar')))
 
 
+def test_batch_of_one_image_is_one_sentence(digits: Path, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r'a batch of 1 image\(s\) is too small for batch norms.*larger --batch-size'):
+        train(small_args(digits, tmp_path, batch_size=1, model='mobilenetv4_conv_small_050'))
+
+
 def test_two_processes_agree(digits: Path, tmp_path: Path) -> None:
     """torchrun with 2 gloo processes: same archs in the same step, equal weights at the end."""
     args = small_args(digits, tmp_path, epochs=1, batch_size=16)
-    result = torchrun(*command(args, 'train'), '--device-modules', 'recorder', RECORDER_DIR=str(tmp_path))
+    result = torchrun_of_users(*command(args, 'train'), '--device-modules', 'recorder', RECORDER_DIR=str(tmp_path))
     assert result.returncode == 0, result.stderr[-3000:]
     archs = [(tmp_path / f'archs-{rank}.txt').read_text().splitlines() for rank in (0, 1)]
     space = get_space('nano')
@@ -536,7 +541,7 @@ def test_repeated_augmentation_needs_processes(digits: Path, tmp_path: Path) -> 
     with pytest.raises(UsageError, match='--aug-repeats 3 shows an image in several processes of torchrun at once'):
         train(small_args(digits, tmp_path, aug_repeats=3))
     args = small_args(digits, tmp_path, epochs=1, batch_size=16, aug_repeats=2)
-    result = torchrun(*command(args, 'train'), '--device-modules', 'recorder', RECORDER_DIR=str(tmp_path))
+    result = torchrun_of_users(*command(args, 'train'), '--device-modules', 'recorder', RECORDER_DIR=str(tmp_path))
     assert result.returncode == 0, result.stderr[-3000:]
     labels = [(tmp_path / f'labels-{rank}.txt').read_text().splitlines() for rank in (0, 1)]
     assert labels[0] == labels[1] and len(labels[0]) > 3  # the same image in both, in every place

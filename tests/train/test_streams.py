@@ -106,7 +106,7 @@ def tables(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-@pytest.mark.parametrize('kind', ['hfds', 'hfids'])
+@pytest.mark.parametrize('kind', ['hfds', pytest.param('hfids', marks=pytest.mark.slow)])
 def test_tables_train_hold_out_and_are_searched(
     tables: Path, tmp_path: Path, capsys: pytest.CaptureFixture, kind: str
 ) -> None:

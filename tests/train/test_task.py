@@ -10,9 +10,9 @@ import reference
 import timm
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 import torch.nn as nn
 import torch.nn.functional as F
+from commands import start_processes
 from timm.task import ClassificationTask
 from timm.utils import distribute_bn, unwrap_model
 
@@ -98,7 +98,7 @@ def worker(rank: int, folder: str) -> None:
 def ranks(tmp_path_factory) -> list[dict[str, Any]]:
     """Results of a run on two gloo processes."""
     folder = tmp_path_factory.mktemp('ddp')
-    mp.spawn(worker, args=(str(folder),), nprocs=WORLD_SIZE)
+    start_processes(worker, (str(folder),), WORLD_SIZE)
     return [torch.load(folder / f'{rank}.pt', weights_only=True) for rank in range(WORLD_SIZE)]
 
 

@@ -41,7 +41,7 @@ from ..utils.distributed import open_process
 from ..utils.errors import UsageError
 from ..utils.numbers import parse_count, parse_float, parse_share
 from ..utils.precision import add_amp_options
-from ..utils.tables import format_table, write_json
+from ..utils.tables import format_table, read_csv, write_json
 from .adapt_config import AdaptConfig, as_begun, check_config, find_reused
 from .adapt_plan import SizedSearch, is_backbone_alone, plan_searches, share_evaluations
 from .common import (
@@ -255,7 +255,10 @@ class _Job:
 
     def train(self, experiment: str, **options: Any) -> float:
         """Train, or go on; return the validation accuracy of the last epoch in percent."""
-        place = dict(output=str(self.folder(experiment).parent), experiment=experiment)
+        if (folder := self.folder(experiment)) != self.output / experiment:
+            # It has ended, and may be where nothing can be written
+            return float(read_csv(folder / 'summary.csv')[-1]['eval_top1'])
+        place = dict(output=str(self.output), experiment=experiment)
         args: Namespace = default_args(**{**self.common, **options, **place})
         args.val_interval = args.epochs
         return float(train_or_resume(args)['eval_top1'])

@@ -144,6 +144,8 @@ def check_config(config: AdaptConfig) -> None:
     for option, least in at_least.items():
         if (number := getattr(config, option)) is not None and number < least:
             raise UsageError(f'--{option.replace("_", "-")} {number} must be at least {least}')
+    if config.recalibration_images == 1:
+        raise UsageError('--recalibration-images 1 has no batch statistics; 0 for none, or some hundreds')
     if not 0 <= config.search_floor < 1:
         raise UsageError(f'--search-floor {config.search_floor} must be at least 0 and below 1')
     if config.amp_dtype not in AMP_DTYPES:
@@ -157,9 +159,9 @@ _OF_THE_SUPERNET = ('supernet_epochs', 'm', 'distill')
 
 # Options that may differ between a job and the one whose backbone it uses
 _NOT_OF_THE_BACKBONE = frozenset({
-    'max_macs', 'max_params', 'max_latency', 'search_floor', 'reduce_only', 'latency_table', 'generations',
-    'num_images', 'recalibration_images', 'refit_images', 'reuse', 'workers', 'device', 'cpu_kernels', 'amp',
-    'amp_dtype', 'winner_epochs', *_OF_THE_SUPERNET,
+    'dataset_download', 'max_macs', 'max_params', 'max_latency', 'search_floor', 'reduce_only', 'latency_table',
+    'generations', 'num_images', 'recalibration_images', 'refit_images', 'reuse', 'workers', 'device', 'cpu_kernels',
+    'amp', 'amp_dtype', 'winner_epochs', *_OF_THE_SUPERNET,
 })  # fmt: skip
 
 
@@ -189,7 +191,7 @@ def find_reused(config: AdaptConfig, folder: Path) -> dict[str, Path]:
             raise UsageError(
                 f'--reuse {str(folder)!r} has another {name} ({other!r}, now {mine[name]!r}), and so another backbone'
             )
-    if not (folder / 'backbone' / 'model').exists():
+    if not all((folder / 'backbone' / name).exists() for name in ('model', 'summary.csv')):
         raise UsageError(f'--reuse {str(folder)!r} has not trained its backbone to the end yet; let it do that first')
     reused = {'backbone': folder / 'backbone'}
     for folder, other in jobs.items():

@@ -204,7 +204,7 @@ def job_folder(output: str | os.PathLike, config: Any, name: str) -> Iterator[Pa
 
     Args:
         output: Folder; it may exist.
-        config: Dataclass of what to do. `workers`, `device` and `cpu_kernels` may change.
+        config: Dataclass of what to do. `workers`, `device`, `cpu_kernels` and `dataset_download` may change.
         name: Name of the JSON file.
 
     Raises:
@@ -247,9 +247,9 @@ def _check_same_run(config: Any, path: Path) -> None:
             other = describe_job(json.loads(path.read_text()))
         except ValueError:
             raise UsageError(f'{str(path)!r} is damaged; choose another --output') from None
-        # where and with how many processes it runs does not change what it is, and what an earlier version did not ask
-        # could not be answered otherwise
-        left_out = ('workers', 'device', 'cpu_kernels')
+        # where and with how many processes it runs does not change what it is, nor that the images are here by now, and
+        # what an earlier version did not ask could not be answered otherwise
+        left_out = ('dataset_download', 'workers', 'device', 'cpu_kernels')
         changed = [k for k in content if k in other and content[k] != other[k] and k not in left_out]
         if changed:
             raise UsageError(

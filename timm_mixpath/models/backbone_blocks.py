@@ -311,7 +311,7 @@ class BackboneChoice(nn.Module):
         What depends on the number of paths goes into the weights, so that a plain sum and plain layers remain.
         """
         if choice.is_skip:
-            return nn.Identity()
+            return SkippedBlock(self.out_chs)
         name = branch_name(choice.expand_ratio)
         site, block = self.site, copy.deepcopy(self._modules[name])
         for key, weight in self._weights(name).items():
@@ -356,6 +356,22 @@ def _call_with(module: nn.Module, weights: dict[str, torch.Tensor], x: torch.Ten
             owner._parameters[leaf] = None
 
 
+class SkippedBlock(nn.Identity):
+    """What is left of a block of which nothing but its shortcut runs.
+
+    Args:
+        out_chs: Channels that go through.
+    """
+
+    def __init__(self, out_chs: int) -> None:
+        super().__init__()
+        self.out_chs = out_chs
+
+    def feature_info(self, location: str) -> dict[str, Any]:
+        """Feature tap of the block, its output in every case."""
+        return dict(module='', num_chs=self.out_chs)
+
+
 def fixed_block(block: nn.Module, choice: BlockChoice) -> nn.Module:
     """Return the stand-alone block of a choice, with the weights that it inherits from a block of timm.
 
@@ -364,7 +380,7 @@ def fixed_block(block: nn.Module, choice: BlockChoice) -> nn.Module:
         choice: Paths and expansion, or a block that is skipped.
     """
     if choice.is_skip:
-        return nn.Identity()
+        return SkippedBlock(block.feature_info('bottleneck')['num_chs'])
     kernel_sizes = tuple(sorted({k for group in choice.groups for k in group}))
     spec = BlockSpec(
         out_chs=1, expand_ratios=(choice.expand_ratio,), kernel_sizes=kernel_sizes, num_groups=len(choice.groups)

@@ -182,10 +182,12 @@ class NB201Reduction(nn.Module):
         super().__init__()
         self.conv_a = ActConvNorm(in_chs, out_chs, 3, stride=2, norm_layer=norm_layer, **dd)
         self.conv_b = ActConvNorm(out_chs, out_chs, 3, norm_layer=norm_layer, **dd)
-        self.downsample = nn.Sequential(nn.AvgPool2d(2), create_conv2d(in_chs, out_chs, 1, **dd))
+        # As the benchmark's where the size is even; where it is odd, as large as what the convolution leaves
+        pool = nn.AvgPool2d(2, ceil_mode=True, count_include_pad=False)
+        self.downsample = nn.Sequential(pool, create_conv2d(in_chs, out_chs, 1, **dd))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """[B, C, H, W] -> [B, 2 * C, H / 2, W / 2]."""
+        """[B, C, H, W] -> [B, 2 * C, H / 2, W / 2], rounded up."""
         return self.downsample(x) + self.conv_b(self.conv_a(x))
 
 

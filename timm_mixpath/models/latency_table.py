@@ -10,6 +10,7 @@ regression, whose strength is the one of smallest leave-one-out error.
 
 import hashlib
 import json
+import logging
 import math
 import os
 from collections import Counter
@@ -41,6 +42,8 @@ __all__ = [
     'space_digest',
 ]
 
+
+_logger = logging.getLogger(__name__)
 
 _FORMAT = 'timm-mixpath latency table'
 
@@ -175,6 +178,12 @@ class LatencyTable:
             raise UsageError(
                 f'the latency table is of another variant of space {self.space!r} (activations, gates, norms or '
                 'pooling differ); measure one for this supernet'
+            )
+        if self.max_paths < cost.space.max_paths:
+            _logger.warning(
+                f'The latency table was measured with sums of up to {self.max_paths} path(s), and those of this space '
+                f'have up to {cost.space.max_paths}: what larger ones take is extrapolated, measure a table with '
+                f'm={cost.space.max_paths}'
             )
         cost.add_metric('latency', self.base, prices)
 

@@ -40,20 +40,31 @@ def warm_start(model: nn.Module, source: nn.Module) -> None:
         source: The network of timm, with the same input channels.
 
     Raises:
-        UsageError: The model stands on no network of timm, or `source` is another one; nothing was changed then.
+        UsageError: The model stands on no network of timm, `source` is another one, or the model has options with which
+            it has no place for the weights; nothing was changed then.
     """
     name = check_source(model, source)
     own, classifier = model.state_dict(), _classifier(name)
     weights = inherited(model, source) if name == model.space.name else _inherited_mixnet(model, source)
-    if any(weights[key].shape != own[key].shape for key in weights if key.startswith(classifier) and key in own):
+    weights = {key: value for key, value in weights.items() if not _is_cut_off(model, key)}
+    if problem := difference(weights, own, (classifier, 'sample_step')):
+        raise UsageError(f'the model has options with which it can not start from {name}: {problem}')
+    if difference(weights, own, 'sample_step'):
         weights = {key: value for key, value in weights.items() if not key.startswith(classifier)}
-    # A model without a head, and the counter of a supernet, keep what they have
-    model.load_state_dict({**own, **{key: value for key, value in weights.items() if key in own}})
+    model.load_state_dict({**own, **weights})
     if getattr(model, 'pretrained_cfg', None):
         model.pretrained_cfg['notes'] = (_origin(source, name),)
         # Tags of one network may differ in it, and the weights are for images as their own tag has them
         known = getattr(source, 'pretrained_cfg', None) or {}
         model.pretrained_cfg.update({key: known[key] for key in PREPROCESSING if known.get(key) is not None})
+
+
+def _is_cut_off(model: nn.Module, key: str) -> bool:
+    """Whether weights are of the head or the last stages, in a model that gives features alone."""
+    name, index, *_ = key.split('.')
+    if name == 'blocks':
+        return int(index) >= len(model.blocks)
+    return isinstance(getattr(model, name, None), nn.Identity)
 
 
 def check_source(model: nn.Module, source: nn.Module) -> str:

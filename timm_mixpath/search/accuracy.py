@@ -111,7 +111,7 @@ def recalibrate_bn(
         The supernet, in eval mode, with `active_arch` set.
 
     Raises:
-        UsageError: There are no batches.
+        UsageError: There are no batches, or one is too small to have statistics.
     """
     supernet.eval()
     supernet.active_arch = arch
@@ -137,9 +137,9 @@ def recalibrate_bn(
             bn.momentum = 1.0  # the statistics of the batch; with None torch waits for the device to count batches
             bn.train()
 
-    def batch_statistics() -> list[tuple[list[str], torch.Tensor]]:
-        """Names of the norms in use, and their statistics in one row, of every batch."""
-        found: list[tuple[list[str], torch.Tensor]] = []
+    def batch_statistics() -> list[tuple[list[str], torch.Tensor, int]]:
+        """Names of the norms in use, their statistics in one row, and the number of images, of every batch."""
+        found: list[tuple[list[str], torch.Tensor, int]] = []
         hooks = [bn.register_forward_pre_hook(partial(reset, name)) for name, bn in norms.items()]
         try:
             with torch.no_grad(), autocast():
@@ -147,7 +147,9 @@ def recalibrate_bn(
                     supernet(x)
                     used = [norms[name] for name in saved]
                     row = torch.cat([s for bn in used for s in (bn.running_mean, bn.running_var)])
-                    found.append((list(saved), row.cpu() if ranks.world_size > 1 else row))
+                    found.append((list(saved), row.cpu() if ranks.world_size > 1 else row, len(x)))
+        except ValueError as e:  # torch's of a single value per channel
+            raise UsageError(f'a batch of {len(x)} image(s) is too small for batch statistics: {e}') from None
         finally:
             for hook in hooks:
                 hook.remove()
@@ -160,7 +162,7 @@ def recalibrate_bn(
         if not found:
             raise UsageError('there are no images to recalibrate batch norms with; None leaves them as they are')
         names = found[0][0]
-        mean = torch.stack([row for _, row in found]).mean(0)
+        mean = _mean_over_images(torch.stack([row for _, row, _ in found]), [count for *_, count in found])
         sizes = [norms[name].num_features for name in names for _ in range(2)]
         parts = iter(mean.to(norms[names[0]].running_mean.device).split(sizes))
         for name in names:
@@ -177,6 +179,14 @@ def recalibrate_bn(
             bn.momentum = momentum
             for now, before in zip((bn.running_mean, bn.running_var, bn.num_batches_tracked), statistics):
                 now.copy_(before)
+
+
+def _mean_over_images(rows: torch.Tensor, counts: list[int]) -> torch.Tensor:
+    """Mean of the rows of several batches, each weighed by its number of images."""
+    if len(set(counts)) == 1:
+        return rows.mean(0)
+    shares = torch.tensor(counts, dtype=rows.dtype) / sum(counts)
+    return (rows * shares.to(rows.device)[:, None]).sum(0)
 
 
 class SupernetEvaluator:

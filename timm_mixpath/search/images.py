@@ -326,7 +326,7 @@ def recalibration_batches(
     # Drawn at random: batch statistics of images that are sorted by class would be those of one class
     count = min(count, len(train_set))
     order = torch.randperm(len(train_set), generator=torch.Generator().manual_seed(0))[:count].tolist()
-    # every batch counts the same in the average, so a small last one must not be
+    # batch norms that see a few images only have poor statistics
     batch_size = math.ceil(count / math.ceil(count / _RECALIBRATION_BATCH_SIZE))
     return load_batches(
         Subset(train_set, order),

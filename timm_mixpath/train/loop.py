@@ -700,7 +700,7 @@ def _train_one_epoch(args: Namespace, run: _Run, epoch: int) -> OrderedDict[str,
         need_update = batch_index + 1 == num_batches or (batch_index + 1) % accum_steps == 0
 
         with nullcontext() if need_update else task.no_sync():
-            with run.autocast(), _known_classes(args):
+            with run.autocast(), _in_words(args, len(input)):
                 loss = task(input, target)['loss']
             scaled_loss = loss / steps if steps > 1 else loss
             clip_parameters = None
@@ -755,9 +755,17 @@ def _train_one_epoch(args: Namespace, run: _Run, epoch: int) -> OrderedDict[str,
 
 
 @contextmanager
-def _known_classes(args: Namespace) -> Iterator[None]:
+def _in_words(args: Namespace, batch_size: int) -> Iterator[None]:
+    """Say what is wrong with the images of a step where torch's error does not."""
     try:
         yield
+    except ValueError as e:
+        if 'more than 1 value per channel' not in str(e):
+            raise
+        raise UsageError(
+            f'a batch of {batch_size} image(s) is too small for batch norms, which see one value per channel '
+            f'({concise(e)}); pass a larger --batch-size or --img-size'
+        ) from None
     except (IndexError, RuntimeError) as e:  # of a stream nothing tells the classes beforehand
         if 'out of bounds' not in str(e):
             raise

@@ -1,0 +1,98 @@
+"""Table, numbers and figure of what stability.sh measured.
+
+    python recipes/ranking/stability.py output/stability recipes/ranking/stability
+
+Writes a CSV, a line per training, and a PNG, and prints a table in Markdown. The loss is the mean over all the steps of
+a training; 'diverged' is one whose loss was not a finite number in the end.
+"""
+
+import argparse
+import csv
+import math
+from pathlib import Path
+
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+NORMS = {'sbn': ('SBN', '#3b6fb5', '-'), 'bn': ('one BN', '#c1272d', '--')}
+GUESS = math.log(10)  # the loss of a network that gives ten classes the same probability
+
+Losses = dict[tuple[str, int, float, str], float]
+
+
+def read_losses(folder: Path) -> Losses:
+    losses = {}
+    for done in folder.glob('*/done'):
+        norm, m, lr, clip = done.parent.name.split('-')
+        loss, summary = math.nan, done.with_name('summary.csv')
+        if summary.exists():
+            with open(summary, newline='') as f:
+                *_, last = csv.DictReader(f)
+            loss = float(last['train_loss'])
+        losses[norm, int(m), float(lr), clip] = loss
+    return losses
+
+
+def clipping(clip: str) -> str:
+    return 'gradients not clipped' if clip == 'none' else f'gradients clipped at {float(clip):g}'
+
+
+def print_table(losses: Losses) -> None:
+    rates = sorted({lr for _, _, lr, _ in losses})
+    print('| gradients clipped at | m | norm | ' + ' | '.join(f'{lr:g}' for lr in rates) + ' |')
+    print('|---' * (3 + len(rates)) + '|')
+    for clip, m, norm in sorted(
+        {(c, m, n) for n, m, _, c in losses}, key=lambda r: (r[0] != 'none', r[1], r[2] != 'sbn')
+    ):
+        cells = [losses.get((norm, m, lr, clip)) for lr in rates]
+        written = ['' if c is None else 'diverged' if math.isnan(c) else f'{c:.3f}' for c in cells]
+        print('| ' + ' | '.join([clip, str(m), NORMS[norm][0], *written]) + ' |')
+
+
+def draw(losses: Losses, path: Path) -> None:
+    clips = sorted({c for *_, c in losses}, reverse=True)
+    paths = sorted({m for _, m, _, _ in losses})
+    rates = sorted({lr for _, _, lr, _ in losses})
+    figure = Figure(figsize=(3.4 * len(paths), 3.0 * len(clips)), dpi=130, layout='constrained')
+    FigureCanvasAgg(figure)
+    axes = figure.subplots(len(clips), len(paths), sharex=True, sharey=True, squeeze=False)
+    top = GUESS * 1.12
+    for row, clip in zip(axes, clips):
+        for ax, m in zip(row, paths):
+            for shift, (norm, (label, color, style)) in enumerate(NORMS.items()):
+                found = [losses.get((norm, m, lr, clip)) for lr in rates]
+                x = [math.log2(lr) + (shift - 0.5) * 0.12 for lr in rates]
+                measured = [math.nan if y is None else y for y in found]
+                ax.plot(x, [min(y, top) for y in measured], style, marker='o', markersize=4, color=color, label=label)
+                lost = [x_ for x_, y in zip(x, found) if y is not None and math.isnan(y)]
+                ax.plot(lost, [top] * len(lost), 'x', color=color, markersize=6, linestyle='none')
+            ax.axhline(GUESS, color='0.8', linewidth=0.8)
+            ax.set_xticks([math.log2(lr) for lr in rates], [f'{lr:g}' for lr in rates])
+            ax.set_title(f'm = {m}, {clipping(clip)}', fontsize=9)
+            ax.spines[['top', 'right']].set_visible(False)
+    for ax in axes[-1]:
+        ax.set_xlabel('highest learning rate (SGD)')
+    for row in axes:
+        row[0].set_ylabel('training loss (nats)')
+    axes[0][0].legend(frameon=False, fontsize=8)
+    figure.savefig(path)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('runs', type=Path, help='OUTPUT of stability.sh')
+    parser.add_argument('output', type=Path, help='path of CSV and PNG, without .csv and .png')
+    args = parser.parse_args()
+    losses = read_losses(args.runs)
+    if not losses:
+        parser.error(f'no training below {args.runs} is done, run stability.sh first')
+    with open(args.output.with_suffix('.csv'), 'w', newline='') as f:
+        writer = csv.writer(f, lineterminator='\n')
+        writer.writerow(['norm', 'm', 'lr', 'clip_grad', 'train_loss'])
+        writer.writerows([*run, '' if math.isnan(loss) else f'{loss:.4f}'] for run, loss in sorted(losses.items()))
+    draw(losses, args.output.with_suffix('.png'))
+    print_table(losses)
+
+
+if __name__ == '__main__':
+    main()
