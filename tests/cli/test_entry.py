@@ -36,8 +36,10 @@ ARCH = ','.join(['k3+5_e6', *['k3_e3'] * 7])
         (['profile', '--model', 'mixpath_nano'], 'is no supernet'),
         (['profile', '--model', 'mixpath_s1_supernet', '--model-kwargs', 'm=0'], 'm=0 is out of range'),
         (['run', 'nope.py'], "'nope.py' does not exist"),
+        (['run'], 'are required: SCRIPT'),
         (['recipes', 'cp', 'nope', '.'], "'nope'"),
         (['demo', '--output', 'x', '--data-dir', '/nowhere'], "'/nowhere' does not exist"),
+        (['demo', '--output', 'x', '--dataset', 'wds/x'], "'wds/x' is a stream, no images of which can be held out"),
     ],
 )
 def test_wrong_usage_is_one_line_and_status_2(

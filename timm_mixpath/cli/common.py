@@ -126,7 +126,7 @@ def add_image_options(parser: argparse.ArgumentParser, num_images: int | None = 
     add('--dataset', metavar='NAME', help='type/name as in timm')
     add('--dataset-download', action='store_true')
     add('--train-split', metavar='NAME')
-    _add_keys(add)
+    _add_keys(add, 'wds/, hfds/ and hfids/')
     add('--search-holdout', type=parse_share, metavar='SHARE', help='share of the training images that was held out')
     add('--search-split', metavar='NAME', help='use this split whole instead')
     parser.set_defaults(num_images=num_images)
@@ -135,12 +135,12 @@ def add_image_options(parser: argparse.ArgumentParser, num_images: int | None = 
             help=f'number of images (default: {num_images or "all, at most 20,000"})')  # fmt: skip
 
 
-def _add_keys(add: Any) -> None:
+def _add_keys(add: Any, sets: str) -> None:
     add('--class-map', metavar='FILE', help='file that names all classes, one a line, in the order of their indices')
     add(
         '--input-key',
         metavar='KEY',
-        help="key of the images in wds/, hfds/ and hfids/ data sets, endings of a folder's, as '.webp;.png'",
+        help=f"key of the images in {sets} data sets, endings of a folder's, as '.webp;.png'",
     )
     add('--target-key', metavar='KEY', help='key of the class indices in them')
 
@@ -152,7 +152,7 @@ def add_user_images(add: Any, what: str) -> None:
     add('--train-split', default='train', metavar='NAME')
     add('--val-split', default='validation', metavar='NAME')
     add('--dataset-download', action='store_true', help='download torch/ data sets')
-    _add_keys(add)
+    _add_keys(add, 'hfds/')
 
 
 def add_latency_limit(parser: Any) -> None:
@@ -278,6 +278,11 @@ def user_images(config: Any, data_dir: str | None) -> tuple[dict[str, Any], list
     if config.val_split in ('', HOLDOUT_SPLIT):
         raise UsageError(
             f'--val-split {config.val_split!r}: the result is measured on a split of its own, name one of the data set'
+        )
+    if config.dataset.split('/')[0].lower() in ('wds', 'hfids', 'tfds'):
+        raise UsageError(
+            f'{config.dataset!r} is a stream, no images of which can be held out for the search; use folders, or '
+            '`timm-mixpath train` and `search` with --search-split'
         )
     keys = dict(class_map=config.class_map or '', input_key=config.input_key, target_key=config.target_key)
     opened = dict(dataset=config.dataset, data_dir=data_dir, dataset_download=config.dataset_download, **keys)

@@ -229,7 +229,7 @@ def add_demo(parser: argparse.ArgumentParser) -> None:
     add('--train-epochs', type=int, default=default.train_epochs, metavar='N')
     add('-b', '--batch-size', type=int, default=default.batch_size, metavar='N')
     add('--generations', type=int, default=default.generations, metavar='N', help='generations of the search')
-    add('--max-macs', type=parse_count, metavar='N', help='limit of the search, for example 5M')
+    add('--max-macs', type=parse_count, metavar='N', help='limit of the search, for example 15M')
     add('--seed', type=int, default=default.seed)
     add('-j', '--workers', type=int, default=default.workers, metavar='N')
     add('--device', metavar='NAME')

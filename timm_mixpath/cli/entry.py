@@ -116,7 +116,8 @@ def _add_run(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add('--device-modules', nargs=1, metavar='MODULE', help='Python module to import first, for a space of your own')
     add('script', metavar='SCRIPT', help='for example validate.py of timm')
-    add('arguments', nargs=argparse.REMAINDER, metavar='ARGS', help='options of the script')
+    # argparse takes what may be empty for required here, and says so if SCRIPT is missing
+    add('arguments', nargs=argparse.REMAINDER, metavar='ARGS', help='options of the script').required = False
 
 
 def _run(args: argparse.Namespace) -> int:

@@ -42,7 +42,7 @@ def add_search(parser: argparse.ArgumentParser) -> None:
     add('--algorithm', default=default.algorithm, choices=ALGORITHMS)
     add('--objectives', nargs='+', type=_objective, default=default.objectives, metavar='NAME[=WEIGHT]',
         help=f'what to minimise, of {", ".join(OBJECTIVES)}; a weight counts in the crowding distance')  # fmt: skip
-    add('--max-macs', type=parse_count, metavar='N', help='for example 5M')
+    add('--max-macs', type=parse_count, metavar='N', help='for example 15M')
     add('--min-macs', type=parse_count, metavar='N')
     add('--max-params', type=parse_count, metavar='N')
     add('--min-params', type=parse_count, metavar='N')

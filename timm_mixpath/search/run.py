@@ -327,7 +327,7 @@ def _measure_as_predicted(result: SearchResult, supernet: Supernet, table: Laten
     if reason := table.why_not_here():  # after hours of a search that does not need it
         _logger.warning(
             f'The latency of the front is predicted and not measured, {reason}; on the device of the table, with its '
-            'runtime, `timm-mixpath latency --archs front.json` measures it'
+            'runtime, `timm-mixpath latency` measures it, with --latency-table, --archs front.json and --checkpoint'
         )
         return
     measured = measure_archs(supernet, [c.arch for c in result.front], table)

@@ -490,15 +490,16 @@ def resolve_data(args: Namespace, model: nn.Module) -> dict[str, Any]:
         height, width = model.pretrained_cfg['input_size'][1:]
         size = values.get('img_size')
         values['input_size'] = (in_chans, size or height, size or width)
+    channels = (values.get('input_size') or model.pretrained_cfg['input_size'])[0]
+    for name in ('mean', 'std'):
+        if values.get(name) is not None and len(values[name]) not in (1, channels):
+            raise UsageError(f'--{name} has {len(values[name])} values, the input {channels} channels')
     with as_usage_error('input size, mean, std or crop is out of range'):
         data_config = resolve_data_config(values, model=model)
-    channels = data_config['input_size'][0]
     if min(data_config['input_size']) < 1:
         raise UsageError(f'input size {data_config["input_size"]} must be three positive numbers')
     for name in ('mean', 'std'):
         if len(data_config[name]) != channels:
-            if values.get(name) is not None:
-                raise UsageError(f'--{name} has {len(data_config[name])} values, the input {channels} channels')
             # a default for RGB, of which other inputs take the average
             data_config[name] = (sum(data_config[name]) / len(data_config[name]),) * channels
     return data_config

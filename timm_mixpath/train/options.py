@@ -243,7 +243,7 @@ def add_train_options(parser: argparse.ArgumentParser) -> None:
     add('--wandb-resume-id', default='', metavar='ID', help='with --resume: the run there that goes on')
     add('--log-tensorboard', action='store_true',
         help='log them for TensorBoard, in the folder of the run (not an option of timm\'s train.py)')  # fmt: skip
-    add('--val-interval', type=int, default=1, metavar='N', help='epochs between validations and checkpoints')
+    add('--val-interval', type=int, default=1, metavar='N', help='epochs between validations')
     add('--checkpoint-hist', type=int, default=10, metavar='N', help='checkpoints to keep')
     add('--pin-mem', action='store_true')
     add('--no-prefetcher', action='store_true')
@@ -414,6 +414,17 @@ def make_storable(args: Namespace) -> None:
         args.class_map = os.path.abspath(args.class_map)
 
 
+_INTERPOLATIONS = ('', 'nearest', 'bilinear', 'bicubic', 'box', 'hamming', 'lanczos')
+
+# Options of timm's augmentations and loaders that are names
+_NAMES = {
+    'interpolation': _INTERPOLATIONS,
+    'train_interpolation': (*_INTERPOLATIONS, 'random'),
+    'train_crop_mode': ('', 'rrc', 'rkrc', 'rkrr'),
+    'remode': ('', 'const', 'rand', 'pixel'),
+}
+
+
 def check_values(args: Namespace) -> None:
     if not args.model:
         raise UsageError('no model: pass --model NAME, or a recipe with -c (`timm-mixpath recipes` lists them)')
@@ -429,6 +440,15 @@ def check_values(args: Namespace) -> None:
             '--cache-images shifts and flips images and does nothing else; leave it out, or --mixup, --cutmix, --aa, '
             '--reprob and --vflip'
         )
+    for name, allowed in _NAMES.items():
+        if (value := getattr(args, name) or '') not in allowed:
+            known = ', '.join(filter(None, allowed))
+            raise UsageError(f'--{name.replace("_", "-")} {value!r} is unknown, known are {known}')
+    for name in ('scale', 'ratio'):
+        value = getattr(args, name)
+        if len(value) != 2 or not 0 < value[0] <= value[1]:
+            given = ' '.join(f'{number:g}' for number in value)
+            raise UsageError(f'--{name} {given} must be two positive numbers, the smaller one first')
     if not 0 <= args.seed < 2**31:
         raise UsageError(f'--seed {args.seed} is out of range, allowed are 0 to {2**31 - 1}')
     if args.clip_grad is not None and args.clip_grad <= 0:
