@@ -24,6 +24,8 @@ from timm_mixpath.utils.errors import RunError, UsageError
 
 ARCHS = draw_archs('mixpath_nano', 3, seed=1)
 
+BACKBONE = 'mobilenetv3_small_050'
+
 
 def table_args(data_dir: Path, **overrides: Any) -> Namespace:
     """Options of trainings that take half a second: 2 epochs of 4 steps."""
@@ -322,6 +324,8 @@ def test_sampling_that_reaches_nodes_without_inputs(sampling: str, reached: bool
         (['--model', 'mixpath_nano', '--num-archs', '0'], '0 must be at least 1'),
         (['--model', 'mixpath_nano', '--archs', 'x'], 'not allowed with'),
         (['--model', 'mixpath_nano', '--archs-m', '9'], 'm=9 is out of range'),
+        (['--model', 'mixpath', '--archs-m', '3', '--model-kwargs', f'backbone={BACKBONE}', 'm=2'], 'm=2 differ'),
+        (['--model', 'mixpath', '--model-kwargs', f'backbone={BACKBONE}', 'm=9'], 'm=9 is out of range'),
         (['--model', 'mixpath_nano', '--archs-sampling', 'all'], "invalid choice: 'all'"),
         (['--model', 'mixpath_nano', '--output', 'x'], '--output can not be used for a table'),
         (['--model', 'mixpath_nano', '--resume', 'x'], '--resume can not be used for a table'),

@@ -289,6 +289,9 @@ def test_sizes_of_numpy():
         OWN, blocks=(OWN.blocks[0], block, OWN.blocks[2]), num_features=np.int64(32), input_size=np.array([3, 16, 16])
     )
     assert space == OWN and repr(space) == repr(OWN)
+    for ratios in ((2.0, 4.0), np.array([2, 4]), np.array([2.0, 4.0])):  # an arch writes them as whole numbers
+        other = replace(OWN, blocks=(OWN.blocks[0], replace(block, expand_ratios=ratios), OWN.blocks[2]))
+        assert other == OWN and repr(other) == repr(OWN)
 
 
 def test_sizes_as_a_list():

@@ -263,6 +263,18 @@ def test_holdout_is_stratified_disjoint_and_stable(digits: Path) -> None:
     assert hold_out(open_dataset('', str(digits), 'train'), 0.25)[1].indices == held.indices
 
 
+def test_holdout_leaves_every_class_an_image(digits: Path, tmp_path: Path) -> None:
+    for label, count in (('0', 10), ('1', 1), ('2', 2)):
+        (tmp_path / label).mkdir()
+        for path in sorted((digits / 'train' / label).iterdir())[:count]:
+            shutil.copy(path, tmp_path / label)
+    dataset = open_dataset('', str(tmp_path), '')
+    labels = targets(dataset)
+    for fraction in (0.5, 0.9):
+        kept, _ = hold_out(dataset, fraction)
+        assert {labels[i] for i in kept.indices} == {0, 1, 2}
+
+
 def test_ordinary_model_trains_on_all_images(digits: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level('INFO')
     train(small_args(digits, tmp_path, model='mixpath_nano', epochs=1, val_split='', mixup=0.2, smoothing=0.1))
@@ -293,6 +305,12 @@ def test_ordinary_model_trains_on_all_images(digits: Path, tmp_path: Path, caplo
         (dict(train_interpolation='foo'), UsageError, "--train-interpolation 'foo' is unknown"),
         (dict(train_crop_mode='foo'), UsageError, "--train-crop-mode 'foo' is unknown, known are rrc, rkrc, rkrr"),
         (dict(remode='foo'), UsageError, "--remode 'foo' is unknown"),
+        (
+            dict(warmup_prefix=True, warmup_epochs=0.5),
+            UsageError,
+            '--warmup-epochs 0.5 is part of an epoch, and',
+        ),
+        (dict(cooldown_epochs=2, sched='step'), UsageError, '--cooldown-epochs 2 has no effect with --sched step'),
         (dict(scale=[0.5]), UsageError, '--scale 0.5 must be two positive numbers, the smaller one first'),
         (dict(ratio=[0.0, 0.0]), UsageError, '--ratio 0 0 must be two positive numbers'),
         (dict(device='meta', cpu_kernels=True), UsageError, "--cpu-kernels has no effect on device 'meta'"),
@@ -310,7 +328,6 @@ def test_ordinary_model_trains_on_all_images(digits: Path, tmp_path: Path, caplo
         (dict(sched='bogus'), UsageError, "'bogus'"),
         (dict(opt='adamw', opt_betas=[0.9]), UsageError, "'adamw'"),
         (dict(aa='bogus'), UsageError, 'augmentation'),
-        (dict(train_crop_mode='bogus'), UsageError, 'augmentation'),
         (dict(mixup=0.2, batch_size=15), UsageError, '--batch-size 15 must be even'),
         (dict(validation_batch_size=-1), UsageError, '--validation-batch-size -1'),
         (dict(mean=[0.5, 0.5]), UsageError, 'mean'),

@@ -99,6 +99,47 @@ def test_no_image_is_seen_twice(digits: Path, tmp_path: Path, monkeypatch: pytes
     assert not (folder / RECOVERY).exists() and latest_checkpoint(folder) == folder / 'last.pth.tar'
 
 
+def test_begins_at_an_epoch_and_goes_on_behind_it(
+    digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`--start-epoch` is where a run began, not where the same command begins again."""
+    options = dict(epochs=4, start_epoch=1)
+    with monkeypatch.context() as patch:
+        unbroken = Recorder(patch)
+        whole = train(plain_args(digits, tmp_path / 'whole', **options)).output_dir
+    per_epoch = len(unbroken.batches) // 3
+    args = plain_args(digits, tmp_path / 'cut', **options)
+    with monkeypatch.context() as patch, pytest.raises(Stopped, match='behind batch 2 of epoch 2'):
+        Recorder(patch, stop_at=per_epoch + 2)
+        train(args)
+    assert go_on(args, monkeypatch) == unbroken.batches[per_epoch + 2 :]
+    folder = tmp_path / 'cut' / 'run'
+    assert (whole / 'summary.csv').read_text() == (folder / 'summary.csv').read_text()
+    # From a checkpoint within an epoch on at another one: all of its images
+    with monkeypatch.context() as patch, pytest.raises(Stopped, match='behind batch 2 of epoch 2'):
+        Recorder(patch, stop_at=per_epoch + 2)
+        train(Namespace(**{**vars(args), 'resume': '', 'experiment': 'again'}))
+    changes = dict(resume=str(tmp_path / 'cut' / 'again' / RECOVERY), experiment='later', start_epoch=3)
+    with monkeypatch.context() as patch:
+        recorder = Recorder(patch)
+        train(Namespace(**{**vars(args), **changes}))
+    assert recorder.batches == unbroken.batches[2 * per_epoch :]
+
+
+@pytest.mark.parametrize(
+    'before, after', [({}, dict(val_split='')), (dict(val_split=''), {}), ({}, dict(eval_metric='loss'))]
+)
+def test_checkpoints_of_a_run_are_ranked_by_one_metric(digits: Path, tmp_path: Path, before: dict, after: dict) -> None:
+    run = train(plain_args(digits, tmp_path, epochs=1, **before)).output_dir
+    files = {path.name: path.read_bytes() for path in run.iterdir()}
+    later = plain_args(digits, tmp_path, epochs=2, resume='auto', **after)
+    with pytest.raises(UsageError, match=r'ranked by .*, this run would rank them by .*another --experiment'):
+        train(later)
+    assert {path.name: path.read_bytes() for path in run.iterdir()} == files
+    later.resume, later.experiment = str(run / 'last.pth.tar'), 'other'
+    assert train(later).output_dir.name == 'other'
+
+
 def test_stopped_while_it_validates(digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = train(plain_args(digits, tmp_path / 'whole', epochs=1)).output_dir
 

@@ -68,13 +68,17 @@ def run_table(args: argparse.Namespace) -> None:
                 )
         archs = read_archs(args.archs, space)
     else:
+        kwargs = dict(options.model_kwargs)
+        own = kwargs.pop('m', None)
+        if None not in (own, args.archs_m) and own != args.archs_m:
+            raise UsageError(f'--archs-m {args.archs_m} and --model-kwargs m={own} differ, leave one out')
         archs = draw_archs(
             args.model,
             args.num_archs,
             seed=args.archs_seed or 0,
-            m=args.archs_m,
+            m=own if args.archs_m is None else args.archs_m,
             sampling=args.archs_sampling or 'paths',
-            **{**options.model_kwargs, **_band(args, options)},
+            **{**kwargs, **_band(args, options)},
         )
     train_table(
         options,

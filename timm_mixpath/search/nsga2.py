@@ -46,7 +46,10 @@ class _Algorithm:
 
 
 class RandomSearch(_Algorithm):
-    """Samples as supernet training does, without repetition. Arguments as in `NSGA2Search`."""
+    """Samples as the training of a supernet does by default (`sampling='paths'`), without repetition.
+
+    Arguments as in `NSGA2Search`.
+    """
 
     def ask(self) -> list[Arch]:
         """Return the archs of the next generation, none at the end of the search.

@@ -343,7 +343,8 @@ def hold_out(dataset: Dataset, fraction: float, *, by_position: bool = False) ->
         indices = by_class[label]
         if names is not None:
             order = sorted(indices, key=lambda i: _digest(names[i]))
-            count = math.floor(len(indices) * fraction + 0.5)
+            # A class of which nothing is left to train on would be scored all the same
+            count = min(math.floor(len(indices) * fraction + 0.5), len(indices) - 1)
         else:
             order = [indices[i] for i in torch.randperm(len(indices), generator=generator).tolist()]
             count = round(len(indices) * fraction)

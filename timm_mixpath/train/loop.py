@@ -139,7 +139,10 @@ def train(args: Namespace) -> TrainResult:
     make_storable(args)
     import_modules(args.device_modules or ())
     check_values(args)
-    args.resume = resolve_auto(args.resume, args.output, args.experiment)
+    if args.resume == 'auto':
+        args.resume = resolve_auto(args.resume, args.output, args.experiment)
+        if args.resume:
+            args.start_epoch = None  # where the run began
     progress: dict[str, Any] = {}
     if args.resume:
         before = read_checkpoint(args.resume)['args']
@@ -341,6 +344,8 @@ def _make_run(args: Namespace, stop: StopSignal, progress: dict[str, Any], outpu
         task.prepare_distributed(device_ids=device_ids, broadcast_buffers=not args.no_ddp_bb)
 
     updates_per_epoch = _updates_per_epoch(args, loader_train)
+    if args.start_epoch not in (None, resume_epoch):
+        progress = {}  # of another epoch
     progress = _continued(args, progress, len(loader_train), updates_per_epoch) if progress else {}
     eval_metric = args.eval_metric if loader_val is not None else 'loss'
     decreasing = eval_metric == 'loss'
@@ -453,7 +458,8 @@ def _train_epochs(args: Namespace, run: _Run) -> TrainResult:
 
 def _last_metrics(summary: Path) -> dict[str, float]:
     last = read_csv(summary)[-1:] if summary.exists() else []
-    return {k: float(v) for row in last for k, v in row.items() if v and k.startswith(('train_', 'eval_'))}
+    known = ((name, value) for row in last for name, value in row.items() if name and value)
+    return {name: float(value) for name, value in known if name.startswith(('train_', 'eval_'))}
 
 
 def _train_all(args: Namespace, run: _Run, result: TrainResult, log: Callable[..., None] | None) -> None:
@@ -566,6 +572,23 @@ def check_resumed(args: Namespace, before: Namespace) -> None:
     if not args.output and not args.experiment:
         folder = Path(args.resume).resolve().parent
         args.output, args.experiment = str(folder.parent), folder.name
+    now, then = _ranked_by(args), _ranked_by(before)
+    is_told = hasattr(before, 'val_split')
+    if (
+        is_told
+        and now != then
+        and Path(args.resume).resolve().parent == run_dir(args.output, args.experiment).resolve()
+    ):
+        raise UsageError(
+            f'the checkpoints beside {args.resume!r} are ranked by {then}, this run would rank them by {now}: keep '
+            '--val-split and --eval-metric, or go on in a folder of its own with another --experiment'
+        )
+
+
+def _ranked_by(args: Namespace) -> str:
+    if not getattr(args, 'val_split', ''):
+        return 'the training loss'
+    return f'{getattr(args, "eval_metric", "top1")} on the validation images'
 
 
 def _warn_of_changes(args: Namespace, before: Namespace) -> None:

@@ -483,6 +483,15 @@ def check_values(args: Namespace) -> None:
             f'--warmup-epochs {args.warmup_epochs} is part of an epoch, which --sched-on-updates allows; without it '
             'the learning rate changes between epochs only'
         )
+    if args.warmup_epochs != int(args.warmup_epochs) and args.warmup_prefix:
+        raise UsageError(
+            f'--warmup-epochs {args.warmup_epochs} is part of an epoch, and --warmup-prefix puts it in front of the '
+            'others: make it a whole number'
+        )
+    if args.cooldown_epochs and args.sched not in ('cosine', 'tanh', 'poly'):
+        raise UsageError(
+            f'--cooldown-epochs {args.cooldown_epochs} has no effect with --sched {args.sched}, leave it out'
+        )
     if args.recovery_interval < 0:
         raise UsageError(f'--recovery-interval {args.recovery_interval} must not be negative')
     if args.resume and args.sched == 'plateau':
