@@ -6,7 +6,8 @@
 Writes a CSV, a line per ranking and way of scoring, and a PNG, and prints tables in Markdown. Intervals in the CSV are
 bootstrap intervals over the archs. Those of means over supernets and of differences have a standard error of two parts:
 the bootstrap over the archs, and the spread of the supernets that were trained with other seeds, where there are
-several. Differences are paired: the same archs, resamples and seeds on both sides.
+several. Differences are paired: the same archs, resamples and seeds on both sides. 'together' is the tau of the mean of
+the scores of all seeds.
 """
 
 import argparse
@@ -183,7 +184,7 @@ def ceiling(table: Table) -> tuple[float, float, float]:
 def print_table(name: str, rankings: Rankings) -> None:
     table = rankings.table
     a, macs = table.accuracies, table.macs / 1e6
-    print(f'\n## {name}: {len(a)} archs of {macs.min():.1f} to {macs.max():.1f} M, {len(table.by_seed)} seeds\n')
+    print(f'\n## {name}: {len(a)} archs of {macs.min():.2f} to {macs.max():.2f} M, {len(table.by_seed)} seeds\n')
     print(f'accuracy {a.mean():.2f}, standard deviation {a.std(ddof=1):.2f}, {a.min():.2f} to {a.max():.2f}')
     if len(table.by_seed) > 1:
         noise = (table.by_seed[0] - table.by_seed[1]).std(ddof=1) / 2**0.5
@@ -194,14 +195,17 @@ def print_table(name: str, rankings: Rankings) -> None:
         found = table.statistics(getattr(table, cost))
         overlap = found.top_k_overlap[5].value
         print(f'counting {cost}: {found.kendall_tau.text(2)}, regret {found.regret.value:.2f}, top 5 {overlap:.2f}')
-    print('\n| supernet | epochs | images | recalibration | score | top-1 | tau | of each seed | regret | top 5 |')
-    print('|---|---|---|---|---|---|---|---|---|---|')
+    head = ['supernet', 'epochs', 'images', 'recalibration', 'score', 'top-1']
+    head += ['tau', 'of each seed', 'together', 'regret', 'top 5']
+    print(f'\n| {" | ".join(head)} |\n|{"---|" * len(head)}')
     for group, members in rankings.groups.items():
         for score in SCORES:
             found = [table.statistics(r.scores[score]) for r in members.values()]
             top1 = np.mean([r.top1[score.replace('loss', 'top1')] for r in members.values()])
             cells = [RUNS[group[0]][0], *group[1:], score.replace('_', ', '), f'{top1:.1f}']
             cells += [text(*rankings.mean(group, score)), ' '.join(f'{s.kendall_tau.value:.2f}' for s in found)]
+            together = table.statistics(np.mean([r.scores[score] for r in members.values()], axis=0)).kendall_tau
+            cells += [together.text(2) if len(members) > 1 else '']
             cells += [f'{np.mean([s.regret.value for s in found]):.2f}']
             cells += [f'{np.mean([s.top_k_overlap[5].value for s in found]):.2f}']
             print('| ' + ' | '.join(map(str, cells)) + ' |')
