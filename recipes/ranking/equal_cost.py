@@ -294,7 +294,7 @@ def draw(rankings: Rankings, path: Path) -> None:
     left.axhline(0, color='0.8', linewidth=0.8)
     has_start = any(group[1] == 0 for group in rankings.groups)
     left.set(
-        title=f'{len(table.archs)} archs, {table.macs.min() / 1e6:.1f} to {table.macs.max() / 1e6:.1f} M multiply-adds',
+        title=f'{len(table.archs)} archs, {table.macs.min() / 1e6:.2f} to {table.macs.max() / 1e6:.2f} M multiply-adds',
         xlabel='epochs of the supernet' + (', 0: the warm start' if has_start else ''),
         ylabel="Kendall's tau, archs ranked by the loss",
         ylim=(-0.45, 1.05),

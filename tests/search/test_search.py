@@ -378,7 +378,8 @@ def test_bad_metrics(tiny, tmp_path, metrics, message):
 
 
 def test_loss_may_be_nan(tiny, tmp_path):
-    result = run(tiny, tmp_path / 'a', lambda arch: {'top1': 50.0, 'loss': math.nan, 'note': 'x', 'other': math.inf})
+    metrics = {'top1': 50.0, 'loss': math.nan, 'note': 'x', 'other': math.inf}
+    result = run(tiny, tmp_path / 'a', lambda arch: metrics, objectives=dict(error=1, macs=1, params=1))
     again = run(tiny, tmp_path / 'a', Counter(stop_at=0))
     for c in (*result.evaluations, *again.evaluations):
         assert math.isnan(c.loss) and c.extra == {'note': 'x', 'other': None}

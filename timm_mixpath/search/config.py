@@ -38,10 +38,11 @@ class SearchConfig:
             `search_checkpoint` to decide, which takes the backbone's own arch where there is one.
         offspring: Archs evaluated in each generation after that.
         generations: Generations after generation 0.
-        objectives: What to minimise, {name: weight} or (name, weight) pairs: 'error', the top-1 error, or 'loss', and
-            any of 'macs', 'params' and 'latency', which needs a latency table. A weight says how much closeness in this
-            objective counts when NSGA-II thins out a crowded front; it does not change which arch dominates which. Only
-            the proportions of the weights matter.
+        objectives: What to minimise, {name: weight} or (name, weight) pairs: 'loss', by which archs of equal cost rank
+            better (recipes/ranking/README.md), or 'error', the top-1 error, and any of 'macs', 'params' and 'latency',
+            which needs a latency table. A weight says how much closeness in this objective counts when NSGA-II thins
+            out a crowded front; it does not change which arch dominates which. Only the proportions of the weights
+            matter.
         max_macs: Largest MACs an arch may have.
         min_macs: Smallest MACs an arch may have.
         max_params: Largest number of parameters an arch may have.
@@ -58,7 +59,7 @@ class SearchConfig:
     population: int = 40
     offspring: int = 20
     generations: int = 20
-    objectives: Mapping[str, float] | Sequence[tuple[str, float]] = (('error', 1.0), ('macs', 1.0), ('params', 1.0))
+    objectives: Mapping[str, float] | Sequence[tuple[str, float]] = (('loss', 1.0), ('macs', 1.0), ('params', 1.0))
     max_macs: int | None = None
     min_macs: int | None = None
     max_params: int | None = None
