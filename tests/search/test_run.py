@@ -190,6 +190,23 @@ def test_many_processes_find_what_one_finds(
     assert one == many
 
 
+def test_search_without_objectives_goes_on_as_it_began(supernet_run: Path, tmp_path: Path) -> None:
+    """Earlier versions ranked by the error."""
+    words = ['search', '--checkpoint', str(supernet_run / 'last.pth.tar'), '--population', '4', '--offspring', '2']
+    words += ['-j', '0', '--device', 'cpu', '--recalibration-images', '0', '--output']
+    before = [*words, str(tmp_path / 'old'), '--generations', '0', '--objectives', 'error', 'macs', 'params=2']
+    assert cli.main(before) == 0
+    for name, objectives in (
+        ('old', dict(error=1.0, macs=1.0, params=2.0)),
+        ('new', dict(loss=1.0, macs=1.0, params=1.0)),
+    ):
+        assert cli.main([*words, str(tmp_path / name), '--generations', '1']) == 0
+        header, *records = (tmp_path / name / 'archive.jsonl').read_text().splitlines()
+        assert json.loads(header)['config']['objectives'] == objectives and len(records) == 6
+    (tmp_path / 'new' / 'archive.jsonl').write_text('nonsense')
+    assert cli.main([*words, str(tmp_path / 'new')]) == 2
+
+
 def test_mixed_precision_is_part_of_the_archive(
     supernet_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:

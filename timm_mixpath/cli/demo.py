@@ -17,7 +17,7 @@ from ..search.front import print_result
 from ..search.images import SearchData
 from ..search.pareto import require_pymoo
 from ..search.pool import check_limits
-from ..search.run import search_checkpoint
+from ..search.run import objectives_of, search_checkpoint
 from ..spaces.catalog import get_space
 from ..train.checkpoint import load_model
 from ..train.loop import train_or_resume
@@ -124,7 +124,12 @@ def run_demo(config: DemoConfig, output: str | os.PathLike) -> Path:
         RunError: Training failed, or files can't be read or written.
     """
     search_config = SearchConfig(
-        population=24, offspring=12, generations=config.generations, max_macs=config.max_macs, seed=config.seed
+        population=24,
+        offspring=12,
+        generations=config.generations,
+        objectives=objectives_of(Path(output) / 'search'),
+        max_macs=config.max_macs,
+        seed=config.seed,
     )
     require_pymoo()  # not after minutes of training
     check_single_process('demo')

@@ -40,8 +40,9 @@ def add_search(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group('search')
     add = group.add_argument
     add('--algorithm', default=default.algorithm, choices=ALGORITHMS)
-    add('--objectives', nargs='+', type=_objective, default=default.objectives, metavar='NAME[=WEIGHT]',
-        help=f'what to minimise, of {", ".join(OBJECTIVES)}; a weight counts in the crowding distance')  # fmt: skip
+    add('--objectives', nargs='+', type=_objective, metavar='NAME[=WEIGHT]',
+        help=f'what to minimise, of {", ".join(OBJECTIVES)}; a weight counts in the crowding distance (default: '
+        f'{" ".join(name for name, _ in default.objectives)})')  # fmt: skip
     add('--max-macs', type=parse_count, metavar='N', help='for example 15M')
     add('--min-macs', type=parse_count, metavar='N')
     add('--max-params', type=parse_count, metavar='N')
@@ -70,9 +71,10 @@ def run_search(args: argparse.Namespace) -> None:
     from ..search.config import SearchConfig
     from ..search.front import print_result
     from ..search.images import SearchData
-    from ..search.run import search_checkpoint
+    from ..search.run import objectives_of, search_checkpoint
 
     setup_logging()
+    args.objectives = args.objectives or objectives_of(args.output)
     result = search_checkpoint(
         args.checkpoint,
         args.output,

@@ -13,7 +13,7 @@ from ..utils.distributed import Ranks
 from ..utils.errors import RunError, UsageError
 from ..utils.files import lock_file, write_text
 
-__all__ = ['Archive', 'evaluate_all', 'plain_metrics']
+__all__ = ['Archive', 'evaluate_all', 'plain_metrics', 'read_config']
 
 
 _VERSION = 1
@@ -216,6 +216,17 @@ def plain_metrics(metrics: Mapping[str, Any], arch: str) -> dict[str, float | in
     if values['top1'] is None or not 0 <= values['top1'] <= 100:
         raise UsageError(f'top1 of arch {str(arch)!r} is {metrics["top1"]!r}, not a percentage')
     return values
+
+
+def read_config(path: str | os.PathLike) -> dict[str, Any]:
+    """Return what the run was asked for that an archive is of, nothing where there is none yet."""
+    try:
+        with open(path, encoding='utf-8') as f:
+            header = _parse(f.readline()) or {}
+    except (OSError, ValueError):
+        return {}
+    config = header.get('config')
+    return config if isinstance(config, dict) else {}
 
 
 def _parse(line: str) -> dict[str, Any] | None:

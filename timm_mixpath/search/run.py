@@ -13,6 +13,7 @@ import os
 from argparse import Namespace
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -34,7 +35,7 @@ from ..utils.progress import Progress
 from ..utils.tables import format_size
 from ..version import __version__
 from .accuracy import SupernetEvaluator, prepare_device
-from .archive import Archive, evaluate_all
+from .archive import Archive, evaluate_all, read_config
 from .config import SearchConfig
 from .front import plot_pareto, write_front_csv, write_front_json
 from .images import SearchData, describe_images, load_images
@@ -46,7 +47,10 @@ from .result import Candidate, SearchResult, is_diverged, make_front, make_recor
 if TYPE_CHECKING:
     from ..models.cost import CostTable
 
-__all__ = ['search', 'search_checkpoint']
+__all__ = ['objectives_of', 'search', 'search_checkpoint']
+
+# In the folder of a search
+ARCHIVE = 'archive.jsonl'
 
 _logger = logging.getLogger(__name__)
 
@@ -175,6 +179,14 @@ def _versions(config: SearchConfig) -> dict[str, str]:
     return versions
 
 
+def objectives_of(output: str | os.PathLike) -> Any:
+    """Return the objectives of the search that a folder holds, and the default ones where it holds none.
+
+    They were the error and costs in earlier versions: without objectives of its own a search goes on as it began.
+    """
+    return read_config(Path(output) / ARCHIVE).get('objectives') or SearchConfig().objectives
+
+
 def search_checkpoint(
     checkpoint: str | os.PathLike,
     output: str | os.PathLike,
@@ -278,7 +290,7 @@ def search_checkpoint(
             cost,
             SupernetEvaluator(supernet, images.batches, images.recalibration, ranks=ranks, autocast=autocast),
             config,
-            archive_path=output / 'archive.jsonl',
+            archive_path=output / ARCHIVE,
             fingerprint=fingerprint,
             progress=show,
             ranks=ranks,
