@@ -67,17 +67,21 @@ def test_evaluator_leaves_the_supernet_as_it_was(supernet, batches) -> None:
 
 
 def test_recalibration_equals_train_mode_statistics_of_the_extracted_model(supernet, batches) -> None:
-    """The reference: extract, reset, average the statistics over the batches with everything in train mode."""
+    """The reference: extract, reset, average the statistics over the images with everything in train mode."""
     arch = sample(supernet.space, seed=3, step=0)
     model = supernet.extract(arch)
-    for module in model.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            module.reset_running_stats()
-            module.momentum = None
+    norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
+    for norm in norms:
+        norm.reset_running_stats()
     model.train()
+    seen = 0
     with torch.no_grad():
         for x, _ in batches:
+            seen += len(x)
+            for norm in norms:
+                norm.momentum = len(x) / seen
             model(x)
+    assert len({len(x) for x, _ in batches}) > 1
     expected = evaluate(model, batches)
     with recalibrate_bn(supernet, arch, batches) as recalibrated:
         found = evaluate(recalibrated, batches)

@@ -379,8 +379,9 @@ def test_bad_metrics(tiny, tmp_path, metrics, message):
 
 def test_loss_may_be_nan(tiny, tmp_path):
     metrics = {'top1': 50.0, 'loss': math.nan, 'note': 'x', 'other': math.inf}
-    result = run(tiny, tmp_path / 'a', lambda arch: metrics, objectives=dict(error=1, macs=1, params=1))
-    again = run(tiny, tmp_path / 'a', Counter(stop_at=0))
+    by_error = dict(objectives=dict(error=1, macs=1, params=1))
+    result = run(tiny, tmp_path / 'a', lambda arch: metrics, **by_error)
+    again = run(tiny, tmp_path / 'a', Counter(stop_at=0), **by_error)
     for c in (*result.evaluations, *again.evaluations):
         assert math.isnan(c.loss) and c.extra == {'note': 'x', 'other': None}
     write_front_json(result, tmp_path / 'front.json')
