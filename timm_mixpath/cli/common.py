@@ -273,13 +273,13 @@ def user_images(config: Any, data_dir: str | None) -> tuple[dict[str, Any], list
     Raises:
         UsageError: The images do not exist, their classes are not known, or there are none to report on.
     """
-    from ..train.data import HOLDOUT_SPLIT, class_names
+    from ..train.data import HOLDOUT_SPLIT, STREAMS, class_names
 
     if config.val_split in ('', HOLDOUT_SPLIT):
         raise UsageError(
             f'--val-split {config.val_split!r}: the result is measured on a split of its own, name one of the data set'
         )
-    if config.dataset.split('/')[0].lower() in ('wds', 'hfids', 'tfds'):
+    if config.dataset.split('/')[0].lower() in STREAMS:
         raise UsageError(
             f'{config.dataset!r} is a stream, no images of which can be held out for the search; use folders, or '
             '`timm-mixpath train` and `search` with --search-split'

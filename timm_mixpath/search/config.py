@@ -7,7 +7,7 @@ from numbers import Real
 from typing import Any
 
 from ..utils.errors import UsageError
-from ..utils.numbers import as_int
+from ..utils.numbers import as_int, as_whole
 
 __all__ = ['LIMITED', 'SearchConfig']
 
@@ -115,8 +115,8 @@ class SearchConfig:
         value = as_int(getattr(self, name))
         if isinstance(value, Real) and not isinstance(value, (int, float)):
             value = float(value)
-        if whole and isinstance(value, float) and value.is_integer():
-            value = int(value)
+        if whole:
+            value = as_whole(value)
         object.__setattr__(self, name, value)
         return value
 

@@ -15,6 +15,8 @@ from functools import cached_property, lru_cache
 from numbers import Integral
 from typing import Any
 
+from ..utils.numbers import as_whole
+
 __all__ = ['SKIP', 'Arch', 'BlockChoice', 'cached_choice', 'check_expand_ratio', 'check_vector']
 
 
@@ -118,7 +120,7 @@ def check_expand_ratio(value: int | float) -> int | float:
     if type(value) is int and value >= 1:
         return value
     if isinstance(value, float) and 0 < value < 10_000 and round(value, _MAX_DECIMALS) == value:
-        return int(value) if value.is_integer() else float(value)
+        return as_whole(float(value))
     raise ValueError(f'expansion {value!r} is not a positive integer, nor a positive number of at most 4 decimals')
 
 

@@ -9,9 +9,9 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from itertools import combinations, product
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from ..utils.numbers import as_int
+from ..utils.numbers import as_int, as_whole
 from .arch import SKIP, Arch, BlockChoice, cached_choice, check_expand_ratio, check_vector
 
 if TYPE_CHECKING:
@@ -151,14 +151,10 @@ class BlockSpec:
 
     def __post_init__(self) -> None:
         # lists are welcome, but a space is hashed and compared
-        object.__setattr__(self, 'expand_ratios', tuple(_whole(as_int(ratio)) for ratio in self.expand_ratios))
+        object.__setattr__(self, 'expand_ratios', tuple(as_whole(as_int(ratio)) for ratio in self.expand_ratios))
         object.__setattr__(self, 'kernel_sizes', tuple(map(as_int, self.kernel_sizes)))
         object.__setattr__(self, 'out_chs', as_int(self.out_chs))
         object.__setattr__(self, 'stride', as_int(self.stride))
-
-
-def _whole(ratio: Any) -> Any:
-    return int(ratio) if isinstance(ratio, float) and ratio.is_integer() else ratio
 
 
 class BlockSpace(Space):

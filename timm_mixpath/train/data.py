@@ -23,6 +23,7 @@ from .image_files import ImageFiles, ImagesInMode
 
 __all__ = [
     'HOLDOUT_SPLIT',
+    'STREAMS',
     'Subset',
     'check_classes',
     'class_names',
@@ -44,8 +45,11 @@ _logger = logging.getLogger(__name__)
 # Name under which the held-out training images are a split to validate on
 HOLDOUT_SPLIT = 'search-holdout'
 
+# Kinds of data sets whose images can be read in their order only
+STREAMS = ('hfids', 'tfds', 'wds')
+
 # The kinds of data sets that timm knows; it takes a folder for any other name
-_KINDS = ('torch', 'hfds', 'hfids', 'tfds', 'wds')
+_KINDS = ('torch', 'hfds', *STREAMS)
 
 
 class Subset(torch.utils.data.Subset):
@@ -120,7 +124,7 @@ def open_dataset(
     if kind == 'torch' and kwargs.pop('class_map', ''):
         raise UsageError(f'--class-map has no effect on {name!r}, whose classes torchvision numbers; leave it out')
     # Only these have keys and may not know how many images they have; of a folder a key names the kinds of files
-    if kind not in ('wds', 'hfds', 'hfids', 'tfds'):
+    if kind not in ('hfds', *STREAMS):
         left_out = {'input_key', 'target_key', 'num_samples'}
         left_out -= {'input_key'} if not name and Path(root).is_dir() else set()
         kwargs = {key: value for key, value in kwargs.items() if key not in left_out}

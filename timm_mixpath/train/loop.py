@@ -139,10 +139,10 @@ def train(args: Namespace) -> TrainResult:
     make_storable(args)
     import_modules(args.device_modules or ())
     check_values(args)
-    if args.resume == 'auto':
-        args.resume = resolve_auto(args.resume, args.output, args.experiment)
-        if args.resume:
-            args.start_epoch = None  # where the run began
+    is_auto = args.resume == 'auto'
+    args.resume = resolve_auto(args.resume, args.output, args.experiment)
+    if is_auto and args.resume:
+        args.start_epoch = None  # where the run began
     progress: dict[str, Any] = {}
     if args.resume:
         before = read_checkpoint(args.resume)['args']
@@ -572,13 +572,11 @@ def check_resumed(args: Namespace, before: Namespace) -> None:
     if not args.output and not args.experiment:
         folder = Path(args.resume).resolve().parent
         args.output, args.experiment = str(folder.parent), folder.name
+    if not hasattr(before, 'val_split'):
+        return
     now, then = _ranked_by(args), _ranked_by(before)
-    is_told = hasattr(before, 'val_split')
-    if (
-        is_told
-        and now != then
-        and Path(args.resume).resolve().parent == run_dir(args.output, args.experiment).resolve()
-    ):
+    is_same_folder = Path(args.resume).resolve().parent == run_dir(args.output, args.experiment).resolve()
+    if is_same_folder and now != then:
         raise UsageError(
             f'the checkpoints beside {args.resume!r} are ranked by {then}, this run would rank them by {now}: keep '
             '--val-split and --eval-metric, or go on in a folder of its own with another --experiment'

@@ -7,7 +7,7 @@ from argparse import ArgumentTypeError
 from decimal import Decimal
 from typing import Any
 
-__all__ = ['as_int', 'parse_count', 'parse_epochs', 'parse_float', 'parse_milliseconds', 'parse_share']
+__all__ = ['as_int', 'as_whole', 'parse_count', 'parse_epochs', 'parse_float', 'parse_milliseconds', 'parse_share']
 
 _PLAIN = r'\d+(?:\.\d*)?|\.\d+'
 _GROUPED = r'\d{1,3}(?:_\d{3})+(?:\.\d*)?|\d{1,3}(?:,\d{3})+(?:\.\d*)?|\d+(?:_\d+)+'
@@ -27,6 +27,11 @@ def as_int(value: Any) -> Any:
         return value if isinstance(value, bool) else operator.index(value)
     except TypeError:
         return value
+
+
+def as_whole(value: Any) -> Any:
+    """Return a float of a whole number as an integer, and anything else as it is."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
 def parse_count(text: str) -> int:
