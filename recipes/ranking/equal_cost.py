@@ -35,6 +35,7 @@ RUNS = {
     'bn3': ('one BN, m = 3', '#c98a1b'),
     'long': ('SBN, 12 epochs', '#7a4fa3'),
 }
+PAIRS = (('sbn', 'bn'), ('m3', 'bn3'))  # what differs in the norm alone
 
 
 @dataclass(frozen=True, eq=False)
@@ -219,21 +220,25 @@ def print_differences(rankings: Rankings) -> None:
     def of(run: str, epochs: int, *counts: int) -> tuple:
         return run, epochs, *counts, *default[len(counts) :]
 
-    epochs = sorted({group[1] for group in rankings.groups if group[0] == 'sbn'}, reverse=True)
-    last, others = epochs[0], epochs[1:]
+    rows = []
+    for sbn, bn in PAIRS:
+        epochs = sorted({group[1] for group in rankings.groups if group[0] == sbn}, reverse=True)
+        for e in epochs:
+            for s in (PRIMARY, 'loss'):
+                rows.append((f'{RUNS[sbn][0]} - {RUNS[bn][0]}', e, s, of(sbn, e), s, of(bn, e), s))
+        for run in (sbn, bn) if epochs else ():
+            label, last = RUNS[run][0], epochs[0]
+            group = of(run, last)
+            rows += [
+                (f'{label}: recalibrated - as trained', last, 'loss', group, PRIMARY, group, 'loss'),
+                (f'{label}: loss - top-1', last, 'recalibrated', group, PRIMARY, group, 'top1_recalibrated'),
+                (f'{label} - counting parameters', last, PRIMARY, group, PRIMARY, 'params', ''),
+            ]
+            for before in epochs[1:]:
+                first = of(sbn if before == 0 else run, before)
+                rows.append((f'{label}: {last} epochs - {before}', last, PRIMARY, group, PRIMARY, first, PRIMARY))
+    last = max((group[1] for group in rankings.groups if group[0] == 'sbn'), default=0)
     sbn = of('sbn', last)
-    rows = [('SBN - one BN', e, s, of('sbn', e), s, of('bn', e), s) for e in epochs for s in (PRIMARY, 'loss')]
-    rows += [('the same, m = 3', last, s, of('m3', last), s, of('bn3', last), s) for s in (PRIMARY, 'loss')]
-    for run in ('sbn', 'bn'):
-        label, group = RUNS[run][0], of(run, last)
-        rows += [
-            (f'{label}: recalibrated - as trained', last, 'loss', group, PRIMARY, group, 'loss'),
-            (f'{label}: loss - top-1', last, 'recalibrated', group, PRIMARY, group, 'top1_recalibrated'),
-            (f'{label} - counting parameters', last, PRIMARY, group, PRIMARY, 'params', ''),
-        ]
-        for before in others:
-            first = of('sbn' if before == 0 else run, before)
-            rows.append((f'{label}: {last} epochs - {before}', last, PRIMARY, group, PRIMARY, first, PRIMARY))
     for longer in sorted({group[1] for group in rankings.groups if group[0] == 'long'}):
         rows.append(
             (f'a schedule of 12, {longer} epochs - {last}', longer, PRIMARY, of('long', longer), PRIMARY, sbn, PRIMARY)
@@ -300,8 +305,9 @@ def draw(rankings: Rankings, path: Path) -> None:
         ylim=(-0.45, 1.05),
     )
     left.legend(frameon=False, fontsize=7, loc='upper center', bbox_to_anchor=(0.5, -0.14), ncols=2)
-    last = max((group[1] for group in rankings.groups if group[0] == 'sbn'), default=0)
-    for run, marker in (('sbn', 'o'), ('bn', 'x')):
+    pair = next((p for p in PAIRS if any(group[0] == p[0] for group in rankings.groups)), PAIRS[0])
+    last = max((group[1] for group in rankings.groups if group[0] == pair[0]), default=0)
+    for run, marker in zip(pair, 'ox'):
         if members := rankings.groups.get((run, last, *rankings.default)):
             losses = -np.mean([r.scores[PRIMARY] for r in members.values()], axis=0)
             label, color = RUNS[run]

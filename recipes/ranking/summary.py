@@ -1,6 +1,9 @@
 """Tables and figures of README.md beside this file, from the runs that run.sh left.
 
-python recipes/ranking/summary.py output/ranking recipes/ranking
+    python recipes/ranking/summary.py output/ranking recipes/ranking/results
+
+Writes a CSV and a PNG, and prints tables in Markdown. Intervals of single runs are bootstrap intervals over the archs;
+those of differences hold the spread of the seeds, too, as in equal_cost.py.
 """
 
 import argparse
@@ -13,12 +16,19 @@ from statistics import mean
 from typing import Any
 
 import numpy as np
+from equal_cost import SCORES, estimate, text
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from timm_mixpath.analysis.rank_statistics import RankStatistics, rank_correlation
+
 NORMS = {'sbn': ('#3b6fb5', 'SBN'), 'bn': ('#c1272d', 'one BN'), 'none': ('0.45', 'none')}
-SPACES = {'nb201': 'NAS-Bench-201', 'nb101': 'NAS-Bench-101 sub-space'}
+SPACES = {
+    'nb201': 'NAS-Bench-201',
+    'nb101': 'NAS-Bench-101 sub-space',
+    'nb201at32': 'NAS-Bench-201, 32x32 pixels',
+}
 
 
 def read_runs(folder: Path) -> list[dict[str, Any]]:
@@ -39,10 +49,21 @@ def read_runs(folder: Path) -> list[dict[str, Any]]:
                 ranking=ranking,
                 losses=read_losses(folder / f'{name}.log'),
                 archs=archs,
+                statistics=statistics_of(archs),
                 top1={k: mean(float(a[k]) for a in archs) for k in ('top1', 'top1_recalibrated')},
             )
         )
     return runs
+
+
+def statistics_of(archs: list[dict[str, str]]) -> dict[str, RankStatistics]:
+    """How each score of the supernet ranks the archs of a `ranking.csv`."""
+    accuracies = [float(a['accuracy']) for a in archs]
+    found = {}
+    for score in SCORES:
+        values = [float(a[score]) for a in archs]
+        found[score] = rank_correlation(accuracies, [-v for v in values] if 'loss' in score else values, top_k=())
+    return found
 
 
 def read_losses(log: Path) -> list[float]:
@@ -78,6 +99,12 @@ def write_csv(runs: list[dict[str, Any]], path: Path) -> None:
                     overlap = ' '.join(f'{k}:{round(v["value"], 3)}' for k, v in values['top_k_overlap'].items())
                     top1 = run['top1'].get({'trained': 'top1', 'recalibrated': 'top1_recalibrated'}.get(score))
                     writer.writerow([*row, overlap, top1 and round(top1, 2), run['losses'][-1]])
+            for score in ('loss', 'loss_recalibrated'):  # the others are those of `rank`, above
+                found = run['statistics'][score]
+                row = [run['space'], run['norm'], run['sampling'], run['seed'], score, 'all', found.n]
+                for value in (found.kendall_tau, found.spearman_rho, found.regret):
+                    row += [round(v, 4) for v in (value.value, value.low, value.high)]
+                writer.writerow([*row, '', '', run['losses'][-1]])
 
 
 def print_markdown(runs: list[dict[str, Any]]) -> None:
@@ -90,7 +117,7 @@ def print_markdown(runs: list[dict[str, Any]]) -> None:
     )
     print('|---|---|---|---|---|---|---|---|---|---|')
     for (space, norm, sampling), members in sorted(
-        groups.items(), key=lambda g: (g[0][0] != 'nb201', g[0][2] != 'paths', list(NORMS).index(g[0][1]))
+        groups.items(), key=lambda g: (list(SPACES).index(g[0][0]), g[0][2] != 'paths', list(NORMS).index(g[0][1]))
     ):
         members.sort(key=lambda run: run['seed'])
         cells = [space, norm, sampling, ' '.join(str(r['seed']) for r in members)]
@@ -102,6 +129,31 @@ def print_markdown(runs: list[dict[str, Any]]) -> None:
         print('| ' + ' | '.join(cells) + ' |')
 
 
+def print_scores(runs: list[dict[str, Any]]) -> None:
+    """Kendall's tau of every score, mean over seeds, and how much higher it is with SBN, paired by seed."""
+    taus: dict[tuple, dict[int, dict[str, tuple[float, np.ndarray]]]] = defaultdict(dict)
+    for run in runs:
+        of = {score: (s.kendall_tau.value, s.tau_samples) for score, s in run['statistics'].items()}
+        taus[run['space'], run['norm'], run['sampling']][run['seed']] = of
+    print(f'\n| space | norm | sampling | {" | ".join(s.replace("_", ", ") for s in SCORES)} |')
+    print('|---|---|---|' + '---|' * len(SCORES))
+
+    def row(cells: tuple[str, ...], pairs: dict[str, list[tuple[float, np.ndarray]]]) -> None:
+        means = [text(*estimate([v for v, _ in p], np.mean([s for _, s in p], axis=0))) for p in pairs.values()]
+        print(f'| {" | ".join([*cells, *means])} |')
+
+    for of, seeds in taus.items():
+        row(of, {score: [found[score] for found in seeds.values()] for score in SCORES})
+    for (space, norm, sampling), seeds in taus.items():
+        sbn = taus.get((space, 'sbn', sampling), {})
+        if both := sorted(seeds.keys() & sbn.keys()) if norm != 'sbn' else []:
+            gains = {
+                score: [tuple(a - b for a, b in zip(sbn[seed][score], seeds[seed][score])) for seed in both]
+                for score in SCORES
+            }
+            row((space, f'sbn - {norm}', sampling), gains)
+
+
 def print_operations(runs: list[dict[str, Any]]) -> None:
     """What an edge of each operation of NAS-Bench-201 is worth, by least squares on their counts, mean over seeds.
 
@@ -111,7 +163,7 @@ def print_operations(runs: list[dict[str, Any]]) -> None:
     print(f'\n| points per edge | {" | ".join(ops)} |\n|---|---|---|---|---|')
     rows = defaultdict(list)
     for run in runs:
-        if run['space'] != 'nb201':
+        if run['space'] == 'nb101':
             continue
         counts = np.array([[a['arch'].count(op) for op in ops] + [1] for a in run['archs']], dtype=float)
         for column, label in (
@@ -119,7 +171,7 @@ def print_operations(runs: list[dict[str, Any]]) -> None:
             ('top1', 'BN as trained'),
             ('top1_recalibrated', 'BN recalibrated'),
         ):
-            key = (label,) if column == 'accuracy' else (run['sampling'], run['norm'], label)
+            key = (label,) if column == 'accuracy' else (run['space'], run['sampling'], run['norm'], label)
             values = np.array([float(a[column]) for a in run['archs']])
             rows[key].append(np.linalg.lstsq(counts, values, rcond=None)[0][:-1])
     for key, found in sorted(rows.items(), key=lambda r: (len(r[0]), r[0])):
@@ -128,9 +180,9 @@ def print_operations(runs: list[dict[str, Any]]) -> None:
 
 def draw(runs: list[dict[str, Any]], path: Path) -> None:
     """Training loss above, Kendall tau of every seed below, a column per space."""
-    figure = Figure(figsize=(10, 7), dpi=130, layout='constrained')
-    FigureCanvasAgg(figure)
     spaces = {space: title for space, title in SPACES.items() if any(r['space'] == space for r in runs)}
+    figure = Figure(figsize=(5 * len(spaces), 7), dpi=130, layout='constrained')
+    FigureCanvasAgg(figure)
     axes = figure.subplots(2, len(spaces), squeeze=False)
     for column, (space, title) in enumerate(spaces.items()):
         of_space = sorted((r for r in runs if r['space'] == space), key=lambda r: list(NORMS).index(r['norm']))
@@ -177,16 +229,17 @@ def draw(runs: list[dict[str, Any]], path: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('runs', type=Path, help='OUTPUT of run.sh')
-    parser.add_argument('output', type=Path, help='folder for results.csv and results.png')
+    parser.add_argument('output', type=Path, help='path of CSV and PNG, without .csv and .png')
     args = parser.parse_args()
     runs = read_runs(args.runs)
     if not runs:
         parser.error(f'no ranking.json below {args.runs}, run run.sh first')
-    write_csv(runs, args.output / 'results.csv')
-    draw(runs, args.output / 'results.png')
+    write_csv(runs, args.output.with_suffix('.csv'))
+    draw(runs, args.output.with_suffix('.png'))
     print_markdown(runs)
+    print_scores(runs)
     print_operations(runs)
 
 
