@@ -33,7 +33,8 @@ RUNS = {
     'bn': ('one BN', '#c1272d'),
     'm3': ('SBN, m = 3', '#5a9e6f'),
     'bn3': ('one BN, m = 3', '#c98a1b'),
-    'long': ('SBN, 12 epochs', '#7a4fa3'),
+    'long': ('SBN, a longer schedule', '#7a4fa3'),
+    'kd': ('SBN, with a teacher', '#444444'),
 }
 PAIRS = (('sbn', 'bn'), ('m3', 'bn3'))  # what differs in the norm alone
 
@@ -241,7 +242,7 @@ def print_differences(rankings: Rankings) -> None:
     sbn = of('sbn', last)
     for longer in sorted({group[1] for group in rankings.groups if group[0] == 'long'}):
         rows.append(
-            (f'a schedule of 12, {longer} epochs - {last}', longer, PRIMARY, of('long', longer), PRIMARY, sbn, PRIMARY)
+            (f'a longer schedule, {longer} epochs - {last}', longer, PRIMARY, of('long', longer), PRIMARY, sbn, PRIMARY)
         )
     rows.append(('m = 3 - m = 2', last, PRIMARY, of('m3', last), PRIMARY, sbn, PRIMARY))
     images = sorted({group[2] for group in rankings.groups if group[:2] == sbn[:2]} - {default[0]})
@@ -278,7 +279,8 @@ def draw(rankings: Rankings, path: Path) -> None:
     FigureCanvasAgg(figure)
     left, right = figure.subplots(1, 2)
     table = rankings.table
-    for shift, (run, (label, color)) in zip((-0.12, -0.06, 0, 0.06, 0.12), RUNS.items()):
+    for index, (run, (label, color)) in enumerate(RUNS.items()):
+        shift = 0.06 * index - 0.12
         for score, style, marker in ((PRIMARY, '-', 's'), ('loss', ':', 'o')):
             points = [
                 (group[1] + shift + (0.02 if score == 'loss' else 0), *rankings.mean(group, score))

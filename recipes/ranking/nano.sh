@@ -7,7 +7,9 @@
 # JOBS is all, or some of these in quotes: table-band, the truth, three epochs of each of 40 archs of nearly equal
 # multiply-adds, two seeds; table-random, the same for 20 random archs, one seed; and RUN-SEED, a supernet, sbn or bn
 # (sums of up to 2 paths), m3 or bn3 (up to 3), trained for 12 epochs and ranked after some of them, with the tables
-# that are there. PROCESSES of one thread (OMP_NUM_THREADS), 1 by default, share the trainings. For example, with
+# that are there. Not in all: long-SEED, sbn for 36 epochs, ranked after 12, 24 and 36 of them, and kd-SEED, sbn with a
+# teacher, the packaged nano trained for 12 epochs of these images, which the first of these jobs makes (so they are
+# not begun side by side). PROCESSES of one thread (OMP_NUM_THREADS), 1 by default, share the trainings. For example, with
 # torchvision's CIFAR-10:
 #
 #   recipes/ranking/nano.sh output/rank_nano all --dataset torch/cifar10 --dataset-download --data-dir data
@@ -36,10 +38,28 @@ for name, archs in ('random', draw_archs('mixpath_nano', 20)), ('band', band):
     os.replace(f'{output}/{name}.whole', f'{output}/{name}.txt')
 P
 
+teacher() {
+    local folder=$OUTPUT/teacher resume=()
+    [ ! -e "$folder/model" ] || return 0
+    [ -e "$folder/last.pth.tar" ] && resume=(--resume "$folder/last.pth.tar")
+    # shellcheck disable=SC2086
+    timm-mixpath train -c "$RECIPES/nano_cifar10.yaml" --input-size 3 16 16 --epochs 12 --val-interval 12 \
+        --cache-images --cpu-kernels --search-holdout 0.1 $DATA --output "$OUTPUT" --experiment teacher \
+        "${resume[@]}" >> "$OUTPUT/teacher.log" 2>&1 || return 1
+    timm-mixpath export --checkpoint "$folder/last.pth.tar" --output "$folder/model" >> "$OUTPUT/teacher.log" 2>&1
+}
+
 one() {
-    local run=${1%-*} seed=${1#*-} folder=$OUTPUT/$1 kwargs resume=() epochs table ranking
+    local run=${1%-*} seed=${1#*-} folder=$OUTPUT/$1 kwargs resume=() options=() length=12 after='3 6 12' epochs table
+    local ranking
     case $run in
         sbn) kwargs=(m=2) ;;
+        long) kwargs=(m=2) length=36 after='12 24 36' ;;
+        kd)
+            kwargs=(m=2)
+            teacher || return 1
+            options=(--kd-model-name "local-dir:$OUTPUT/teacher/model")
+            ;;
         bn) kwargs=(m=2 sum_norm=bn) ;;
         m3) kwargs=(m=3) ;;
         bn3) kwargs=(m=3 sum_norm=bn) ;;
@@ -48,9 +68,9 @@ one() {
     if [ ! -e "$folder/trained" ]; then
         [ -e "$folder/last.pth.tar" ] && resume=(--resume "$folder/last.pth.tar")
         # shellcheck disable=SC2086
-        timm-mixpath train -c "$RECIPES/nano_supernet_cifar10.yaml" --input-size 3 16 16 --epochs 12 \
-            --cache-images --cpu-kernels $DATA --seed "$seed" --model-kwargs "${kwargs[@]}" --checkpoint-hist 99 \
-            --output "$OUTPUT" --experiment "$1" "${resume[@]}" >> "$OUTPUT/$1.log" 2>&1 || return 1
+        timm-mixpath train -c "$RECIPES/nano_supernet_cifar10.yaml" --input-size 3 16 16 \
+            --epochs "$length" --cache-images --cpu-kernels $DATA --seed "$seed" --model-kwargs "${kwargs[@]}" \
+            --checkpoint-hist 99 "${options[@]}" --output "$OUTPUT" --experiment "$1" "${resume[@]}" >> "$OUTPUT/$1.log" 2>&1 || return 1
         touch "$folder/trained"
     fi
     for table in band random; do
@@ -59,10 +79,10 @@ one() {
             echo "the job table-$table has to come first" >&2
             return 1
         fi
-        for epochs in 3 6 12; do
+        for epochs in $after; do
             ranking=$OUTPUT/rank-$table-$1-$epochs
             [ ! -e "$ranking/ranking.json" ] || continue
-            [ "$table" = band ] || [ "$epochs" = 12 ] || continue
+            [ "$table" = band ] || [ "$epochs" = "$length" ] || continue
             timm-mixpath rank --checkpoint "$folder/checkpoint-$((epochs - 1)).pth.tar" --top-k 5 --num-images 2000 \
                 --table "$OUTPUT/table-$table/table.csv" --recalibration-images 512 --batch-size 250 \
                 --output "$ranking" >> "$OUTPUT/$1.log" 2>&1 || return 1
@@ -70,7 +90,7 @@ one() {
     done
     echo "$1 done"
 }
-export -f one
+export -f one teacher
 
 supernets=()
 for job in $jobs; do

@@ -27,7 +27,7 @@ one() {
     grep -v '^clip_grad:' "$RECIPES/nano_supernet_cifar10.yaml" > "$OUTPUT/$run.yaml"
     # shellcheck disable=SC2086
     timm-mixpath train -c "$OUTPUT/$run.yaml" --model "$model" --input-size 3 16 16 --epochs 1 --warmup-epochs 0.2 \
-        --search-holdout 0.5 --cache-images --cpu-kernels $DATA --lr "$lr" "${options[@]}" \
+        --search-holdout 0.5 --val-split '' --cache-images --cpu-kernels $DATA --lr "$lr" "${options[@]}" \
         --model-kwargs sum_norm="$norm" m="$m" "${kwargs[@]}" --output "$OUTPUT" --experiment "$run" \
         > "$OUTPUT/$run.log" 2>&1 ||
         # A loss that is not finite ends a training: that is a result, too, and any other end is none
