@@ -2,13 +2,14 @@
 
     python recipes/ranking/stability.py output/stability recipes/ranking/stability
 
-Writes a CSV, a line per training, and a PNG, and prints a table in Markdown. The loss is the mean over all the steps of
-a training; 'diverged' is one whose loss was not a finite number in the end.
+Writes a CSV, a line per training, and a PNG, and prints a table in Markdown. The loss is the mean over the last half of
+the steps, as the log tells it; 'diverged' is a training whose loss was not a finite number in the end.
 """
 
 import argparse
 import csv
 import math
+import re
 from pathlib import Path
 
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -23,14 +24,19 @@ Losses = dict[tuple[str, int, float, str], float]
 def read_losses(folder: Path) -> Losses:
     losses = {}
     for done in folder.glob('*/done'):
-        norm, m, lr, clip = done.parent.name.split('-')
-        loss, summary = math.nan, done.with_name('summary.csv')
-        if summary.exists():
-            with open(summary, newline='') as f:
-                *_, last = csv.DictReader(f)
-            loss = float(last['train_loss'])
-        losses[norm, int(m), float(lr), clip] = loss
+        run = done.parent.name
+        norm, m, lr, clip = run.split('-')
+        losses[norm, int(m), float(lr), clip] = late_loss(folder / f'{run}.log')
     return losses
+
+
+def late_loss(log: Path) -> float:
+    """Mean loss of the steps behind the last but one line of the log, each of which has the mean from the first on."""
+    if not (log.with_suffix('') / 'summary.csv').exists():  # it came to no end
+        return math.nan
+    lines = re.findall(r'Train: 0 \[ *(\d+)/\d+\] +Loss: (\S+)', log.read_text())
+    (*_, (before, mean_before), (last, mean)) = [(int(step) + 1, float(loss)) for step, loss in lines]
+    return (last * mean - before * mean_before) / (last - before)
 
 
 def clipping(clip: str) -> str:
@@ -73,7 +79,7 @@ def draw(losses: Losses, path: Path) -> None:
     for ax in axes[-1]:
         ax.set_xlabel('highest learning rate (SGD)')
     for row in axes:
-        row[0].set_ylabel('training loss (nats)')
+        row[0].set_ylabel('loss, last half (nats)')
     axes[0][0].legend(frameon=False, fontsize=8)
     figure.savefig(path)
 
