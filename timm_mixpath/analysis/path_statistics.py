@@ -23,7 +23,6 @@ from ..models.layers import ShadowBatchNorm2d
 from ..models.supernet import SumSite, Supernet
 from ..search.images import Batches
 from ..spaces.sampling import sample
-from ..train.checkpoint import check_supernet
 from ..utils.errors import RunError, UsageError
 from ..utils.modes import eval_mode
 
@@ -190,7 +189,7 @@ def path_statistics(
         UsageError: Not a supernet, it is folded or sums nothing, fewer than two images, or no arch.
         RunError: The features are not finite.
     """
-    check_supernet(supernet)
+    _check_supernet(supernet)
     num_images = sum(len(x) for x, _ in batches)
     if num_images < 2:
         raise UsageError(f'{num_images} images are too few for a variance, at least 2 are needed')
@@ -355,7 +354,7 @@ def shadow_statistics(supernet: nn.Module) -> list[ShadowStatistics]:
     Raises:
         UsageError: Not a supernet, or it is folded.
     """
-    check_supernet(supernet)
+    _check_supernet(supernet)
     result: list[ShadowStatistics] = []
     for name, module in supernet.named_modules():
         if not isinstance(module, ShadowBatchNorm2d) or module.shadows[0].running_mean is None:
@@ -388,3 +387,10 @@ def _left_as_it_was(supernet: Supernet) -> Iterator[None]:
             yield
         finally:
             supernet.active_arch = arch
+
+
+def _check_supernet(model: nn.Module) -> None:
+    if not isinstance(model, Supernet):
+        raise UsageError(f'{type(model).__name__} is no supernet; statistics of paths need one')
+    if model.is_folded:
+        raise UsageError('the batch norms of this supernet are folded; pass the supernet it was made of')

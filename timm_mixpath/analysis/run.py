@@ -10,7 +10,7 @@ import torch
 from ..models.cost import cost_table
 from ..search.accuracy import SupernetEvaluator, prepare_device
 from ..search.images import SearchData, describe_images, load_batches, load_images, open_search_split
-from ..train.checkpoint import check_supernet, load_model, load_supernet
+from ..train.checkpoint import load_supernet
 from ..utils.distributed import Ranks, open_process
 from ..utils.figures import plot_or_warn
 from ..utils.files import make_output_dir
@@ -187,8 +187,7 @@ def stats_checkpoint(
         RunError: The data or checkpoint can't be read, or the output not be written.
     """
     data = data or SearchData(num_images=512)
-    loaded = load_model(checkpoint, like=like)
-    check_supernet(loaded.model, str(checkpoint))
+    loaded = load_supernet(checkpoint, 'statistic of paths', 0, like)
     with open_process(device) as process:
         if output is not None:
             output = make_output_dir(output)

@@ -2,14 +2,15 @@
 
 import argparse
 from pathlib import Path
-from typing import TYPE_CHECKING
 
+from ..hub.card import CardDetails
+from ..hub.export import export
+from ..hub.publish import PushResult, check_repo_id, push, push_packaged, write_packaged_repo, write_repo
+from ..models.pretrained import packaged_weights
+from ..search.images import SearchData
 from ..utils.errors import UsageError
 from ..utils.numbers import parse_count
 from .common import add_checkpoint_options, add_image_options, from_args, like, setup_logging
-
-if TYPE_CHECKING:
-    from ..hub.publish import PushResult
 
 __all__ = ['add_export', 'add_push', 'run_export', 'run_push']
 
@@ -46,9 +47,6 @@ def _add_stored(parser: argparse.ArgumentParser) -> None:
 
 
 def run_export(args: argparse.Namespace) -> None:
-    from ..hub.export import export
-    from ..search.images import SearchData
-
     export(
         args.checkpoint,
         args.output,
@@ -99,9 +97,6 @@ def add_push(parser: argparse.ArgumentParser) -> None:
 
 
 def run_push(args: argparse.Namespace) -> None:
-    from ..hub.card import CardDetails
-    from ..hub.publish import check_repo_id, push, write_repo
-
     setup_logging()
     if args.output and not args.dry_run:
         raise UsageError(f'--output {args.output} is the folder of --dry-run; add --dry-run, or leave it out')
@@ -144,9 +139,6 @@ def run_push(args: argparse.Namespace) -> None:
 
 
 def _push_packaged(args: argparse.Namespace) -> None:
-    from ..hub.publish import check_repo_id, push_packaged, write_packaged_repo
-    from ..models.pretrained import packaged_weights
-
     for name in _OF_ONE_MODEL:
         if getattr(args, name):
             option = name.removeprefix('model_') if name == 'model_config' else name

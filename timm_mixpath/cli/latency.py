@@ -4,24 +4,25 @@ import argparse
 import dataclasses
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING
 
+import torch
+
+from ..analysis.latency import LatencyConfig, compare_prediction, measure_table
+from ..analysis.rank_statistics import require_scipy
+from ..models.cost import cost_table
+from ..models.latency_table import MIN_TAU, LatencyTable, measure_archs
+from ..models.runtimes import RUNTIMES, describe_device
+from ..models.supernet import Supernet
+from ..train.checkpoint import load_supernet, resolve_data
 from ..utils.errors import UsageError, as_usage_error
 from ..utils.numbers import parse_count
-from ..utils.tables import format_size
+from ..utils.tables import format_size, format_table
 from .common import add_model_options, create_supernet, like, setup_logging
-
-if TYPE_CHECKING:
-    from ..models.latency_table import LatencyTable
-    from ..models.supernet import Supernet
 
 __all__ = ['add_latency', 'run_latency']
 
 
 def add_latency(parser: argparse.ArgumentParser) -> None:
-    from ..analysis.latency import LatencyConfig
-    from ..models.runtimes import RUNTIMES
-
     default = LatencyConfig()
     add = parser.add_argument
     add('--checkpoint', metavar='PATH', help='last.pth.tar of a supernet, a model folder, or hf-hub:ORG/NAME; '
@@ -51,8 +52,6 @@ def add_latency(parser: argparse.ArgumentParser) -> None:
 
 
 def run_latency(args: argparse.Namespace) -> None:
-    from ..models.latency_table import LatencyTable
-
     setup_logging()
     if bool(args.archs) != bool(args.latency_table):
         raise UsageError('--archs and --latency-table go together: archs to measure, and the table that predicts them')
@@ -81,12 +80,6 @@ _OF_A_TABLE = (
 
 
 def _measure_table(args: argparse.Namespace) -> None:
-    import torch
-
-    from ..analysis.latency import LatencyConfig, measure_table
-    from ..models.latency_table import MIN_TAU
-    from ..utils.tables import format_table
-
     given = {field.name: getattr(args, field.name, None) for field in dataclasses.fields(LatencyConfig)}
     config = LatencyConfig(**{name: value for name, value in given.items() if value is not None})
     supernet, input_size = _supernet(args)
@@ -122,8 +115,6 @@ def _measure_table(args: argparse.Namespace) -> None:
 
 
 def _supernet(args: argparse.Namespace) -> 'tuple[Supernet, tuple[int, int, int] | None]':
-    from ..train.checkpoint import load_supernet, resolve_data
-
     input_size = tuple(args.input_size) if args.input_size else None
     if args.checkpoint:
         loaded = load_supernet(args.checkpoint, 'latency table', 0, like(args))
@@ -158,15 +149,6 @@ def _archs(texts: list[str], supernet: 'Supernet') -> list[str]:
 
 
 def _measure(supernet: 'Supernet', archs: list[str], table: 'LatencyTable', device: str | None) -> None:
-    import torch
-
-    from ..analysis.latency import compare_prediction
-    from ..analysis.rank_statistics import require_scipy
-    from ..models.cost import cost_table
-    from ..models.latency_table import measure_archs
-    from ..models.runtimes import describe_device
-    from ..utils.tables import format_table
-
     require_scipy()
     cost = cost_table(supernet, table.input_size)
     table.add_to(cost)

@@ -3,6 +3,11 @@
 import argparse
 from pathlib import Path
 
+from ..analysis.path_report import format_stats
+from ..analysis.ranking import SCORES, RankConfig
+from ..analysis.ranking_report import print_ranking
+from ..analysis.run import rank_checkpoint, stats_checkpoint
+from ..search.images import SearchData
 from ..utils.numbers import parse_count, parse_share
 from .common import (
     add_checkpoint_options,
@@ -18,8 +23,6 @@ __all__ = ['add_rank', 'add_stats', 'run_rank', 'run_stats']
 
 
 def add_rank(parser: argparse.ArgumentParser) -> None:
-    from ..analysis.ranking import SCORES, RankConfig
-
     default = RankConfig()
     add = parser.add_argument
     add_checkpoint_options(parser, 'last.pth.tar of a supernet')
@@ -71,11 +74,6 @@ class _Band(argparse.Action):
 
 
 def run_rank(args: argparse.Namespace) -> None:
-    from ..analysis.ranking import RankConfig
-    from ..analysis.ranking_report import print_ranking
-    from ..analysis.run import rank_checkpoint
-    from ..search.images import SearchData
-
     setup_logging()
     result = rank_checkpoint(
         args.checkpoint,
@@ -108,10 +106,6 @@ def add_stats(parser: argparse.ArgumentParser) -> None:
 
 
 def run_stats(args: argparse.Namespace) -> None:
-    from ..analysis.path_report import format_stats
-    from ..analysis.run import stats_checkpoint
-    from ..search.images import SearchData
-
     setup_logging()
     result = stats_checkpoint(
         args.checkpoint,

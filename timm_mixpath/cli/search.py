@@ -2,6 +2,14 @@
 
 import argparse
 
+from ..models.cost import cost_table, profile_space
+from ..models.latency_table import LatencyTable
+from ..search.config import ALGORITHMS, OBJECTIVES, SearchConfig
+from ..search.front import print_result
+from ..search.images import SearchData
+from ..search.pool import check_limits
+from ..search.run import objectives_of, search_checkpoint
+from ..train.options import KeyValue
 from ..utils.errors import as_usage_error
 from ..utils.numbers import parse_count, parse_milliseconds
 from ..utils.tables import format_size
@@ -29,8 +37,6 @@ def _objective(text: str) -> tuple[str, float]:
 
 
 def add_search(parser: argparse.ArgumentParser) -> None:
-    from ..search.config import ALGORITHMS, OBJECTIVES, SearchConfig
-
     default = SearchConfig()
     add = parser.add_argument
     add_checkpoint_options(parser, 'last.pth.tar of a supernet')
@@ -68,11 +74,6 @@ def add_search(parser: argparse.ArgumentParser) -> None:
 
 
 def run_search(args: argparse.Namespace) -> None:
-    from ..search.config import SearchConfig
-    from ..search.front import print_result
-    from ..search.images import SearchData
-    from ..search.run import objectives_of, search_checkpoint
-
     setup_logging()
     args.objectives = args.objectives or objectives_of(args.output)
     result = search_checkpoint(
@@ -97,8 +98,6 @@ def run_search(args: argparse.Namespace) -> None:
 
 
 def add_profile(parser: argparse.ArgumentParser) -> None:
-    from ..train.options import KeyValue
-
     add = parser.add_argument
     add('--model', required=True, metavar='NAME', help='a supernet, for example mixpath_s1_supernet')
     add('--model-kwargs', nargs='*', default={}, action=KeyValue, metavar='KEY=VALUE', help='for example m=2')
@@ -110,11 +109,6 @@ def add_profile(parser: argparse.ArgumentParser) -> None:
 
 
 def run_profile(args: argparse.Namespace) -> None:
-    from ..models.cost import cost_table, profile_space
-    from ..models.latency_table import LatencyTable
-    from ..search.config import SearchConfig
-    from ..search.pool import check_limits
-
     model = create_supernet(args, device='meta')
     with as_usage_error('the space can not be profiled'):
         table = cost_table(model, tuple(args.input_size) if args.input_size else None)

@@ -3,6 +3,12 @@
 import argparse
 from typing import Any
 
+from ..analysis.arch_lists import arch_space, draw_archs, read_archs
+from ..analysis.train_table import train_table
+from ..spaces.sampling import STRATEGIES
+from ..train.checkpoint import create_model, resolve_data
+from ..train.loop import train
+from ..train.options import add_train_options, default_args
 from ..utils.errors import UsageError
 from ..utils.numbers import parse_count, parse_share
 from .common import setup_logging
@@ -11,16 +17,11 @@ __all__ = ['add_table', 'run_table', 'run_train']
 
 
 def run_train(args: argparse.Namespace) -> None:
-    from ..train.loop import train
-
     setup_logging()
     train(argparse.Namespace(**{k: v for k, v in vars(args).items() if k not in ('run', 'command', 'config')}))
 
 
 def add_table(parser: argparse.ArgumentParser) -> None:
-    from ..spaces.sampling import STRATEGIES
-    from ..train.options import add_train_options
-
     parser.description = (
         'Train many archs of a space from scratch and write their accuracies into a table, the ground truth of a '
         'ranking. All options of `timm-mixpath train` apply to every training; --model is a sub-network model such as '
@@ -53,10 +54,6 @@ def add_table(parser: argparse.ArgumentParser) -> None:
 
 
 def run_table(args: argparse.Namespace) -> None:
-    from ..analysis.arch_lists import arch_space, draw_archs, read_archs
-    from ..analysis.train_table import train_table
-    from ..train.options import default_args
-
     setup_logging()
     options = argparse.Namespace(**{name: getattr(args, name) for name in vars(default_args())})
     space = arch_space(options)
@@ -92,8 +89,6 @@ def run_table(args: argparse.Namespace) -> None:
 
 def _band(args: argparse.Namespace, options: argparse.Namespace) -> dict[str, Any]:
     """Where the multiply-adds of drawn archs have to be, and for which input they are counted."""
-    from ..train.checkpoint import create_model, resolve_data
-
     width = 0.03 if args.archs_band is None else args.archs_band
     if not 0 < width < 1:
         raise UsageError(f'--archs-band {width} is not a share between 0 and 1, such as 0.03 or 3%')

@@ -29,7 +29,7 @@ from ..spaces.space import BlockSpec
 from ._timm import DepthwiseSeparableConv, InvertedResidual, SqueezeExcite, UniversalInvertedResidual
 from .blocks import GroupedPaths, PathSum, branch_name, group_name, path_name, split_channels
 from .choice_blocks import ActivePathSum
-from .layers import ActiveShadowBatchNorm2d, set_module, set_num_paths, sum_statistics
+from .layers import ActiveShadowBatchNorm2d, set_num_paths, sum_statistics
 
 __all__ = ['SEARCHED_BLOCKS', 'BackboneChoice', 'BlockSite', 'fixed_block']
 
@@ -316,10 +316,8 @@ class BackboneChoice(nn.Module):
         site, block = self.site, copy.deepcopy(self._modules[name])
         for key, weight in self._weights(name).items():
             module, _, leaf = key.rpartition('.')
-            requires_grad = getattr(self._modules[self.widest].get_submodule(module), leaf).requires_grad
-            parameter = nn.Parameter(weight.detach().clone(), requires_grad=requires_grad)
             owner = block.get_submodule(module)
-            owner.register_parameter(leaf, parameter)
+            owner.register_parameter(leaf, nn.Parameter(weight.detach().clone()))
             if isinstance(owner, nn.BatchNorm2d):
                 owner.affine = True
         candidates = _path_sums(block.get_submodule(site.paths))
@@ -327,12 +325,12 @@ class BackboneChoice(nn.Module):
         if all(len(group) == 1 for group in groups):
             _set_single_paths(block, site, [path for group in groups for path in group.values()])
         else:
-            set_module(block, site.paths, _join_groups([PathSum(group) for group in groups]))
+            block.set_submodule(site.paths, _join_groups([PathSum(group) for group in groups]))
 
         num_paths = choice.num_paths
         norm = block.get_submodule(site.sum_norm)
         if isinstance(norm, ActiveShadowBatchNorm2d):
-            set_module(block, site.sum_norm, norm.shadows[num_paths[0] - 1])
+            block.set_submodule(site.sum_norm, norm.shadows[num_paths[0] - 1])
         if site.is_inside and isinstance(block.se, SqueezeExcite):
             block.se.conv_reduce = _recast(nn.Conv2d, block.se.conv_reduce)
             _divide_inputs(block.se.conv_reduce, num_paths)
@@ -414,15 +412,15 @@ def _make_branch(
             paths[path_name(kernel_size)] = nn.Sequential(OrderedDict(path))
         sums.append(sum_cls(paths))
         start += conv.out_channels
-    set_module(branch, site.paths, _join_groups(sums))
+    branch.set_submodule(site.paths, _join_groups(sums))
     if site.paths == site.conv:
-        set_module(branch, site.conv_norm, nn.Identity())
+        branch.set_submodule(site.conv_norm, nn.Identity())
     if len(convs) > 1:
         return branch, index
 
     # What stands behind the sum
     if num_shadows is not None:
-        set_module(branch, site.sum_norm, _make_shadows(branch.get_submodule(site.sum_norm), num_shadows))
+        branch.set_submodule(site.sum_norm, _make_shadows(branch.get_submodule(site.sum_norm), num_shadows))
     if site.is_inside and isinstance(branch.se, SqueezeExcite):
         branch.se.conv_reduce = _recast(_MeanConv2d, branch.se.conv_reduce)
     return branch, index
@@ -461,11 +459,11 @@ def _set_single_paths(block: nn.Module, site: BlockSite, paths: list[nn.Module])
             conv[str(index)] = part
     norm = _joined_norm([path.bn for path in paths])
     if site.paths == site.conv:
-        set_module(block, site.conv, conv)
-        set_module(block, site.conv_norm, norm)
+        block.set_submodule(site.conv, conv)
+        block.set_submodule(site.conv_norm, norm)
         return
     # timm's layer is a plain sequence in eval mode as in training, as the paths are
-    set_module(block, site.paths, paths[0])
+    block.set_submodule(site.paths, paths[0])
 
 
 def _resized(conv: nn.Conv2d, kernel_size: int) -> nn.Conv2d:
@@ -496,11 +494,11 @@ def _narrow(block: nn.Module, site: BlockSite, width: int) -> torch.Tensor | Non
     index = torch.cat([part + start for part, start in zip(kept, starts)])
 
     _narrow_conv(expand, outputs=index)
-    set_module(block, site.expand_norm, _narrowed_norm(block.get_submodule(site.expand_norm), index))
+    block.set_submodule(site.expand_norm, _narrowed_norm(block.get_submodule(site.expand_norm), index))
     if site.is_inside:
         for conv, part in zip(convs, kept):
             _narrow_conv(conv, outputs=part)
-        set_module(block, site.conv_norm, _narrowed_norm(block.get_submodule(site.conv_norm), index))
+        block.set_submodule(site.conv_norm, _narrowed_norm(block.get_submodule(site.conv_norm), index))
         for module in block.modules():
             if isinstance(module, BlurPool2d) and module.channels is not None:
                 module.channels, module.filt = len(index), module.filt[index]

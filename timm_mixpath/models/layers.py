@@ -19,7 +19,6 @@ __all__ = [
     'keep_layout_of_gradient',
     'run_out_of_place',
     'saves_its_output',
-    'set_module',
     'set_num_paths',
     'sum_paths',
     'sum_statistics',
@@ -200,14 +199,8 @@ def fold_bn(parent: nn.Module, conv: str, bn: str) -> None:
     """Fold the batch norm `bn` inside a module into the convolution `conv`; another kind of norm is left alone."""
     norm = parent.get_submodule(bn)
     if isinstance(norm, nn.BatchNorm2d):
-        set_module(parent, conv, fuse_conv_bn(parent.get_submodule(conv), norm))
-        set_module(parent, bn, getattr(norm, 'act', nn.Identity()))  # timm's BatchNormAct2d holds the activation
-
-
-def set_module(parent: nn.Module, name: str, module: nn.Module) -> None:
-    """Put a module at a name inside another one, such as 'paths.k3.conv', where there is one already."""
-    owner, _, child = name.rpartition('.')
-    setattr(parent.get_submodule(owner), child, module)
+        parent.set_submodule(conv, fuse_conv_bn(parent.get_submodule(conv), norm))
+        parent.set_submodule(bn, getattr(norm, 'act', nn.Identity()))  # timm's BatchNormAct2d holds the activation
 
 
 def fuse_conv_bn(conv: nn.Conv2d, bn: nn.BatchNorm2d) -> nn.Conv2d:

@@ -9,6 +9,7 @@ from timm.models.efficientnet import EfficientNet
 from torch import nn
 
 from ..utils.errors import UsageError
+from ..utils.modes import eval_mode
 from .backbone import BackboneNet
 from .backbone_blocks import BlockSite
 from .warm_start import check_source
@@ -58,29 +59,24 @@ def refit(
     weight = model.conv_stem.weight
     if source.conv_stem.weight.dtype != weight.dtype:
         raise UsageError(f'the source is of {source.conv_stem.weight.dtype}, the model of {weight.dtype}')
-    modes = {module: module.training for network in (model, source) for module in network.modules()}
     before = {key: value.clone() for key, value in model.state_dict().items()}
     try:
-        model.eval()
-        source.eval()
-        ours, theirs = [], []
-        for batch in batches:
-            if not isinstance(batch, (tuple, list)) or len(batch) != 2 or not isinstance(batch[0], torch.Tensor):
-                raise UsageError(
-                    f'a batch is a pair of images and anything, as a loader gives it, not {type(batch).__name__}'
-                )
-            x = batch[0].to(weight.device, weight.dtype)
-            ours.append(model.bn1(model.conv_stem(x)))
-            theirs.append(source.bn1(source.conv_stem(x)))
-        if not ours:
-            raise UsageError('there are no images to refit with')
-        return _refit(model, source, ours, theirs, ridge)
+        with eval_mode(model), eval_mode(source):
+            ours, theirs = [], []
+            for batch in batches:
+                if not isinstance(batch, (tuple, list)) or len(batch) != 2 or not isinstance(batch[0], torch.Tensor):
+                    raise UsageError(
+                        f'a batch is a pair of images and anything, as a loader gives it, not {type(batch).__name__}'
+                    )
+                x = batch[0].to(weight.device, weight.dtype)
+                ours.append(model.bn1(model.conv_stem(x)))
+                theirs.append(source.bn1(source.conv_stem(x)))
+            if not ours:
+                raise UsageError('there are no images to refit with')
+            return _refit(model, source, ours, theirs, ridge)
     except BaseException:
         model.load_state_dict(before)  # an interrupt, or no memory for the next block: half of it is worse than none
         raise
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
 
 
 def _refit(

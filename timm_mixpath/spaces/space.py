@@ -11,6 +11,8 @@ from functools import cache
 from itertools import combinations, product
 from typing import TYPE_CHECKING
 
+from timm.layers import make_divisible
+
 from ..utils.numbers import as_int, as_whole
 from .arch import SKIP, Arch, BlockChoice, cached_choice, check_expand_ratio, check_vector
 
@@ -398,7 +400,6 @@ class SearchSpace(BlockSpace):
             return self
         if not width_mult > 0:
             raise ValueError(f'width_mult={width_mult!r} must be positive')
-        from timm.layers import make_divisible  # torch behind it, so not at import
 
         def scale(channels: int, multiplier: float = width_mult) -> int:
             return make_divisible(channels * multiplier)

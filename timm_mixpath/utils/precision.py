@@ -5,6 +5,8 @@ from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
+import torch
+
 __all__ = ['AMP_DTYPES', 'add_amp_options', 'autocast_context']
 
 # The first is the default, as in timm's train.py
@@ -27,6 +29,4 @@ def autocast_context(device_type: str, amp_dtype: str | None) -> Callable[[], An
     """
     if amp_dtype is None:
         return nullcontext
-    import torch  # not for the names alone, which the command line shows
-
     return partial(torch.autocast, device_type=device_type, dtype=getattr(torch, amp_dtype))
