@@ -330,6 +330,14 @@ def test_job_of_before_the_floor_goes_on(tiny: AdaptConfig, tmp_path: Path) -> N
     assert not more_than_the_backbone(tmp_path / 'now')
 
 
+@pytest.mark.parametrize('content', ['null', '3', '[]'])
+def test_damaged_job_is_one_sentence(tiny: AdaptConfig, tmp_path: Path, content: str) -> None:
+    (tmp_path / 'adapt.json').write_text(content)
+    with pytest.raises(UsageError, match=r'adapt\.json. is damaged; choose another --output'):
+        run_adapt(tiny, tmp_path)
+    assert (tmp_path / 'adapt.json').read_text() == content
+
+
 def more_than_the_backbone(job: Path) -> list[str]:
     """Archs that a job evaluated with a sum of paths, or with a kernel that is larger than the backbone's."""
     part = backbone_space(BACKBONE).without_more()
@@ -522,6 +530,7 @@ def test_all_stages_see_images_as_the_tag_does(tiny: AdaptConfig, tmp_path: Path
         (dict(num_images=0), '--num-images 0 must be at least 1'),
         (dict(recalibration_images=-1), '--recalibration-images -1 must be at least 0'),
         (dict(recalibration_images=1), '--recalibration-images 1 has no batch statistics'),
+        (dict(refit_images=1), '--refit-images 1 has no batch statistics'),
         (dict(recalibration_images=0, supernet_epochs=0), '--recalibration-images 0 leaves archs'),
         (dict(img_size=0), '--img-size 0 must be at least 1'),
         (dict(img_size=(64, -1)), '--img-size -1 must be at least 1'),

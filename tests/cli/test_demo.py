@@ -54,8 +54,18 @@ def test_demo_on_ones_own_images(
         run_demo(replace(config, seed=1), tmp_path)
 
 
-@pytest.mark.parametrize('changes', [dict(img_size=0), dict(batch_size=0), dict(device='foo'), dict(train_split='x')])
-def test_wrong_value_can_be_mended_in_the_same_folder(digits: Path, tmp_path: Path, changes: dict) -> None:
-    with pytest.raises(UsageError):
+@pytest.mark.parametrize(
+    'changes, text',
+    [
+        (dict(img_size=0), '--img-size 0 must be at least 1'),
+        (dict(batch_size=0), '--batch-size 0 must be at least 1'),
+        (dict(supernet_epochs=0), '--supernet-epochs 0 must be at least 1'),
+        (dict(train_epochs=0), '--train-epochs 0 must be at least 1'),  # not behind supernet and search
+        (dict(device='foo'), 'foo'),
+        (dict(train_split='x'), 'x'),
+    ],
+)
+def test_wrong_value_can_be_mended_in_the_same_folder(digits: Path, tmp_path: Path, changes: dict, text: str) -> None:
+    with pytest.raises(UsageError, match=text):
         run_demo(replace(TINY, data_dir=str(digits), **changes), tmp_path / 'job')
     assert not (tmp_path / 'job').exists()

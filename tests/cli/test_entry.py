@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import timm
+import torch
 from commands import environment, fails
 
 from timm_mixpath import cli
@@ -48,6 +49,15 @@ def test_wrong_usage_is_one_line_and_status_2(
     monkeypatch.chdir(tmp_path)
     status, message = fails(capsys, words)
     assert status == 2 and text in message
+
+
+def test_no_memory_on_a_gpu_is_status_1(capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_memory(*_: object) -> None:
+        raise torch.OutOfMemoryError('CUDA out of memory. Tried to allocate 2.00 GiB.')
+
+    monkeypatch.setattr('timm_mixpath.cli.train.train', no_memory)
+    status, message = fails(capsys, ['train', '--model', 'mixpath_nano'])
+    assert status == 1 and 'Tried to allocate 2.00 GiB. A lower --batch-size' in message
 
 
 def test_failed_run_is_status_1(capsys: pytest.CaptureFixture, supernet_run: Path, tmp_path: Path) -> None:
@@ -122,7 +132,7 @@ def test_export_prints_a_line_that_works(capsys: pytest.CaptureFixture, supernet
     model = eval(line, {'timm': timm})
     assert model.arch == ARCH
     status, message = fails(capsys, ['stats', '--checkpoint', str(tmp_path / 'model')])
-    assert status == 2 and 'holds MixPath; statistics of paths need a supernet' in message
+    assert status == 2 and 'holds MixPath, a statistic of paths needs a supernet' in message
 
 
 def test_run_gives_a_script_its_arguments_and_our_models(tmp_path: Path) -> None:

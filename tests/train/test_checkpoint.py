@@ -2,7 +2,9 @@
 
 import logging
 import shutil
+from argparse import Namespace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import timm
@@ -62,6 +64,34 @@ def test_run_from_a_folder_needs_it_no_more(source: Path, digits: Path, tmp_path
         assert train(small_args(digits, tmp_path, **args)).output_dir == last.parent
     with pytest.raises(UsageError, match='is a run of local-dir:m, not of local-dir:other'):
         train(small_args(digits, tmp_path, model='local-dir:other', resume=str(last)))
+
+
+@pytest.mark.parametrize('options', [None, 3, {'lr': 1}, Namespace(lr=1)])
+def test_options_of_something_else_are_no_checkpoint(tmp_path: Path, options: Any) -> None:
+    torch.save({'state_dict': {}, 'args': options}, tmp_path / 'other.pth.tar')
+    with pytest.raises(UsageError, match='is not a training checkpoint'):
+        load_model(tmp_path / 'other.pth.tar')
+
+
+def test_full_disk_is_one_sentence_and_loses_nothing(digits: Path, supernet_run: Path, tmp_path: Path) -> None:
+    """torch has an exception of its own for a file that it can not write to its end."""
+    resource = pytest.importorskip('resource')
+    folder = shutil.copytree(supernet_run, tmp_path / 'run')
+    last = folder / 'last.pth.tar'
+    before = last.read_bytes()
+    args = small_args(digits, tmp_path, resume=str(last), epochs=3)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) // 2, hard))
+    try:
+        with pytest.raises(RunError, match=r'^checkpoint .* can not be written .* go on from it$'):
+            train(args)
+        with pytest.raises(RunError, match=r'^checkpoint .* can not be written'):
+            write_checkpoint(tmp_path / 'first.pth.tar', torch.nn.Linear(2000, len(before) // 2000), args)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert last.read_bytes() == before
+    assert not (tmp_path / 'first.pth.tar').exists() and not list(tmp_path.rglob('*tmp*'))
+    assert train(args).output_dir == folder  # there is room again
 
 
 @pytest.mark.slow

@@ -1,5 +1,6 @@
 """The options of a training from Python: what a command line would refuse is refused, in one sentence."""
 
+import argparse
 import re
 from argparse import Namespace
 from datetime import date
@@ -17,7 +18,7 @@ from hypothesis import strategies as st
 from timm_mixpath import sample
 from timm_mixpath.spaces.catalog import get_space
 from timm_mixpath.train import default_args, train
-from timm_mixpath.train.options import make_storable, read_config
+from timm_mixpath.train.options import add_train_options, apply_config, make_storable
 from timm_mixpath.utils.errors import UsageError
 from timm_mixpath.utils.recipes import find_recipe, list_recipes
 
@@ -25,7 +26,10 @@ from timm_mixpath.utils.recipes import find_recipe, list_recipes
 @pytest.mark.parametrize('name', list_recipes())
 def test_recipe_sets_the_other_options(name: str) -> None:
     args = default_args(config=name, lr=0.125)
-    expected = {**vars(read_config(find_recipe(name))), 'config': name, 'lr': 0.125}
+    parser = argparse.ArgumentParser()
+    add_train_options(parser)
+    apply_config(parser, find_recipe(name))  # as the command line does
+    expected = {**vars(parser.parse_args([])), 'config': name, 'lr': 0.125}
     assert vars(args) == expected
     assert vars(default_args(config=find_recipe(name)))['batch_size'] == expected['batch_size']
 

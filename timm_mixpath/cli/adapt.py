@@ -7,7 +7,7 @@ import time
 from argparse import Namespace
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import MISSING, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -348,10 +348,11 @@ class _Job:
         split = open_user_images(self.common, config.val_split)
         with open_process(config.device) as process:
             model = loaded.model.to(device=process.device, memory_format=torch.channels_last)
-            size, _ = prepare_device(process.device, None, None)
+            size, autocast = prepare_device(process.device, None, config.amp_dtype if config.amp else None)
             how: dict[str, Any] = dict(is_training=False, use_prefetcher=False, num_workers=config.workers)
             loader = create_loader(split, batch_size=size, **data_config, **how)
-            return evaluate(model, ((x.to(process.device), y.to(process.device)) for x, y in loader))['top1']
+            batches = ((x.to(process.device), y.to(process.device)) for x, y in loader)
+            return evaluate(model, batches, autocast=autocast)['top1']
 
     def save(self, trained: Path, folder: Path, source: Path | None = None) -> Path:
         """Write the model folder of a checkpoint or another folder, whose weights go back to those of `source`."""
@@ -469,19 +470,19 @@ def add_adapt(parser: argparse.ArgumentParser) -> None:
     add(
         '--search-floor',
         type=parse_share,
-        default=0.8,
         metavar='SHARE',
-        help='do not look at networks below this share of the limit where the backbone is above it (default: 0.8)',
+        help='do not look at networks below this share of the limit where the backbone is above it '
+        '(default: %(default)s)',
     )
-    add('--m', type=int, default=2, metavar='N', help='largest number of paths that are summed (default: 2)')
+    add('--m', type=int, metavar='N', help='largest number of paths that are summed (default: %(default)s)')
     add(
         '--reduce-only',
         action='store_true',
         help="look at no kernel larger than the backbone's and at no sum of paths in a supernet that is not trained, "
         'which can not tell what they are good for',
     )
-    add('--finetune-epochs', type=int, default=3, metavar='N', help='of the backbone (default: 3)')
-    add('--winner-epochs', type=int, default=8, metavar='N', help='of the winner, 0 for none (default: 8)')
+    add('--finetune-epochs', type=int, metavar='N', help='of the backbone (default: %(default)s)')
+    add('--winner-epochs', type=int, metavar='N', help='of the winner, 0 for none (default: %(default)s)')
     add(
         '--supernet-epochs',
         type=int,
@@ -489,41 +490,39 @@ def add_adapt(parser: argparse.ArgumentParser) -> None:
         help='train the supernet before it is searched (default: 0, search it as it starts, where the backbone is '
         f'outside the limits, else {SUPERNET_EPOCHS})',
     )
-    add('-b', '--batch-size', type=int, default=32, metavar='N', help='images per step (default: 32)')
+    add('-b', '--batch-size', type=int, metavar='N', help='images per step (default: %(default)s)')
     add(
         '--generations',
         type=int,
-        default=10,
         metavar='N',
-        help='generations of the search, which several image sizes share (default: 10)',
+        help='generations of the search, which several image sizes share (default: %(default)s)',
     )
-    add('--num-images', type=parse_count, default=500, metavar='N', help='images to score archs with (default: 500)')
-    add('--recalibration-images', type=parse_count, default=256, metavar='N', help='0 for none (default: 256)')
+    add('--num-images', type=parse_count, metavar='N', help='images to score archs with (default: %(default)s)')
+    add('--recalibration-images', type=parse_count, metavar='N', help='0 for none (default: %(default)s)')
     add(
         '--refit-images',
         type=parse_count,
-        default=512,
         metavar='N',
-        help="to bring the winner's features near the backbone's with, 0 for none (default: 512)",
+        help="to bring the winner's features near the backbone's with, 0 for none (default: %(default)s)",
     )
     add(
         '--lr',
         type=parse_float,
-        default=1e-3,
         help='learning rate of supernet and winner, four times that of the backbone and of a winner that is nearly as '
-        'good from the start (default: 0.001)',
+        'good from the start (default: %(default)s)',
     )
     add('--no-distill', dest='distill', action='store_false', help='the backbone teaches neither supernet nor winner')
-    add('--seed', type=int, default=0)
+    add('--seed', type=int)
     add(
         '--reuse',
         metavar='DIR',
         help='take the backbone of this earlier job, and its supernet if trained alike, for another limit',
     )
-    add('-j', '--workers', type=int, default=2, metavar='N')
+    add('-j', '--workers', type=int, metavar='N')
     add('--device', metavar='NAME')
     add_amp_options(parser)
     add('--cpu-kernels', action='store_true', help=CPU_KERNELS_HELP)
+    parser.set_defaults(**{f.name: f.default for f in fields(AdaptConfig) if f.default is not MISSING})
 
 
 def run_adapt_command(args: argparse.Namespace) -> None:

@@ -12,7 +12,7 @@ from timm.models import get_pretrained_cfg
 from ..models.backbone import check_backbone, check_weights
 from ..utils.errors import UsageError
 from ..utils.precision import AMP_DTYPES
-from .common import describe_job
+from .common import check_at_least, describe_job
 
 __all__ = ['AdaptConfig', 'as_begun', 'check_config', 'find_reused']
 
@@ -57,7 +57,7 @@ class AdaptConfig:
         refit_images: Training images on which the blocks of the winner are brought near the backbone's before
             it is trained, see `timm_mixpath.refit`, 0 for none; not behind a supernet that was trained.
         lr: Learning rate of AdamW for the supernet and the winner; a quarter of it for the backbone, and for a winner
-            whose top-1 was within 5 points of the backbone's in the search.
+            whose top-1 in the search was within 5 points of the backbone's on the validation split.
         distill: The fine-tuned backbone teaches the supernet and the winner.
         seed: Seed of everything.
         reuse: Folder of an earlier job with the same images and the same training of the backbone, which is used, as is
@@ -141,11 +141,10 @@ def check_config(config: AdaptConfig) -> None:
         raise UsageError(f'--img-size {config.sizes[0]} must be at least 1')
     at_least = dict.fromkeys(('finetune_epochs', 'batch_size', 'num_images'), 1)
     at_least |= dict.fromkeys(('recalibration_images', 'refit_images', 'supernet_epochs', 'winner_epochs'), 0)
-    for option, least in at_least.items():
-        if (number := getattr(config, option)) is not None and number < least:
-            raise UsageError(f'--{option.replace("_", "-")} {number} must be at least {least}')
-    if config.recalibration_images == 1:
-        raise UsageError('--recalibration-images 1 has no batch statistics; 0 for none, or some hundreds')
+    check_at_least(config, at_least)
+    for option in ('recalibration_images', 'refit_images'):
+        if getattr(config, option) == 1:
+            raise UsageError(f'--{option.replace("_", "-")} 1 has no batch statistics; 0 for none, or some hundreds')
     if not 0 <= config.search_floor < 1:
         raise UsageError(f'--search-floor {config.search_floor} must be at least 0 and below 1')
     if config.amp_dtype not in AMP_DTYPES:
@@ -171,7 +170,8 @@ def as_begun(config: AdaptConfig, output: str | os.PathLike) -> AdaptConfig:
         job = json.loads((Path(output) / 'adapt.json').read_text())
     except (OSError, ValueError):  # a new one, or damaged, which the job finds out
         return config
-    return config if 'search_floor' in job else replace(config, search_floor=0.0)
+    is_earlier = isinstance(job, dict) and 'search_floor' not in job
+    return replace(config, search_floor=0.0) if is_earlier else config
 
 
 def find_reused(config: AdaptConfig, folder: Path) -> dict[str, Path]:

@@ -3,20 +3,27 @@
 import argparse
 import dataclasses
 import json
+import logging
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import timm
+from timm.utils import setup_default_logging
+from timm.utils.distributed import is_distributed_env, world_info_from_env
+from torch.utils.data import Dataset
+
+from ..models.supernet import Supernet
+from ..train.checkpoint import check_model_name
+from ..train.data import HOLDOUT_SPLIT, STREAMS, class_names, open_dataset
+from ..train.options import KeyValue, default_args
 from ..utils.errors import UsageError, as_usage_error
 from ..utils.files import new_output_dir
 from ..utils.numbers import parse_count, parse_milliseconds, parse_share
 from ..utils.precision import add_amp_options
 from ..utils.tables import write_json
-
-if TYPE_CHECKING:
-    from torch.utils.data import Dataset
 
 __all__ = [
     'add_checkpoint_options',
@@ -25,6 +32,7 @@ __all__ = [
     'add_latency_limit',
     'add_model_options',
     'add_user_images',
+    'check_at_least',
     'check_single_process',
     'create_supernet',
     'describe_job',
@@ -39,10 +47,6 @@ __all__ = [
 
 
 def setup_logging() -> None:
-    import logging
-
-    from timm.utils import setup_default_logging
-
     if not logging.root.handlers:  # a second command in the same process would print every line twice
         setup_default_logging()
     logging.getLogger('timm.utils.checkpoint_saver').setLevel(logging.WARNING)  # a list of files in every epoch
@@ -66,8 +70,6 @@ def add_checkpoint_options(parser: argparse.ArgumentParser, what: str, required:
 
 def add_model_options(parser: argparse.ArgumentParser, title: str) -> None:
     """Add the options that `like` reads, as a group of a title."""
-    from ..train.options import KeyValue
-
     add = parser.add_argument
     add('--device-modules', nargs='+', metavar='MODULE', help='Python modules to import first, for a space of your own')
     add = parser.add_argument_group(title).add_argument
@@ -78,14 +80,11 @@ def add_model_options(parser: argparse.ArgumentParser, title: str) -> None:
 
 def like(args: argparse.Namespace) -> argparse.Namespace | None:
     """Return the training options that say what weights alone are of, None if nothing was said."""
-    from ..train.options import read_config
-    from ..utils.recipes import find_recipe
-
     if not args.model and not args.model_config:
         if args.model_kwargs:
             raise UsageError('--model-kwargs say nothing without --model NAME')
         return None
-    options = read_config(find_recipe(args.model_config) if args.model_config else None)
+    options = default_args(config=args.model_config or '')
     options.is_model_only = not args.model_config  # the rest are defaults, not options of a training
     if args.model:
         options.model, options.model_kwargs = args.model, {}
@@ -103,10 +102,6 @@ def create_supernet(args: argparse.Namespace, **kwargs: Any) -> Any:
     Raises:
         UsageError: It can not be created, or is no supernet.
     """
-    import timm
-
-    from ..models.supernet import Supernet
-    from ..train.checkpoint import check_model_name
 
     check_model_name(args.model)
     in_chans = args.input_size[0] if args.input_size else None
@@ -176,8 +171,6 @@ def add_device_option(parser: argparse.ArgumentParser, batch_size: int | None = 
 
 
 def is_first_process() -> bool:
-    from timm.utils.distributed import is_distributed_env, world_info_from_env
-
     return not is_distributed_env() or world_info_from_env()[1] == 0
 
 
@@ -187,13 +180,27 @@ def check_single_process(command: str) -> None:
     Raises:
         UsageError: It was, by torchrun or Slurm.
     """
-    from timm.utils.distributed import is_distributed_env, world_info_from_env
 
     if is_distributed_env() and (world_size := world_info_from_env()[2]) > 1:
         raise UsageError(
             f'`timm-mixpath {command}` is one process, and was started as one of {world_size}; start it alone, or '
             '`train` and `search` with torchrun'
         )
+
+
+def check_at_least(config: Any, bounds: Mapping[str, int]) -> None:
+    """Check numbers of a job before anything is done that a wrong one would end hours later.
+
+    Args:
+        config: Job.
+        bounds: The least value by the name of the option; None is allowed where it is a default.
+
+    Raises:
+        UsageError: One is below.
+    """
+    for option, least in bounds.items():
+        if (number := getattr(config, option)) is not None and number < least:
+            raise UsageError(f'--{option.replace("_", "-")} {number} must be at least {least}')
 
 
 @contextmanager
@@ -273,7 +280,6 @@ def user_images(config: Any, data_dir: str | None) -> tuple[dict[str, Any], list
     Raises:
         UsageError: The images do not exist, their classes are not known, or there are none to report on.
     """
-    from ..train.data import HOLDOUT_SPLIT, STREAMS, class_names
 
     if config.val_split in ('', HOLDOUT_SPLIT):
         raise UsageError(
@@ -295,7 +301,5 @@ def user_images(config: Any, data_dir: str | None) -> tuple[dict[str, Any], list
 
 def open_user_images(options: Mapping[str, Any], split: str) -> 'Dataset':
     """Open a split of what `user_images` has found."""
-    from ..train.data import open_dataset
-
     keys = {key: options[key] for key in ('class_map', 'input_key', 'target_key')}
     return open_dataset(options['dataset'], options['data_dir'], split, download=options['dataset_download'], **keys)

@@ -3,7 +3,6 @@
 import argparse
 import logging
 import os
-from argparse import Namespace
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,7 +24,15 @@ from ..train.options import default_args
 from ..utils.errors import UsageError, as_usage_error
 from ..utils.files import write_dir_atomic
 from ..utils.numbers import parse_count
-from .common import add_user_images, check_single_process, from_args, job_folder, setup_logging, user_images
+from .common import (
+    add_user_images,
+    check_at_least,
+    check_single_process,
+    from_args,
+    job_folder,
+    setup_logging,
+    user_images,
+)
 
 __all__ = ['DemoConfig', 'add_demo', 'digits_folder', 'run_demo', 'run_demo_command']
 
@@ -120,9 +127,10 @@ def run_demo(config: DemoConfig, output: str | os.PathLike) -> Path:
         The model folder, for `timm.create_model('local-dir:...', pretrained=True)`.
 
     Raises:
-        UsageError: The output belongs to another configuration, or the data does not exist.
+        UsageError: The output belongs to another configuration, a value is out of range, or the data does not exist.
         RunError: Training failed, or files can't be read or written.
     """
+    check_at_least(config, dict.fromkeys(('supernet_epochs', 'train_epochs', 'batch_size', 'img_size'), 1))
     search_config = SearchConfig(
         population=24,
         offspring=12,
@@ -172,11 +180,11 @@ def _run(config: DemoConfig, search_config: SearchConfig, output: Path) -> Path:
         color_jitter=0.0,
         checkpoint_hist=1,
         log_interval=1000,
+        val_interval=5,
     )
     _logger.info('1/3 Training the supernet')
-    _train_or_resume(
-        default_args(**common, model='mixpath_nano_supernet', epochs=config.supernet_epochs, experiment='supernet'),
-        val_interval=5,
+    train_or_resume(
+        default_args(**common, model='mixpath_nano_supernet', epochs=config.supernet_epochs, experiment='supernet')
     )
     supernet = output / 'supernet' / 'last.pth.tar'
 
@@ -193,15 +201,14 @@ def _run(config: DemoConfig, search_config: SearchConfig, output: Path) -> Path:
     arch = str(result.chosen.arch)
 
     _logger.info(f'3/3 Training {arch}')
-    final = _train_or_resume(
+    final = train_or_resume(
         default_args(
             **common,
             model='mixpath_nano',
             model_kwargs={'arch': arch},
             epochs=config.train_epochs,
             experiment='final',
-        ),
-        val_interval=5,
+        )
     )
     folder = output / 'model'
     if not folder.exists():
@@ -211,20 +218,13 @@ def _run(config: DemoConfig, search_config: SearchConfig, output: Path) -> Path:
     print()
     print_result(result, output / 'search')
     print(
-        f'\ntrained from scratch: top-1 {final:.2f} % on the validation split\n'
+        f'\ntrained from scratch: top-1 {float(final["eval_top1"]):.2f} % on the validation split\n'
         f"timm.create_model('local-dir:{folder}', pretrained=True)  # after `import timm, timm_mixpath`"
     )
     return folder
 
 
-def _train_or_resume(args: Namespace, val_interval: int) -> float:
-    """Train, or go on from the last checkpoint; return the validation accuracy of the last epoch in percent."""
-    args.val_interval = min(val_interval, args.epochs)
-    return float(train_or_resume(args)['eval_top1'])
-
-
 def add_demo(parser: argparse.ArgumentParser) -> None:
-
     default = DemoConfig()
     add = parser.add_argument
     add('--output', default='mixpath-demo', metavar='DIR', help='output folder (default: mixpath-demo)')
@@ -241,6 +241,5 @@ def add_demo(parser: argparse.ArgumentParser) -> None:
 
 
 def run_demo_command(args: argparse.Namespace) -> None:
-
     setup_logging()
     run_demo(from_args(DemoConfig, args), args.output)

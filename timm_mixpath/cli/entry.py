@@ -10,8 +10,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ..utils.errors import RunError, Stopped, UsageError
+import torch
+
+from ..train.options import add_train_options, apply_config
+from ..utils.errors import RunError, Stopped, UsageError, concise
 from ..utils.modules import import_modules
+from ..utils.recipes import copy_recipe, find_recipe, list_recipes
+from ..version import __version__
 from .adapt import add_adapt, run_adapt_command
 from .demo import add_demo, run_demo_command
 from .hub import add_export, add_push, run_export, run_push
@@ -34,9 +39,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser, commands = _build_parser()
         args = parser.parse_args(argv)
         if getattr(args, 'config', None):
-            from ..train.options import apply_config
-            from ..utils.recipes import find_recipe
-
             apply_config(commands[args.command], find_recipe(args.config))
             args = parser.parse_args(argv)
         import_modules(getattr(args, 'device_modules', None) or ())
@@ -44,6 +46,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             args.run(args)
     except UsageError as e:
         return _fail(e, 2)
+    except torch.OutOfMemoryError as e:
+        return _fail(RunError(f'{concise(e)} A lower --batch-size, or smaller images, need less'), 1)
     except (RunError, ImportError, OSError) as e:  # extras that are not installed say how to install them
         return _fail(e, 1)
     except KeyboardInterrupt:
@@ -60,9 +64,6 @@ def _fail(error: BaseException, status: int) -> int:
 
 
 def _build_parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParser]]:
-    from ..train.options import add_train_options
-    from ..version import __version__
-
     parser = argparse.ArgumentParser(
         prog='timm-mixpath', description='Train, search and export MixPath models of timm.'
     )
@@ -101,8 +102,6 @@ def _add_recipes(parser: argparse.ArgumentParser) -> None:
 
 
 def _recipes(args: argparse.Namespace) -> None:
-    from ..utils.recipes import copy_recipe, list_recipes
-
     if args.action == 'cp':
         print(copy_recipe(args.name, args.folder))
         return

@@ -59,7 +59,8 @@ class Supernet(nn.Module):
 
     Attributes:
         space: The space that is searched, with this supernet's m and width.
-        sum_norm: What stands behind sums of paths: `'sbn'`, `'bn'` or `'none'`; `'bn'` where nothing is ever summed.
+        sum_norm: What stands behind sums of paths: `'sbn'`, `'bn'` or `'none'`; `'bn'` where no sum has a norm of its
+            own, as in S3.
         subnet_cls: Class of the sub-networks.
         subnet_name: Name of the sub-networks in timm, `mixpath_<space>` if None.
         seed: Seed of the sampled sequence.

@@ -5,6 +5,8 @@ import logging
 import os
 import shutil
 from argparse import Namespace
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from pickle import UnpicklingError
@@ -31,7 +33,6 @@ __all__ = [
     'AtomicCheckpointSaver',
     'LoadedModel',
     'check_model_name',
-    'check_supernet',
     'create_model',
     'keep_preprocessing',
     'load_model',
@@ -48,13 +49,27 @@ __all__ = [
 ]
 
 
+@contextmanager
+def _on_disk(path: str | os.PathLike) -> Iterator[None]:
+    """Remove what the block has written of a checkpoint where it fails, and say so: torch raises types of its own."""
+    try:
+        yield
+    except (OSError, RuntimeError) as e:
+        Path(path).unlink(missing_ok=True)
+        raise RunError(
+            f'checkpoint {str(path)!r} can not be written ({concise(e)}); what was there before is whole, make room '
+            'on the disk and go on from it'
+        ) from e
+
+
 class AtomicCheckpointSaver(CheckpointSaver):
     """timm's saver without its moment, between unlink and rename, in which `last.pth.tar` does not exist."""
 
     def _save(self, save_path: str, epoch: int, metric: float | None = None) -> None:
-        super()._save(save_path, epoch, metric)
-        with open(save_path, 'rb') as f:
-            os.fsync(f.fileno())
+        with _on_disk(save_path):
+            super()._save(save_path, epoch, metric)
+            with open(save_path, 'rb') as f:
+                os.fsync(f.fileno())
 
     def recover(self, epoch: int, progress: dict[str, Any]) -> None:
         """Write a checkpoint within an epoch, whole or not at all.
@@ -149,9 +164,10 @@ def read_checkpoint(path: str | os.PathLike) -> dict[str, Any]:
             f'{str(path)!r} is not a readable checkpoint, it is damaged, cut off or something else; pass the '
             'last.pth.tar or model_best.pth.tar of a run'
         ) from None
-    if not isinstance(checkpoint, dict) or not ({'state_dict', 'args'} <= checkpoint.keys()):
+    is_one = isinstance(checkpoint, dict) and {'state_dict', 'args'} <= checkpoint.keys()
+    if not is_one or not isinstance(checkpoint['args'], Namespace) or not hasattr(checkpoint['args'], 'model'):
         raise UsageError(
-            f"{str(path)!r} is not a training checkpoint, it has no 'state_dict' and 'args'; "
+            f"{str(path)!r} is not a training checkpoint, it has no 'state_dict' and 'args' of a training; "
             'pass the last.pth.tar or model_best.pth.tar of a run'
         )
     return checkpoint
@@ -164,8 +180,11 @@ def write_checkpoint(path: str | os.PathLike, model: nn.Module, args: Namespace)
         path: File.
         model: Model.
         args: Options of its training, with plain values only.
+
+    Raises:
+        RunError: It can't be written.
     """
-    with write_atomic(path) as temporary, open(temporary, 'wb') as f:
+    with write_atomic(path) as temporary, _on_disk(temporary), open(temporary, 'wb') as f:
         torch.save({'arch': args.model, 'state_dict': model.state_dict(), 'args': args}, f)
         f.flush()
         os.fsync(f.fileno())
@@ -552,20 +571,3 @@ def state_dict_sha256(tensors: dict[str, torch.Tensor]) -> str:
         digest.update(f'{key} {value.dtype} {tuple(value.shape)}'.encode())
         digest.update(value.detach().cpu().contiguous().numpy())
     return digest.hexdigest()
-
-
-def check_supernet(model: nn.Module, what: str | None = None) -> None:
-    """Check that a model is a supernet that still has its batch norms.
-
-    Args:
-        model: Model.
-        what: What it is called in the message, its type if None.
-
-    Raises:
-        UsageError: It is not.
-    """
-    if not isinstance(model, Supernet):
-        found = f'{what!r} holds {type(model).__name__}' if what else f'{type(model).__name__} is no supernet'
-        raise UsageError(f'{found}; statistics of paths need a supernet')
-    if model.is_folded:
-        raise UsageError('the batch norms of this supernet are folded; pass the supernet it was made of')

@@ -275,7 +275,8 @@ def _make_run(args: Namespace, stop: StopSignal, progress: dict[str, Any], outpu
         model.seed = args.model_kwargs['seed'] = args.seed
     run_out_of_place(model)
     if args.grad_checkpointing:
-        model.set_grad_checkpointing(enable=True)
+        with as_usage_error(f'--grad-checkpointing does not work for model {args.model!r}, leave it out'):
+            model.set_grad_checkpointing(enable=True)
     data_config = resolve_data(args, model)
     train_set, val_set = open_data(args, model, data_config)
     if primary:
@@ -354,6 +355,8 @@ def _make_run(args: Namespace, stop: StopSignal, progress: dict[str, Any], outpu
             optimizer, **scheduler_kwargs(args, decreasing_metric=decreasing), updates_per_epoch=updates_per_epoch
         )
     start_epoch = next((e for e in (args.start_epoch, resume_epoch) if e is not None), 0)
+    if not args.resume and start_epoch >= num_epochs:
+        raise UsageError(f'--start-epoch {start_epoch} leaves nothing to train of {num_epochs} epochs, lower it')
     if scheduler is not None and start_epoch > 0 and not args.sched_on_updates:
         scheduler.step(start_epoch)
     if scheduler is not None and args.sched_on_updates:

@@ -29,7 +29,6 @@ __all__ = [
     'default_args',
     'make_storable',
     'mixup_active',
-    'read_config',
 ]
 
 
@@ -235,7 +234,7 @@ def add_train_options(parser: argparse.ArgumentParser) -> None:
 
     add = parser.add_argument_group('run').add_argument
     add('--seed', type=int, default=42, help='seed of weights, data order, augmentation, and of the sampled archs')
-    add('--worker-seeding', default='all')
+    add('--worker-seeding', default='all', choices=('all', 'part'))
     add('--log-interval', type=int, default=50, metavar='N', help='steps between log lines')
     add('--log-wandb', action='store_true', help='log the metrics of every epoch to Weights & Biases')
     add('--wandb-project', default=None, metavar='NAME', help='project of the run there')
@@ -317,18 +316,6 @@ def _convert(value: Any, action: argparse.Action, what: str) -> Any:
     if action.choices and not set(converted) <= set(action.choices):
         raise UsageError(f'{what} is {value!r}, allowed are {", ".join(map(repr, action.choices))}')
     return converted if is_list else converted[0]
-
-
-def read_config(path: str | Path | None) -> argparse.Namespace:
-    """Return the options of a recipe or of the args.yaml of a run, all others at their defaults.
-
-    Raises:
-        UsageError: See `apply_config`.
-    """
-    parser = _train_parser()
-    if path is not None:
-        apply_config(parser, path)
-    return parser.parse_args([])
 
 
 def default_args(**overrides: Any) -> argparse.Namespace:
@@ -488,6 +475,10 @@ def check_values(args: Namespace) -> None:
             f'--warmup-epochs {args.warmup_epochs} is part of an epoch, and --warmup-prefix puts it in front of the '
             'others: make it a whole number'
         )
+    if args.sched == 'step' and args.decay_epochs <= 0:
+        raise UsageError(f'--decay-epochs {args.decay_epochs:g} must be positive')
+    if args.start_epoch is not None and args.start_epoch < 0:
+        raise UsageError(f'--start-epoch {args.start_epoch} must not be negative')
     if args.cooldown_epochs and args.sched not in ('cosine', 'tanh', 'poly'):
         raise UsageError(
             f'--cooldown-epochs {args.cooldown_epochs} has no effect with --sched {args.sched}, leave it out'

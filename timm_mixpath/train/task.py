@@ -94,7 +94,7 @@ class SupernetTask(_PartialTraining, ClassificationTask):
     """
 
     def __init__(self, model: nn.Module, *args: Any, **kwargs: Any) -> None:
-        if not isinstance(model, Supernet):
+        if not isinstance(unwrap_model(model), Supernet):
             raise TypeError(
                 f'SupernetTask trains a supernet such as mixpath_s1_supernet, not {type(model).__name__}; '
                 'use timm.task.ClassificationTask for an ordinary model'

@@ -48,7 +48,7 @@ def plot_or_warn(plot: Callable[[Any, Path], None], result: Any, path: Path) -> 
     """Draw a figure, or say why there is none: matplotlib is an extra, and what was computed stands without it.
 
     Args:
-        plot: One of the functions below.
+        plot: Draws a result into a file.
         result: What it draws.
         path: PNG file to write.
     """
