@@ -465,7 +465,7 @@ def test_supernet_without_shadows_says_so(batches: Batches) -> None:
 def test_wrong_supernets_and_images(batches: Batches) -> None:
     supernet = make_supernet(GROUPS)
     for function in (lambda model: path_statistics(model, batches), shadow_statistics):
-        with pytest.raises(UsageError, match=r'MixPath is no supernet; .* need a supernet'):
+        with pytest.raises(UsageError, match=r'MixPath is no supernet; .* need one'):
             function(timm.create_model('mixpath_nano'))
         with pytest.raises(UsageError, match='are folded; pass the supernet it was made of'):
             function(reparameterize_model(supernet))
@@ -538,7 +538,7 @@ def test_command_takes_images_as_a_search_does(monkeypatch: pytest.MonkeyPatch) 
     given: list[tuple] = []
     result = StatsResult('x', 1, 2, [], [], {})
     monkeypatch.setattr(
-        'timm_mixpath.analysis.run.stats_checkpoint', lambda *args, **kw: given.append((args, kw)) or result
+        'timm_mixpath.cli.rank.stats_checkpoint', lambda *args, **kw: given.append((args, kw)) or result
     )
     assert cli.main(['stats', '--checkpoint', 'x', '--dataset', 'torch/cifar10', '--search-split', 'test']) == 0
     ((_, _, data), kwargs) = given[0]

@@ -204,7 +204,13 @@ def test_out_of_place_is_the_same_to_the_bit() -> None:
 
 
 @pytest.mark.parametrize(
-    'name', ['mixpath_nano', 'mobilenetv3_small_050', 'mixpath_nb201', 'mobilenetv4_conv_small_050']
+    'name',
+    [
+        'mixpath_nano',
+        'mobilenetv3_small_050',
+        pytest.param('mixpath_nb201', marks=pytest.mark.slow),
+        'mobilenetv4_conv_small_050',
+    ],
 )
 @pytest.mark.parametrize('memory_format', [torch.channels_last, torch.contiguous_format])
 def test_gradient_of_what_is_pooled_has_its_layout(name: str, memory_format: torch.memory_format) -> None:

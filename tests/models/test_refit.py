@@ -16,7 +16,7 @@ from timm_mixpath.utils.errors import UsageError
 FAMILIES = [
     'mobilenetv2_050',
     'mobilenetv3_small_050',
-    'tf_efficientnet_lite0',
+    pytest.param('tf_efficientnet_lite0', marks=pytest.mark.slow),
     'mobilenetv4_conv_small_035',
     'lcnet_050',  # with an activation behind the projection
 ]
@@ -190,7 +190,8 @@ def test_modes_and_dtype_are_kept() -> None:
     assert all(module.momentum is not None for module in net.modules() if isinstance(module, nn.BatchNorm2d))
 
 
-@pytest.mark.parametrize('dtype', [pytest.param(torch.float16, marks=pytest.mark.slow), torch.bfloat16])
+@pytest.mark.slow
+@pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16])
 def test_half_precision(dtype: torch.dtype) -> None:
     source = make_backbone('mobilenetv2_050').double()
     net = make_net(source, smaller('mobilenetv2_050'))

@@ -134,7 +134,7 @@ def teacher(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return output / 'folder'
 
 
-@pytest.mark.parametrize('kind', ['logit', 'feature'])
+@pytest.mark.parametrize('kind', ['logit', pytest.param('feature', marks=pytest.mark.slow)])
 def test_supernet_learns_from_a_teacher(digits: Path, teacher: Path, tmp_path: Path, kind: str) -> None:
     options = dict(kd_model_name=f'local-dir:{teacher}', kd_distill_type=kind, sched='none', model_ema=True)
     plain = train(small_args(digits, tmp_path, experiment='plain', sched='none', epochs=1)).metrics
