@@ -24,6 +24,12 @@ from matplotlib.ticker import MaxNLocator
 from timm_mixpath.analysis.rank_statistics import RankStatistics, rank_correlation
 
 NORMS = {'sbn': ('#3b6fb5', 'SBN'), 'bn': ('#c1272d', 'one BN'), 'none': ('0.45', 'none')}
+# Scores to draw, with their markers
+WAYS = (
+    ('top1', 'o', 'top-1, BN as trained'),
+    ('top1_recalibrated', 's', 'top-1, recalibrated'),
+    ('loss_recalibrated', 'D', 'loss, recalibrated'),
+)
 SPACES = {
     'nb201': 'NAS-Bench-201',
     'nb101': 'NAS-Bench-101 sub-space',
@@ -179,11 +185,12 @@ def print_operations(runs: list[dict[str, Any]]) -> None:
 
 
 def draw(runs: list[dict[str, Any]], path: Path) -> None:
-    """Training loss above, Kendall tau of every seed below, a column per space."""
+    """Training loss and Kendall tau of every seed of each space, below one another if there are several spaces."""
     spaces = {space: title for space, title in SPACES.items() if any(r['space'] == space for r in runs)}
-    figure = Figure(figsize=(5 * len(spaces), 7), dpi=130, layout='constrained')
+    shape = (2, len(spaces)) if len(spaces) > 1 else (1, 2)
+    figure = Figure(figsize=(5 * shape[1], 3.5 * shape[0]), dpi=130, layout='constrained')
     FigureCanvasAgg(figure)
-    axes = figure.subplots(2, len(spaces), squeeze=False)
+    axes = np.reshape(figure.subplots(*shape), (2, len(spaces)))
     for column, (space, title) in enumerate(spaces.items()):
         of_space = sorted((r for r in runs if r['space'] == space), key=lambda r: list(NORMS).index(r['norm']))
         loss, tau = axes[0][column], axes[1][column]
@@ -206,23 +213,27 @@ def draw(runs: list[dict[str, Any]], path: Path) -> None:
             color, label = NORMS[norm]
             labels.append(label if sampling == 'paths' else f'{label},\n{sampling} sampling')
             members = [r for r in of_space if r['norm'] == norm and r['sampling'] == sampling]
-            for shift, score, marker in ((-0.15, 'trained', 'o'), (0.15, 'recalibrated', 's')):
+            for place, (score, marker, _) in enumerate(WAYS):
                 for i, run in enumerate(members):
-                    value = run['ranking']['statistics'][score]['all']['kendall_tau']
-                    at = x + shift + 0.06 * (i - (len(members) - 1) / 2)
-                    tau.plot([at, at], [value['low'], value['high']], color=color, linewidth=1, alpha=0.5)
-                    tau.plot(at, value['value'], marker=marker, color=color, markersize=5)
+                    value = run['statistics'][score].kendall_tau
+                    at = x + 0.25 * (place - 1) + 0.06 * (i - (len(members) - 1) / 2)
+                    tau.plot([at, at], [value.low, value.high], color=color, linewidth=1, alpha=0.5)
+                    tau.plot(at, value.value, marker=marker, color=color, markersize=4)
         yardstick = of_space[0]['ranking']['statistics']['params']['all']['kendall_tau']['value']
         tau.axhline(yardstick, color='0.5', linestyle='--', linewidth=1)
         tau.text(len(settings) - 0.5, yardstick, 'more parameters = better', ha='right', va='bottom', fontsize=8)
         tau.axhline(0, color='0.8', linewidth=0.8)
         n = of_space[0]['ranking']['num_archs']
         tau.set(
-            ylabel=f'Kendall tau over {n} archs', xticks=range(len(settings)), xticklabels=labels, ylim=(-0.65, 1.1)
+            ylabel=f'Kendall tau over {n} archs',
+            xticks=range(len(settings)),
+            xticklabels=labels,
+            xlim=(-0.5, len(settings) - 0.5),
+            ylim=(-0.65, 1.1),
         )
-        tau.plot([], [], 'o', color='0.3', label='BN as trained')
-        tau.plot([], [], 's', color='0.3', label='BN recalibrated')
-        tau.legend(frameon=False, loc='upper left', fontsize=8, ncols=2)
+        for _, marker, label in WAYS:
+            tau.plot([], [], marker, color='0.3', markersize=4, label=label)
+        tau.legend(frameon=False, loc='upper left', fontsize=7, ncols=3, columnspacing=1, handletextpad=0)
         for ax in (loss, tau):
             ax.spines[['top', 'right']].set_visible(False)
     figure.savefig(path)
