@@ -6,7 +6,8 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -116,3 +117,15 @@ def fails(capsys: pytest.CaptureFixture, words: list[str]) -> tuple[int, str]:
     error = capsys.readouterr().err.strip()
     assert 'Traceback' not in error
     return status, error.splitlines()[-1]
+
+
+@contextmanager
+def full_disk(limit: int) -> Iterator[None]:
+    """Within the context no file of this process can grow beyond a number of bytes."""
+    resource = pytest.importorskip('resource')  # Windows has none
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import timm
 import torch
+from commands import fails, full_disk
 from safetensors import safe_open
 
 from timm_mixpath import cli, sample
@@ -175,15 +176,13 @@ def test_existing_output_is_not_overwritten(supernet_run: Path, tmp_path: Path) 
     assert (tmp_path / 'model' / 'mine.txt').read_text() == 'precious'
 
 
-def test_failed_save_leaves_nothing(supernet_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def broken(model, folder, **kwargs):
-        Path(folder, 'model.safetensors').write_text('half')
-        raise OSError('disk full')
-
-    monkeypatch.setattr('timm_mixpath.hub.export.save_for_hf', broken)
-    with pytest.raises(OSError, match='disk full'):
-        export(supernet_run / 'last.pth.tar', tmp_path / 'model')
-    assert list(tmp_path.iterdir()) == []
+def test_full_disk_is_one_sentence_and_leaves_nothing(capsys, supernet_run: Path, tmp_path: Path) -> None:
+    """safetensors has an exception of its own for a file that it can not write to its end."""
+    words = ['export', '--checkpoint', str(supernet_run / 'last.pth.tar'), '--output', str(tmp_path / 'model')]
+    with full_disk(50_000):
+        status, message = fails(capsys, words)
+    assert status == 1 and 'model folder can not be written' in message and 'make room on the disk' in message
+    assert not list(tmp_path.iterdir())
 
 
 def test_weights_are_safetensors_only(supernet_run: Path, tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import timm
 import torch
-from commands import fails, torchrun
+from commands import fails, full_disk, torchrun
 from conftest import small_args
 from safetensors.torch import save_file
 
@@ -75,20 +75,15 @@ def test_options_of_something_else_are_no_checkpoint(tmp_path: Path, options: An
 
 def test_full_disk_is_one_sentence_and_loses_nothing(digits: Path, supernet_run: Path, tmp_path: Path) -> None:
     """torch has an exception of its own for a file that it can not write to its end."""
-    resource = pytest.importorskip('resource')
     folder = shutil.copytree(supernet_run, tmp_path / 'run')
     last = folder / 'last.pth.tar'
     before = last.read_bytes()
     args = small_args(digits, tmp_path, resume=str(last), epochs=3)
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) // 2, hard))
-    try:
+    with full_disk(len(before) // 2):
         with pytest.raises(RunError, match=r'^checkpoint .* can not be written .* go on from it$'):
             train(args)
         with pytest.raises(RunError, match=r'^checkpoint .* can not be written'):
             write_checkpoint(tmp_path / 'first.pth.tar', torch.nn.Linear(2000, len(before) // 2000), args)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert last.read_bytes() == before
     assert not (tmp_path / 'first.pth.tar').exists() and not list(tmp_path.rglob('*tmp*'))
     assert train(args).output_dir == folder  # there is room again

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from timm.data import ImageNetInfo
 from timm.models import save_for_hf
 from torch import nn
@@ -18,7 +19,7 @@ from ..search.accuracy import recalibrate_bn
 from ..search.images import SearchData, open_search_split, recalibration_batches
 from ..spaces.arch import Arch
 from ..train.checkpoint import load_model, set_img_size
-from ..utils.errors import UsageError
+from ..utils.errors import RunError, UsageError, concise
 from ..utils.files import write_dir_atomic
 from .records import find_label_names
 
@@ -100,6 +101,10 @@ def save_model(
         data_config: Input size, mean, std and resizing it was trained with.
         label_names: Class names in the order of their index, unknown if None.
         dtype: See `export`.
+
+    Raises:
+        UsageError: The output exists, there is no such dtype, or a weight is out of its range.
+        RunError: The output can't be written.
     """
     with write_dir_atomic(output) as folder:
         write_model(model, folder, data_config, label_names, dtype=dtype)
@@ -126,6 +131,7 @@ def write_model(
 
     Raises:
         UsageError: There is no such dtype, or a weight is out of its range.
+        RunError: The folder can't be written.
     """
     model_config: dict[str, Any] = {'pretrained_cfg': dict(pretrained_cfg or {})}
     if label_names:
@@ -146,7 +152,10 @@ def write_model(
                 raise UsageError(
                     f'{name} of the {type(model).__name__} does not fit into {dtype}; store it as bfloat16 or float32'
                 )
-    save_for_hf(stored, str(folder), model_config=model_config, safe_serialization=True, data_config=data_config)
+    try:
+        save_for_hf(stored, str(folder), model_config=model_config, safe_serialization=True, data_config=data_config)
+    except (OSError, SafetensorError) as e:
+        raise RunError(f'the model folder can not be written ({concise(e)}); make room on the disk') from e
 
 
 def _own_descriptions(model: nn.Module, label_names: Sequence[str]) -> dict[str, str]:
