@@ -22,6 +22,17 @@ def pytest_configure() -> None:
     torch.set_num_threads(int(os.environ.setdefault('OMP_NUM_THREADS', '1')))  # of the processes that it starts, too
 
 
+# Files that take longest: a process that gets one of them last works on alone
+_LONGEST = (
+    *('test_backbone', 'test_loop', 'test_adapt', 'test_supernet', 'test_checkpoint', 'test_distill'),
+    *('test_recipes', 'test_timm_suite', 'test_recovery', 'test_data_parallel', 'test_streams'),
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: item.path.stem not in _LONGEST)
+
+
 @pytest.fixture(scope='session')
 def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Image folder of real handwritten digits: 200 for training, 50 for validation, 10 classes."""

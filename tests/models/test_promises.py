@@ -20,8 +20,9 @@ from timm.utils import reparameterize_model
 every_model = pytest.mark.parametrize('key', list(MODELS))
 on_mixnet_m = pytest.mark.parametrize('key', ON_MIXNET_M)
 # For what takes a while: s3 has all that a and b have, groups and sums
-_heavy_keys = [pytest.param(key, marks=pytest.mark.slow) if key in ('a', 'b') else key for key in MODELS]
-every_model_if_slow = pytest.mark.parametrize('key', _heavy_keys)
+_heavy = {key: pytest.param(key, marks=pytest.mark.slow) for key in ('a', 'b')}
+every_model_if_slow = pytest.mark.parametrize('key', [_heavy.get(key, key) for key in MODELS])
+on_mixnet_m_if_slow = pytest.mark.parametrize('key', [_heavy.get(key, key) for key in ON_MIXNET_M])
 
 
 @functools.cache
@@ -64,7 +65,7 @@ def test_features_only_with_weights_of_the_whole_model(key: str, weights: str) -
             torch.testing.assert_close(feature, expected[index])
 
 
-@on_mixnet_m
+@on_mixnet_m_if_slow
 @pytest.mark.parametrize('output_stride', [8, 32])
 def test_features_are_those_of_mixnet_m(key: str, output_stride: int) -> None:
     kwargs = dict(features_only=True, output_stride=output_stride)
@@ -76,7 +77,7 @@ def test_features_are_those_of_mixnet_m(key: str, output_stride: int) -> None:
     assert features[-1].shape[-1] == 64 // output_stride
 
 
-@on_mixnet_m
+@on_mixnet_m_if_slow
 @pytest.mark.parametrize('output_stride', [8, 16])
 def test_dilation_is_that_of_mixnet_m(key: str, output_stride: int) -> None:
     def grid(model: nn.Module) -> list[set]:
@@ -134,7 +135,7 @@ def test_classifier(key: str) -> None:
     assert model(x).shape == (2, 3)
 
 
-@every_model
+@every_model_if_slow
 @pytest.mark.parametrize(('global_pool', 'factor'), [('avg', 1), ('max', 1), ('avgmax', 1), ('catavgmax', 2), ('', 0)])
 def test_no_classes_gives_pooled_features(key: str, global_pool: str, factor: int) -> None:
     model = create(key, num_classes=0, global_pool=global_pool).eval()
@@ -266,7 +267,7 @@ def test_batch_norm_arguments(key: str, kwargs: dict) -> None:
     }
 
 
-@on_mixnet_m
+@on_mixnet_m_if_slow
 @pytest.mark.parametrize(
     'kwargs',
     [dict(act_layer='gelu'), dict(act_layer=nn.PReLU), dict(norm_layer='groupnorm1'), dict(norm_layer='layernorm2d')],
@@ -328,7 +329,7 @@ def test_drop_rates_work_in_training_only(key: str) -> None:
     assert not torch.equal(model.forward_features(make_input(key)), model.forward_features(make_input(key)))
 
 
-@every_model
+@every_model_if_slow
 @pytest.mark.parametrize('size', [1, 16, 33])
 def test_small_inputs_work(key: str, size: int) -> None:
     x = torch.randn(1, 3, size, size + 1, generator=torch.Generator().manual_seed(0))

@@ -137,8 +137,18 @@ def test_channel_groups_equal_reference(m, sbn):
         torch.testing.assert_close(supernet(x), y_ref, rtol=1e-8, atol=1e-8)
 
 
-@pytest.mark.parametrize('kwargs', [dict(), dict(m=2), dict(m=2, sum_norm='bn'), dict(m=4, width_mult=0.6)], ids=str)
-@pytest.mark.parametrize('name', ['s2', 's3'])
+@pytest.mark.parametrize(
+    'name, kwargs',
+    [
+        ('s2', {}),
+        ('s3', {}),
+        ('s3', dict(m=2)),
+        ('s3', dict(m=2, sum_norm='bn')),
+        pytest.param('s2', dict(m=2, sum_norm='bn'), marks=pytest.mark.slow),
+        pytest.param('s2', dict(m=4, width_mult=0.6), marks=pytest.mark.slow),
+        pytest.param('s3', dict(m=4, width_mult=0.6), marks=pytest.mark.slow),
+    ],
+)
 def test_extracted_imagenet_network_equals_supernet(name, kwargs):
     torch.manual_seed(0)
     supernet = reference.perturb(timm.create_model(f'mixpath_{name}_supernet', num_classes=10, **kwargs))
@@ -583,7 +593,7 @@ FAMILIES = {
 def test_frozen_as_timm_freezes(name):
     supernet = reference.perturb(timm.create_model(name, **FAMILIES[name])).eval()
     names = supernet.state_dict().keys()
-    for step in range(4):
+    for step in range(2):
         arch = supernet.space.arch(sample(supernet.space, seed=0, step=step))
         frozen = copy.deepcopy(supernet)
         timm.utils.freeze(frozen)
@@ -615,7 +625,7 @@ def test_functional_call(name):
     weights = {key: value.detach() * 1.5 for key, value in supernet.named_parameters()}
     scaled = copy.deepcopy(supernet)
     scaled.load_state_dict({**scaled.state_dict(), **weights})
-    for step in range(4):
+    for step in range(2):
         scaled.active_arch = supernet.active_arch = sample(supernet.space, seed=0, step=step)
         y = torch.func.functional_call(supernet, weights, (make_input(),))
         torch.testing.assert_close(y, scaled(make_input()), rtol=1e-5, atol=1e-5)

@@ -51,6 +51,7 @@ def test_golden_values(name, m, seed, step, arch):
     assert sample(get_space(name, m), seed=seed, step=step) == arch
 
 
+@pytest.mark.slow
 def test_same_in_another_process():
     code = (
         'import random, torch\n'

@@ -210,7 +210,9 @@ def averaged_run(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
     return train(args).output_dir / 'last.pth.tar'
 
 
-@pytest.mark.parametrize('opts', [('sgd', 'adamw'), ('adamw', 'sgd'), ('sgd', 'lamb')])
+@pytest.mark.parametrize(
+    'opts', [('sgd', 'adamw'), *(pytest.param(o, marks=pytest.mark.slow) for o in (('adamw', 'sgd'), ('sgd', 'lamb')))]
+)
 def test_another_optimizer(digits: Path, tmp_path: Path, opts: tuple[str, str]) -> None:
     first, second = opts
     last = train(small_args(digits, tmp_path, epochs=1, opt=first, lr=1e-3)).output_dir / 'last.pth.tar'

@@ -181,8 +181,10 @@ def test_teacher_of_other_classes_is_refused(digits: Path, teacher: Path, tmp_pa
         train(small_args(digits, tmp_path, kd_model_name=f'local-dir:{teacher}', kd_distill_type='token'))
 
 
-@pytest.mark.parametrize('kind', ['logit', 'feature'])
-@pytest.mark.parametrize('in_chans', [3, 1])
+@pytest.mark.parametrize(
+    'kind, in_chans',
+    [('logit', 3), ('feature', 1), *(pytest.param(*p, marks=pytest.mark.slow) for p in (('feature', 3), ('logit', 1)))],
+)
 def test_teacher_gets_images_as_it_was_trained(
     digits: Path, teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, in_chans: int
 ) -> None:
@@ -203,8 +205,15 @@ def test_teacher_gets_images_as_it_was_trained(
     torch.testing.assert_close(inputs['teacher'], (pixels - column(mean)) / column(std), atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize('kind', ['logit', 'feature'])
-@pytest.mark.parametrize('img_size', [None, 16, 24])
+@pytest.mark.parametrize(
+    'kind, img_size',
+    [
+        ('logit', None),
+        ('logit', 24),
+        ('feature', 24),
+        *(pytest.param(*p, marks=pytest.mark.slow) for p in (('feature', None), ('logit', 16), ('feature', 16))),
+    ],
+)
 def test_teacher_gets_images_of_its_own_size(
     digits: Path, teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, img_size: int | None
 ) -> None:

@@ -48,7 +48,19 @@ def test_stock_options_are_those_of_the_script() -> None:
     assert {o.replace('-', '_') for o in found} >= set(STOCK_OPTIONS)
 
 
-@pytest.mark.parametrize('name', RECIPES)
+# Large models that another recipe trains, too
+LARGE = {
+    'mixpath_a_imagenette',
+    'mixpath_b_imagenet',
+    'nb101_supernet_gpu',
+    'nb201_supernet_gpu',
+    's1_supernet_cifar10',
+    's2_supernet_imagenette',
+    's3_supernet_imagenet',
+}
+
+
+@pytest.mark.parametrize('name', [pytest.param(n, marks=pytest.mark.slow) if n in LARGE else n for n in RECIPES])
 def test_recipe_parses_and_trains_a_step(name: str, digits: Path, tmp_path: Path) -> None:
     p = parser()
     config = apply_config(p, recipe_dir() / f'{name}.yaml')
