@@ -23,6 +23,7 @@ from pathlib import Path
 import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from timm_mixpath.analysis.rank_statistics import RankStatistics, rank_correlation, seed_agreement
 
@@ -299,6 +300,9 @@ def draw(rankings: Rankings, path: Path) -> None:
         left.axhspan(low, high, color='0.5', alpha=0.12, linewidth=0)
         left.axhline(best, color='0.3', linewidth=1, label='scores without error (noise of the table, estimated)')
     left.axhline(0, color='0.8', linewidth=0.8)
+    left.xaxis.set_major_locator(MaxNLocator(integer=True))
+    low, high = left.get_xlim()
+    left.set_xlim(min(low, high - 2), max(high, low + 2))  # also where all are of the same epoch
     has_start = any(group[1] == 0 for group in rankings.groups)
     left.set(
         title=f'{len(table.archs)} archs, {table.macs.min() / 1e6:.2f} to {table.macs.max() / 1e6:.2f} M multiply-adds',
