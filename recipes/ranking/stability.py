@@ -72,6 +72,7 @@ def draw(losses: Losses, path: Path) -> None:
                 ax.plot(x, [min(y, top) for y in measured], style, marker='o', markersize=4, color=color, label=label)
                 lost = [x_ for x_, y in zip(x, found) if y is not None and math.isnan(y)]
                 ax.plot(lost, [top] * len(lost), 'x', color=color, markersize=6, linestyle='none')
+            ax.set_visible(any((norm, m, lr, clip) in losses for norm in NORMS for lr in rates))
             ax.axhline(GUESS, color='0.8', linewidth=0.8)
             ax.set_xticks([math.log2(lr) for lr in rates], [f'{lr:g}' for lr in rates])
             ax.set_title(f'm = {m}, {clipping(clip)}', fontsize=9)
