@@ -39,18 +39,17 @@ for name, archs in ('random', draw_archs('mixpath_nano', 20)), ('band', band):
 P
 
 teacher() {
-    local folder=$OUTPUT/teacher resume=()
+    local folder=$OUTPUT/teacher
     [ ! -e "$folder/model" ] || return 0
-    [ -e "$folder/last.pth.tar" ] && resume=(--resume "$folder/last.pth.tar")
     # shellcheck disable=SC2086
     timm-mixpath train -c "$RECIPES/nano_cifar10.yaml" --input-size 3 16 16 --epochs 12 --val-interval 12 \
         --cache-images --cpu-kernels --search-holdout 0.1 $DATA --output "$OUTPUT" --experiment teacher \
-        "${resume[@]}" >> "$OUTPUT/teacher.log" 2>&1 || return 1
+        --resume auto >> "$OUTPUT/teacher.log" 2>&1 || return 1
     timm-mixpath export --checkpoint "$folder/last.pth.tar" --output "$folder/model" >> "$OUTPUT/teacher.log" 2>&1
 }
 
 one() {
-    local run=${1%-*} seed=${1#*-} folder=$OUTPUT/$1 kwargs resume=() options=() length=12 after='3 6 12' epochs table
+    local run=${1%-*} seed=${1#*-} folder=$OUTPUT/$1 kwargs options=() length=12 after='3 6 12' epochs table
     local ranking
     case $run in
         sbn) kwargs=(m=2) ;;
@@ -66,11 +65,10 @@ one() {
         *) echo "no job is called $1" >&2; return 1 ;;
     esac
     if [ ! -e "$folder/trained" ]; then
-        [ -e "$folder/last.pth.tar" ] && resume=(--resume "$folder/last.pth.tar")
         # shellcheck disable=SC2086
         timm-mixpath train -c "$RECIPES/nano_supernet_cifar10.yaml" --input-size 3 16 16 \
             --epochs "$length" --cache-images --cpu-kernels $DATA --seed "$seed" --model-kwargs "${kwargs[@]}" \
-            --checkpoint-hist 99 "${options[@]}" --output "$OUTPUT" --experiment "$1" "${resume[@]}" >> "$OUTPUT/$1.log" 2>&1 || return 1
+            --checkpoint-hist 99 "${options[@]}" --output "$OUTPUT" --experiment "$1" --resume auto >> "$OUTPUT/$1.log" 2>&1 || return 1
         touch "$folder/trained"
     fi
     for table in band random; do

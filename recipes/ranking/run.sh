@@ -20,7 +20,7 @@ export OMP_NUM_THREADS=1
 one() {
     local space=$1 norm=$2 sampling=$3 seed=$4
     local run=$space-$norm-$sampling-$seed
-    local folder=$OUTPUT/$run table=$TABLES/nb201.csv resume=() kwargs=(num_cells=1) archs=(--num-archs 500)
+    local folder=$OUTPUT/$run table=$TABLES/nb201.csv kwargs=(num_cells=1) archs=(--num-archs 500)
     local recipe=$RECIPES/nb201_supernet.yaml options=() images=(--num-images 2000 --recalibration-images 512)
     case $space in
         nb201) ;;
@@ -36,9 +36,8 @@ one() {
     esac
     [ -e "$folder/rank/ranking.json" ] && return
     if [ ! -e "$folder/trained" ]; then
-        [ -e "$folder/last.pth.tar" ] && resume=(--resume "$folder/last.pth.tar")
         # shellcheck disable=SC2086
-        timm-mixpath train -c "$recipe" --cache-images "${options[@]}" $DATA --seed "$seed" "${resume[@]}" \
+        timm-mixpath train -c "$recipe" --cache-images "${options[@]}" $DATA --seed "$seed" --resume auto \
             --model-kwargs "${kwargs[@]}" sum_norm="$norm" sampling="$sampling" \
             --output "$OUTPUT" --experiment "$run" >> "$OUTPUT/$run.log" 2>&1 || return 1
         touch "$folder/trained"

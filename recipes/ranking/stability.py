@@ -56,32 +56,31 @@ def print_table(losses: Losses) -> None:
 
 
 def draw(losses: Losses, path: Path) -> None:
-    clips = sorted({c for *_, c in losses}, reverse=True)
-    paths = sorted({m for _, m, _, _ in losses})
+    panels = sorted({(clip, m) for _, m, _, clip in losses}, key=lambda panel: (panel[0] != 'none', panel[1]))
     rates = sorted({lr for _, _, lr, _ in losses})
-    figure = Figure(figsize=(3.4 * len(paths), 3.0 * len(clips)), dpi=130, layout='constrained')
+    columns = min(len(panels), 4)
+    rows = math.ceil(len(panels) / columns)
+    figure = Figure(figsize=(3.0 * columns, 3.0 * rows), dpi=130, layout='constrained')
     FigureCanvasAgg(figure)
-    axes = figure.subplots(len(clips), len(paths), sharex=True, sharey=True, squeeze=False)
+    axes = [figure.add_subplot(rows, columns, index + 1) for index in range(len(panels))]
     top = GUESS * 1.12
-    for row, clip in zip(axes, clips):
-        for ax, m in zip(row, paths):
-            for shift, (norm, (label, color, style)) in enumerate(NORMS.items()):
-                found = [losses.get((norm, m, lr, clip)) for lr in rates]
-                x = [math.log2(lr) + (shift - 0.5) * 0.12 for lr in rates]
-                measured = [math.nan if y is None else y for y in found]
-                ax.plot(x, [min(y, top) for y in measured], style, marker='o', markersize=4, color=color, label=label)
-                lost = [x_ for x_, y in zip(x, found) if y is not None and math.isnan(y)]
-                ax.plot(lost, [top] * len(lost), 'x', color=color, markersize=6, linestyle='none')
-            ax.set_visible(any((norm, m, lr, clip) in losses for norm in NORMS for lr in rates))
-            ax.axhline(GUESS, color='0.8', linewidth=0.8)
-            ax.set_xticks([math.log2(lr) for lr in rates], [f'{lr:g}' for lr in rates])
-            ax.set_title(f'm = {m}, {clipping(clip)}', fontsize=9)
-            ax.spines[['top', 'right']].set_visible(False)
-    for ax in axes[-1]:
-        ax.set_xlabel('highest learning rate (SGD)')
-    for row in axes:
-        row[0].set_ylabel('loss, last half (nats)')
-    axes[0][0].legend(frameon=False, fontsize=8)
+    for ax, (clip, m) in zip(axes, panels):
+        if ax is not axes[0]:
+            ax.sharey(axes[0])
+        for shift, (norm, (label, color, style)) in enumerate(NORMS.items()):
+            found = [losses.get((norm, m, lr, clip)) for lr in rates]
+            x = [math.log2(lr) + (shift - 0.5) * 0.12 for lr in rates]
+            measured = [math.nan if y is None else y for y in found]
+            ax.plot(x, [min(y, top) for y in measured], style, marker='o', markersize=4, color=color, label=label)
+            lost = [x_ for x_, y in zip(x, found) if y is not None and math.isnan(y)]
+            ax.plot(lost, [top] * len(lost), 'x', color=color, markersize=6, linestyle='none')
+        ax.axhline(GUESS, color='0.8', linewidth=0.8)
+        ax.set_xticks([math.log2(lr) for lr in rates], [f'{lr:g}' for lr in rates])
+        ax.set_title(f'm = {m}, {clipping(clip)}', fontsize=9)
+        ax.spines[['top', 'right']].set_visible(False)
+    figure.supxlabel('highest learning rate (SGD)', fontsize=9)
+    figure.supylabel('loss, last half (nats)', fontsize=9)
+    axes[0].legend(frameon=False, fontsize=8)
     figure.savefig(path)
 
 

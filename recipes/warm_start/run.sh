@@ -39,10 +39,8 @@ train() {
     local name=$1
     shift
     [ -e "$output/$name/trained" ] && return
-    local resume=()
-    [ -e "$output/$name/last.pth.tar" ] && resume=(--resume "$output/$name/last.pth.tar")
     timm-mixpath train -c "$recipe" --data-dir "$data" --val-split validation --cpu-kernels --checkpoint-hist 99 \
-        --output "$output" --experiment "$name" "${resume[@]}" "$@"
+        --output "$output" --experiment "$name" --resume auto "$@"
     touch "$output/$name/trained"
 }
 

@@ -11,8 +11,9 @@ from timm.models import get_pretrained_cfg
 
 from ..models.backbone import check_backbone, check_weights
 from ..utils.errors import UsageError
+from ..utils.numbers import check_at_least
 from ..utils.precision import AMP_DTYPES
-from .common import check_at_least, describe_job
+from .common import describe_job
 
 __all__ = ['AdaptConfig', 'as_begun', 'check_config', 'find_reused']
 

@@ -32,7 +32,6 @@ __all__ = [
     'add_latency_limit',
     'add_model_options',
     'add_user_images',
-    'check_at_least',
     'check_single_process',
     'create_supernet',
     'describe_job',
@@ -188,21 +187,6 @@ def check_single_process(command: str) -> None:
         )
 
 
-def check_at_least(config: Any, bounds: Mapping[str, int]) -> None:
-    """Check numbers of a job before anything is done that a wrong one would end hours later.
-
-    Args:
-        config: Job.
-        bounds: The least value by the name of the option; None is allowed where it is a default.
-
-    Raises:
-        UsageError: One is below.
-    """
-    for option, least in bounds.items():
-        if (number := getattr(config, option)) is not None and number < least:
-            raise UsageError(f'--{option.replace("_", "-")} {number} must be at least {least}')
-
-
 @contextmanager
 def job_folder(output: str | os.PathLike, config: Any, name: str) -> Iterator[Path]:
     """Make the folder of a job, keep there what the job is, and check that it is the one that the folder holds.
@@ -299,7 +283,7 @@ def user_images(config: Any, data_dir: str | None) -> tuple[dict[str, Any], list
     return {**opened, 'train_split': config.train_split, 'val_split': config.val_split}, names, len(train_set)
 
 
-def open_user_images(options: Mapping[str, Any], split: str) -> 'Dataset':
+def open_user_images(options: Mapping[str, Any], split: str) -> Dataset:
     """Open a split of what `user_images` has found."""
     keys = {key: options[key] for key in ('class_map', 'input_key', 'target_key')}
     return open_dataset(options['dataset'], options['data_dir'], split, download=options['dataset_download'], **keys)

@@ -23,10 +23,9 @@ from ..train.loop import train_or_resume
 from ..train.options import default_args
 from ..utils.errors import UsageError, as_usage_error
 from ..utils.files import write_dir_atomic
-from ..utils.numbers import parse_count
+from ..utils.numbers import check_at_least, parse_count
 from .common import (
     add_user_images,
-    check_at_least,
     check_single_process,
     from_args,
     job_folder,

@@ -169,7 +169,7 @@ def _print_files(target: str, folder: Path, files: list[str]) -> None:
         print(f'  {(folder / file).stat().st_size:>12,}  {folder / file}')
 
 
-def _print_result(result: 'PushResult') -> None:
+def _print_result(result: PushResult) -> None:
     if result.created:
         print(f'pushed to {result.url}, commit {result.commit[:12]}: {", ".join(result.files)}')
     else:

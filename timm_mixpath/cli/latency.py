@@ -114,7 +114,7 @@ def _measure_table(args: argparse.Namespace) -> None:
         )
 
 
-def _supernet(args: argparse.Namespace) -> 'tuple[Supernet, tuple[int, int, int] | None]':
+def _supernet(args: argparse.Namespace) -> tuple[Supernet, tuple[int, int, int] | None]:
     input_size = tuple(args.input_size) if args.input_size else None
     if args.checkpoint:
         loaded = load_supernet(args.checkpoint, 'latency table', 0, like(args))
@@ -136,7 +136,7 @@ def _supernet(args: argparse.Namespace) -> 'tuple[Supernet, tuple[int, int, int]
     return supernet.eval(), input_size
 
 
-def _archs(texts: list[str], supernet: 'Supernet') -> list[str]:
+def _archs(texts: list[str], supernet: Supernet) -> list[str]:
     archs: list[str] = []
     for text in texts:
         if text.endswith('.json'):
@@ -148,7 +148,7 @@ def _archs(texts: list[str], supernet: 'Supernet') -> list[str]:
         return [supernet.space.arch(arch) for arch in archs]
 
 
-def _measure(supernet: 'Supernet', archs: list[str], table: 'LatencyTable', device: str | None) -> None:
+def _measure(supernet: Supernet, archs: list[str], table: LatencyTable, device: str | None) -> None:
     require_scipy()
     cost = cost_table(supernet, table.input_size)
     table.add_to(cost)

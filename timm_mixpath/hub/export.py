@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from timm.data import ImageNetInfo
 from timm.models import save_for_hf
 from torch import nn
@@ -19,8 +18,8 @@ from ..search.accuracy import recalibrate_bn
 from ..search.images import SearchData, open_search_split, recalibration_batches
 from ..spaces.arch import Arch
 from ..train.checkpoint import load_model, set_img_size
-from ..utils.errors import RunError, UsageError, concise
-from ..utils.files import write_dir_atomic
+from ..utils.errors import UsageError
+from ..utils.files import needs_room, write_dir_atomic
 from .records import find_label_names
 
 __all__ = ['DTYPES', 'export', 'save_model']
@@ -152,10 +151,8 @@ def write_model(
                 raise UsageError(
                     f'{name} of the {type(model).__name__} does not fit into {dtype}; store it as bfloat16 or float32'
                 )
-    try:
+    with needs_room('the model folder'):
         save_for_hf(stored, str(folder), model_config=model_config, safe_serialization=True, data_config=data_config)
-    except (OSError, SafetensorError) as e:
-        raise RunError(f'the model folder can not be written ({concise(e)}); make room on the disk') from e
 
 
 def _own_descriptions(model: nn.Module, label_names: Sequence[str]) -> dict[str, str]:

@@ -5,8 +5,7 @@ import logging
 import os
 import shutil
 from argparse import Namespace
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from pickle import UnpicklingError
@@ -23,7 +22,7 @@ from ..models.backbone import BackboneNet, BackboneSupernet, describe_origin, is
 from ..models.pretrained import PREPROCESSING, SOURCE_KEYS, config_beside, preprocessing_beside, readable
 from ..models.supernet import Supernet
 from ..utils.errors import RunError, UsageError, as_usage_error, concise
-from ..utils.files import write_atomic
+from ..utils.files import needs_room, write_atomic
 from ..utils.hub_client import fetch_model
 from .recovery import RECOVERY
 
@@ -49,27 +48,25 @@ __all__ = [
 ]
 
 
-@contextmanager
-def _on_disk(path: str | os.PathLike) -> Iterator[None]:
-    """Remove what the block has written of a checkpoint where it fails, and say so: torch raises types of its own."""
-    try:
-        yield
-    except (OSError, RuntimeError) as e:
-        Path(path).unlink(missing_ok=True)
-        raise RunError(
-            f'checkpoint {str(path)!r} can not be written ({concise(e)}); what was there before is whole, make room '
-            'on the disk and go on from it'
-        ) from e
+def _writing(path: str | os.PathLike) -> AbstractContextManager[None]:
+    return needs_room(
+        f'checkpoint {os.fspath(path)!r}',
+        'what was there before is whole, make room on the disk and go on from it',
+    )
 
 
 class AtomicCheckpointSaver(CheckpointSaver):
     """timm's saver without its moment, between unlink and rename, in which `last.pth.tar` does not exist."""
 
     def _save(self, save_path: str, epoch: int, metric: float | None = None) -> None:
-        with _on_disk(save_path):
-            super()._save(save_path, epoch, metric)
-            with open(save_path, 'rb') as f:
-                os.fsync(f.fileno())
+        with _writing(save_path):
+            try:
+                super()._save(save_path, epoch, metric)
+                with open(save_path, 'rb') as f:
+                    os.fsync(f.fileno())
+            except BaseException:
+                Path(save_path).unlink(missing_ok=True)
+                raise
 
     def recover(self, epoch: int, progress: dict[str, Any]) -> None:
         """Write a checkpoint within an epoch, whole or not at all.
@@ -184,7 +181,7 @@ def write_checkpoint(path: str | os.PathLike, model: nn.Module, args: Namespace)
     Raises:
         RunError: It can't be written.
     """
-    with write_atomic(path) as temporary, _on_disk(temporary), open(temporary, 'wb') as f:
+    with _writing(path), write_atomic(path) as temporary, open(temporary, 'wb') as f:
         torch.save({'arch': args.model, 'state_dict': model.state_dict(), 'args': args}, f)
         f.flush()
         os.fsync(f.fileno())

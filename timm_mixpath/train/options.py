@@ -13,7 +13,7 @@ from timm.utils import ParseKwargs
 
 from ..models.compiled import check_compile
 from ..utils.errors import UsageError
-from ..utils.numbers import parse_epochs, parse_float, parse_share
+from ..utils.numbers import check_at_least, parse_epochs, parse_float, parse_share
 from ..utils.precision import add_amp_options
 from ..utils.recipes import find_recipe
 from .data import HOLDOUT_SPLIT
@@ -415,9 +415,8 @@ _NAMES = {
 def check_values(args: Namespace) -> None:
     if not args.model:
         raise UsageError('no model: pass --model NAME, or a recipe with -c (`timm-mixpath recipes` lists them)')
-    for name in ('batch_size', 'grad_accum_steps', 'checkpoint_hist', 'epochs', 'val_interval', 'log_interval'):
-        if getattr(args, name) < 1:
-            raise UsageError(f'--{name.replace("_", "-")} {getattr(args, name)} must be at least 1')
+    positive = ('batch_size', 'grad_accum_steps', 'checkpoint_hist', 'epochs', 'val_interval', 'log_interval')
+    check_at_least(args, dict.fromkeys((*positive, 'validation_batch_size', 'in_chans'), 1))
     if args.workers < 0:
         raise UsageError(f'--workers {args.workers} must not be negative')
     if mixup_active(args) and args.batch_size % 2:
@@ -440,10 +439,6 @@ def check_values(args: Namespace) -> None:
         raise UsageError(f'--seed {args.seed} is out of range, allowed are 0 to {2**31 - 1}')
     if args.clip_grad is not None and args.clip_grad <= 0:
         raise UsageError(f'--clip-grad {args.clip_grad} must be positive')
-    if args.validation_batch_size is not None and args.validation_batch_size < 1:
-        raise UsageError(f'--validation-batch-size {args.validation_batch_size} must be at least 1')
-    if args.in_chans is not None and args.in_chans < 1:
-        raise UsageError(f'--in-chans {args.in_chans} must be at least 1')
     if args.initial_checkpoint and not Path(args.initial_checkpoint).is_file():
         raise UsageError(f'--initial-checkpoint {args.initial_checkpoint!r} is not a file')
     check_distillation(args)

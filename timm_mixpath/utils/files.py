@@ -8,9 +8,19 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO
 
-from .errors import RunError, UsageError
+from safetensors import SafetensorError
 
-__all__ = ['lock_file', 'make_output_dir', 'new_output_dir', 'write_atomic', 'write_dir_atomic', 'write_text']
+from .errors import RunError, UsageError, concise
+
+__all__ = [
+    'lock_file',
+    'make_output_dir',
+    'needs_room',
+    'new_output_dir',
+    'write_atomic',
+    'write_dir_atomic',
+    'write_text',
+]
 
 
 @contextmanager
@@ -27,6 +37,25 @@ def write_atomic(path: str | os.PathLike) -> Iterator[Path]:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def needs_room(what: str, advice: str = 'make room on the disk') -> Iterator[None]:
+    """Turn what is raised where a file can't be written to its end into one sentence.
+
+    Python raises an OSError there, torch a RuntimeError and safetensors an error of its own.
+
+    Args:
+        what: What is written.
+        advice: What to do then.
+
+    Raises:
+        RunError: The block raised one of these; the cause is chained.
+    """
+    try:
+        yield
+    except (OSError, RuntimeError, SafetensorError) as e:
+        raise RunError(f'{what} can not be written ({concise(e)}); {advice}') from e
 
 
 def write_text(path: str | os.PathLike, content: str) -> None:

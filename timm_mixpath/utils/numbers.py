@@ -4,10 +4,22 @@ import math
 import operator
 import re
 from argparse import ArgumentTypeError
+from collections.abc import Mapping
 from decimal import Decimal
 from typing import Any
 
-__all__ = ['as_int', 'as_whole', 'parse_count', 'parse_epochs', 'parse_float', 'parse_milliseconds', 'parse_share']
+from .errors import UsageError
+
+__all__ = [
+    'as_int',
+    'as_whole',
+    'check_at_least',
+    'parse_count',
+    'parse_epochs',
+    'parse_float',
+    'parse_milliseconds',
+    'parse_share',
+]
 
 _PLAIN = r'\d+(?:\.\d*)?|\.\d+'
 _GROUPED = r'\d{1,3}(?:_\d{3})+(?:\.\d*)?|\d{1,3}(?:,\d{3})+(?:\.\d*)?|\d+(?:_\d+)+'
@@ -32,6 +44,21 @@ def as_int(value: Any) -> Any:
 def as_whole(value: Any) -> Any:
     """Return a float of a whole number as an integer, and anything else as it is."""
     return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+def check_at_least(options: Any, bounds: Mapping[str, int]) -> None:
+    """Check numbers among options before anything is done that a wrong one would end hours later.
+
+    Args:
+        options: Their attributes are the options.
+        bounds: The least value by the name of the option; None, where an option has it, is no number.
+
+    Raises:
+        UsageError: One is below.
+    """
+    for name, least in bounds.items():
+        if (number := getattr(options, name)) is not None and number < least:
+            raise UsageError(f'--{name.replace("_", "-")} {number} must be at least {least}')
 
 
 def parse_count(text: str) -> int:
