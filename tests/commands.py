@@ -21,6 +21,7 @@ from timm_mixpath.train import default_args
 
 TESTS = Path(__file__).parent
 TRAIN_SCRIPT = os.environ.get('TIMM_TRAIN_SCRIPT')  # train.py of a clone of pytorch-image-models
+HUNG = 900  # seconds after which a process never ends; a busy machine may need some of those, a free one seconds
 
 
 def assert_equal(a: Any, b: Any, path: str = '') -> None:
@@ -72,7 +73,7 @@ def torchrun_of_users(*words: str, **more: str) -> subprocess.CompletedProcess:
     launch = ['-m', 'torch.distributed.run', '--nproc_per_node=2', '--rdzv-backend=c10d']
     launch += ['--rdzv-endpoint=127.0.0.1:0', '-m', 'timm_mixpath.cli', *words]
     return subprocess.run(
-        [sys.executable, *launch], env=environment(**more), capture_output=True, text=True, timeout=300
+        [sys.executable, *launch], env=environment(**more), capture_output=True, text=True, timeout=HUNG
     )
 
 
@@ -85,7 +86,7 @@ def torchrun(*words: str, cwd: Path | None = None, processes: int = 2, **more: s
         launch += [str(TESTS / 'torchrun_worker.py'), surroundings, *words]
         process = _forkserver().Process(target=_launch, args=(launch, folder))
         process.start()
-        process.join(300)
+        process.join(HUNG)
         if process.exitcode is None:
             process.terminate()
         logs = {name: sorted(Path(folder).rglob(name)) for name in ('stdout.log', 'stderr.log')}

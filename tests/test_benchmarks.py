@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from commands import HUNG
 
 FOLDER = Path(__file__).parent / 'benchmarks'
 
@@ -15,7 +16,7 @@ def run_script(name: str, options: str, cache: Path) -> str:
     env = dict(os.environ, OMP_NUM_THREADS='1', XDG_CACHE_HOME=str(cache))
     env['PYTHONPATH'] = os.pathsep.join(filter(None, [str(FOLDER.parents[1]), env.get('PYTHONPATH')]))
     command = [sys.executable, str(FOLDER / f'{name}.py'), '--threads', '1', *options.split()]
-    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=HUNG)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 
@@ -84,13 +85,13 @@ def test_data_parallel(tmp_path):
 @pytest.mark.slow
 def test_gpu_on_a_cpu(tmp_path):
     """The script for a card, which has to run at the first try there."""
-    options = '--device cpu --seconds 0.01 --warmup 1 --batch-size 4 --img-size 32 --num-classes 10 --backend eager'
-    models = ['--models', 'S1 supernet', 'mixnet_m', 'nb201 supernet']
-    models += ['--compile', 'nb201 supernet']
+    options = '--device cpu --seconds 0.01 --warmup 1 --batch-size 2 --img-size 16 --num-classes 10 --backend eager'
+    models = ['--models', 'nano supernet', 'mixnet_m', 'nb201 supernet']
+    models += ['--parallel', 'nano supernet', '--compile', 'nb201 supernet']
     command = [sys.executable, str(FOLDER / 'gpu.py'), '--threads', '1', *options.split(), *models]
     files = tmp_path / 'gpu.csv', tmp_path / 'profile.txt'
     done = subprocess.run(
-        [*command, '--csv', str(files[0]), '--profile', str(files[1])], capture_output=True, text=True, timeout=300
+        [*command, '--csv', str(files[0]), '--profile', str(files[1])], capture_output=True, text=True, timeout=HUNG
     )
     assert done.returncode == 0, done.stdout + done.stderr
     with open(files[0], newline='') as file:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import timm
 import yaml
-from commands import environment
+from commands import HUNG, environment
 
 from timm_mixpath import get_space, list_spaces
 from timm_mixpath.cli.entry import _build_parser
@@ -48,7 +48,7 @@ def test_job_in_python(digits: Path, tmp_path: Path) -> None:
         block = block.replace(shown, here)
     (tmp_path / 'job.py').write_text(block)
     done = subprocess.run(
-        [sys.executable, 'job.py'], cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=500
+        [sys.executable, 'job.py'], cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=HUNG
     )
     assert done.returncode == 0, done.stderr[-2000:]
     arch, error = done.stdout.splitlines()[-1].split()

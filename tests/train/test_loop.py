@@ -16,7 +16,7 @@ import pytest
 import timm
 import torch
 import torch.distributed as dist
-from commands import assert_equal, command, environment, torchrun_of_users
+from commands import HUNG, assert_equal, command, environment, torchrun_of_users
 from conftest import small_args
 from PIL import Image
 from timm.data import create_transform, resolve_model_data_config
@@ -229,8 +229,8 @@ def test_checkpoint_survives_kill_at_any_moment(digits: Path, tmp_path: Path) ->
     args = small_args(digits, tmp_path, epochs=50, val_split='', workers=0, img_size=8)
     last = tmp_path / 'run' / 'last.pth.tar'
     process = subprocess.Popen([sys.executable, '-m', 'timm_mixpath.cli', *command(args, 'train')], env=environment())
-    deadline = time.monotonic() + 120
-    while not last.exists() and time.monotonic() < deadline:
+    deadline = time.monotonic() + HUNG
+    while not last.exists() and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.01)
     copies = 0
     while process.poll() is None and copies < 40 and time.monotonic() < deadline:

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from commands import assert_equal, command, environment, fails
+from commands import HUNG, assert_equal, command, environment, fails
 from conftest import small_args
 from PIL import Image
 from timm.models._helpers import _torch_load
@@ -203,7 +203,7 @@ def test_everybody_is_asked_to_end(digits: Path, tmp_path: Path) -> None:
             os.killpg(process.pid, signal.SIGTERM)
             break
     rest = process.stderr.read()
-    assert process.wait(60) == 128 + signal.SIGTERM
+    assert process.wait(HUNG) == 128 + signal.SIGTERM
     last = rest.strip().splitlines()[-1]
     assert (
         'stopped by SIGTERM behind batch' in last
@@ -288,7 +288,7 @@ raise KeyError('unforeseen')
 
 def test_process_that_loads_images_ends_with_one_that_fails() -> None:
     """Python ends its processes by SIGTERM, and waits for them: they outlive that of others only."""
-    done = subprocess.run([sys.executable, '-c', UNFORESEEN], env=environment(), capture_output=True, timeout=300)
+    done = subprocess.run([sys.executable, '-c', UNFORESEEN], env=environment(), capture_output=True, timeout=HUNG)
     assert done.returncode == 1 and b'unforeseen' in done.stderr
 
 
@@ -332,12 +332,12 @@ def test_two_processes_are_asked_to_end(digits: Path, tmp_path: Path) -> None:
             process.send_signal(signal.SIGTERM)
             break
     rest = process.stderr.read()
-    assert process.wait(120) != 0
+    assert process.wait(HUNG) != 0
     assert 'stopped by SIGTERM behind batch' in rest
     assert (tmp_path / 'run' / RECOVERY).exists()
     args.resume, args.epochs = 'auto', 3
     words = command(args, 'train')
     done = subprocess.run(
-        [sys.executable, *launch[: launch.index('timm_mixpath.cli') + 1], *words], env=environment(), timeout=300
+        [sys.executable, *launch[: launch.index('timm_mixpath.cli') + 1], *words], env=environment(), timeout=HUNG
     )
     assert done.returncode == 0 and checkpoint(tmp_path / 'run')['epoch'] == 2

@@ -4,7 +4,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from commands import environment, fails
+from commands import HUNG, environment, fails
 
 from timm_mixpath import cli
 
@@ -33,7 +33,7 @@ def test_tasks_of_slurm_are_processes(supernet_run: Path, tmp_path: Path) -> Non
         )
         for rank in range(2)
     ]
-    outputs = [task.communicate(timeout=300) for task in tasks]
+    outputs = [task.communicate(timeout=HUNG) for task in tasks]
     assert [task.returncode for task in tasks] == [0, 0], outputs
     assert [out.count('chosen (*)') for out, _ in outputs] == [1, 0]
     one, two = ((tmp_path / name / 'archive.jsonl').read_text() for name in ('one', 'two'))

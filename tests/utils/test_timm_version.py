@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import timm
+from commands import HUNG
 
 from timm_mixpath.utils.timm_version import check_timm
 
@@ -20,7 +21,7 @@ def test_folder_of_an_older_clone_beside_train_py(version: str, tmp_path: Path) 
     (tmp_path / 'timm').mkdir()
     (tmp_path / 'timm' / '__init__.py').write_text(f'__version__ = {version!r}\n')
     (tmp_path / 'train.py').write_text('try:\n    import timm_mixpath.hook\nexcept ImportError as e:\n    print(e)\n')
-    run = subprocess.run([sys.executable, 'train.py'], cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    run = subprocess.run([sys.executable, 'train.py'], cwd=tmp_path, capture_output=True, text=True, timeout=HUNG)
     assert run.returncode == 0, run.stderr
     (line,) = run.stdout.splitlines()
     assert line.startswith(f'timm_mixpath needs timm 1.0.31 or later, but Python found {version} in ')
