@@ -6,7 +6,7 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -93,6 +93,28 @@ def torchrun(*words: str, cwd: Path | None = None, processes: int = 2, **more: s
         out, err = (''.join(log.read_text() for log in found) for found in logs.values())
         err += (Path(folder) / 'launcher').read_text()
         return subprocess.CompletedProcess(list(words), process.exitcode, out, err)
+
+
+def mixpath(*words: str, **more: str) -> subprocess.CompletedProcess:
+    """Run a command of timm-mixpath in a process of its own that need not import torch and timm."""
+    with tempfile.TemporaryDirectory() as folder:
+        process = _forkserver().Process(target=_call, args=(words, environment(**more), folder))
+        process.start()
+        process.join(HUNG)
+        if process.exitcode is None:
+            process.kill()
+        out, err = ((Path(folder) / name).read_text() for name in ('stdout', 'stderr'))
+        return subprocess.CompletedProcess(list(words), process.exitcode, out, err)
+
+
+def _call(words: Sequence[str], variables: dict[str, str], folder: str) -> None:
+    os.environ.update(variables)
+    for descriptor, name in (1, 'stdout'), (2, 'stderr'):
+        with open(Path(folder) / name, 'w') as file:
+            os.dup2(file.fileno(), descriptor)
+    multiprocessing.set_start_method(None, force=True)  # that of this process is inherited otherwise
+    sys.argv = ['timm-mixpath', *words]
+    sys.exit(cli.main(words))
 
 
 def _forkserver() -> Any:

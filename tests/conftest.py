@@ -66,7 +66,7 @@ def small_args(data_dir: Path, output: Path, /, **overrides: Any) -> Namespace:
         weight_decay=1e-3,
         sched_on_updates=True,
         channels_last=True,
-        workers=1,
+        workers=0,
         hflip=0.0,
         scale=[0.7, 1.0],
         reprob=0.2,
@@ -79,4 +79,4 @@ def small_args(data_dir: Path, output: Path, /, **overrides: Any) -> Namespace:
 def supernet_run(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folder of a short supernet run."""
     output = tmp_path_factory.mktemp('supernet')
-    return train(small_args(digits, output)).output_dir
+    return train(small_args(digits, output, workers=1)).output_dir

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import timm
 import torch
-from commands import environment, fails
+from commands import environment, fails, mixpath
 
 from timm_mixpath import cli
 
@@ -142,8 +142,8 @@ def test_run_gives_a_script_its_arguments_and_our_models(tmp_path: Path) -> None
         'print(__name__, sys.argv[1:], helper.WORD, timm.is_model("mixpath_nano"))\n'
         'sys.exit(3)\n'
     )
-    words = ['-m', 'timm_mixpath.cli', 'run', str(tmp_path / 'script.py'), '--model', 'x', '-b', '4', '--', 'y']
-    result = subprocess.run([sys.executable, *words], env=environment(), capture_output=True, text=True)
+    words = ['run', str(tmp_path / 'script.py'), '--model', 'x', '-b', '4', '--', 'y']
+    result = mixpath(*words)
     assert result.stdout.strip() == "__main__ ['--model', 'x', '-b', '4', '--', 'y'] beside the script True"
     assert result.returncode == 3
 

@@ -16,7 +16,7 @@ from torch import nn
 
 from timm_mixpath import Arch, BlockChoice, backbone_space, list_backbones, sample
 from timm_mixpath.models import backbone as backbone_module
-from timm_mixpath.models.backbone import BackboneNet
+from timm_mixpath.models.backbone import BackboneNet, BackboneSupernet
 from timm_mixpath.models.cost import cost_table, count_macs
 from timm_mixpath.search.accuracy import recalibrate_bn
 from timm_mixpath.utils.errors import RunError, UsageError
@@ -56,11 +56,28 @@ FAMILIES = [
 CHEAP = ['mobilenetv3_small_050', 'tf_mixnet_s', 'mobilenetv4_conv_small_035']
 
 
-@pytest.mark.parametrize('name', FAMILIES)
-def test_supernet_begins_as_its_backbone(name: str) -> None:
-    network = make_backbone(name).double()
-    supernet = make_supernet(network, m=3 if name in CHEAP else 2)
+@pytest.fixture(scope='module')
+def made(request: pytest.FixtureRequest) -> tuple[nn.Module, BackboneSupernet]:
+    network = make_backbone(request.param).double()
+    supernet = make_supernet(network, m=3 if request.param in CHEAP else 2)
     assert supernet.active_arch == supernet.space.default_arch
+    return network, supernet
+
+
+@pytest.fixture
+def pair(made: tuple[nn.Module, BackboneSupernet]) -> tuple[nn.Module, BackboneSupernet]:
+    """A backbone and a supernet that starts as it, in double precision."""
+    network, supernet = made
+    supernet.active_arch = supernet.space.default_arch  # whatever another test has run
+    return network, supernet
+
+
+of_families = pytest.mark.parametrize('made', FAMILIES, indirect=True)
+
+
+@of_families
+def test_supernet_begins_as_its_backbone(pair: tuple[nn.Module, BackboneSupernet]) -> None:
+    network, supernet = pair
     x = torch.randn(2, 3, 48, 48, dtype=torch.double)
     with torch.inference_mode():
         expected = network(x)
@@ -74,11 +91,11 @@ def test_supernet_begins_as_its_backbone(name: str) -> None:
             assert (supernet.extract()(x) - expected).abs().max() < 1e-9 * scale
 
 
-@pytest.mark.parametrize('name', FAMILIES)
-def test_own_arch_goes_back_into_timm(name: str) -> None:
-    network = make_backbone(name)
-    weights = make_supernet(network).extract().state_dict()
-    plain = timm.create_model(name, num_classes=10)
+@of_families
+def test_own_arch_goes_back_into_timm(pair: tuple[nn.Module, BackboneSupernet]) -> None:
+    network, supernet = pair
+    weights = supernet.extract().state_dict()
+    plain = timm.create_model(supernet.space.name, num_classes=10).double()
     plain.load_state_dict(weights)
     for key, value in network.state_dict().items():
         assert torch.equal(value, weights[key]), key
@@ -96,13 +113,13 @@ def test_start_is_exact_in_float32(name: str) -> None:
             assert (supernet(x) - expected).abs().max() < 1e-4 * expected.abs().max()
 
 
-@pytest.mark.parametrize('name', FAMILIES)
-def test_extracted_equals_active_and_costs_what_the_table_says(name: str) -> None:
-    supernet = make_supernet(make_backbone(name).double())
+@of_families
+def test_extracted_equals_active_and_costs_what_the_table_says(pair: tuple[nn.Module, BackboneSupernet]) -> None:
+    _, supernet = pair
     table = cost_table(supernet)
     low, high = table.bounds('macs')
     own = table.macs(supernet.space.default_arch)
-    plain = timm.create_model(name, num_classes=10, device='meta')
+    plain = timm.create_model(supernet.space.name, num_classes=10, device='meta')
     assert own == sum(count_macs(plain.eval(), table.input_size).values())
     assert table.params(supernet.space.default_arch) == sum(p.numel() for p in plain.parameters())
     x = torch.randn(1, 3, 48, 48, dtype=torch.double)
@@ -112,7 +129,7 @@ def test_extracted_equals_active_and_costs_what_the_table_says(name: str) -> Non
         with torch.inference_mode():
             torch.testing.assert_close(subnet(x), supernet(x), rtol=1e-9, atol=1e-9)
         assert sum(p.numel() for p in subnet.parameters()) == table.params(arch)
-        macs = sum(count_macs(supernet.extract().to('meta', torch.float32), table.input_size).values())
+        macs = sum(count_macs(subnet.to('meta', torch.float32), table.input_size).values())
         assert low <= macs == table.macs(arch) <= high
 
 

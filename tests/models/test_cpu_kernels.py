@@ -9,7 +9,7 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
-from commands import environment
+from commands import mixpath
 from conftest import small_args
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -197,12 +197,7 @@ def test_without_a_compiler(variable: str, sentence: str, digits: Path, tmp_path
     command = (
         f'train --cpu-kernels --model mixpath_nano --data-dir {digits} --epochs 1 --output {tmp_path}/out --device cpu'
     )
-    done = subprocess.run(
-        [sys.executable, '-m', 'timm_mixpath.cli', *command.split()],
-        env={**environment(), **env},
-        capture_output=True,
-        text=True,
-    )
+    done = mixpath(*command.split(), **env)
     assert done.returncode == 1
     last = done.stderr.strip().splitlines()[-1]
     assert last.startswith('timm-mixpath: error: the CPU kernels can not be compiled: ') and sentence in last

@@ -42,6 +42,6 @@ def test_mixup_ends(digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
             yield x, y
 
     monkeypatch.setattr(loop, 'batches_behind', recorded)
-    mixup = dict(mixup=1.0, mixup_off_epoch=1, smoothing=0.0)
+    mixup = dict(workers=1, mixup=1.0, mixup_off_epoch=1, smoothing=0.0)
     train(small_args(digits, tmp_path, use_multi_epochs_loader=keeps_workers, **mixup))
     assert mixed == [True] * 5 + [False] * 5

@@ -202,7 +202,9 @@ def test_second_run_does_not_overwrite(digits: Path, supernet_run: Path) -> None
 
 def test_killed_run_resumes_bit_exactly(digits: Path, tmp_path: Path) -> None:
     """SIGKILL in the middle of an epoch, then --resume: equal to a run that was never cut off."""
-    options = dict(epochs=3, model_ema=True, model_ema_decay=0.9, clip_grad=1.0, log_interval=1, drop_path=0.1)
+    options = dict(
+        epochs=3, workers=1, model_ema=True, model_ema_decay=0.9, clip_grad=1.0, log_interval=1, drop_path=0.1
+    )
     whole = train(small_args(digits, tmp_path / 'whole', **options)).output_dir
 
     args = small_args(digits, tmp_path / 'killed', **options)
@@ -389,7 +391,7 @@ def test_batch_of_one_image_is_one_sentence(digits: Path, tmp_path: Path) -> Non
 
 def test_two_processes_agree(digits: Path, tmp_path: Path) -> None:
     """torchrun with 2 gloo processes: same archs in the same step, equal weights at the end."""
-    args = small_args(digits, tmp_path, epochs=1, batch_size=16)
+    args = small_args(digits, tmp_path, epochs=1, batch_size=16, workers=1)
     result = torchrun_of_users(*command(args, 'train'), '--device-modules', 'recorder', RECORDER_DIR=str(tmp_path))
     assert result.returncode == 0, result.stderr[-3000:]
     archs = [(tmp_path / f'archs-{rank}.txt').read_text().splitlines() for rank in (0, 1)]

@@ -1,10 +1,9 @@
 import socket
-import subprocess
-import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from commands import HUNG, environment, fails
+from commands import fails, mixpath
 
 from timm_mixpath import cli
 
@@ -22,20 +21,12 @@ def test_tasks_of_slurm_are_processes(supernet_run: Path, tmp_path: Path) -> Non
     words = ['search', '--checkpoint', str(supernet_run / 'last.pth.tar'), *SEARCH.split()]
     assert cli.main([*words, '--output', str(tmp_path / 'one')]) == 0
     slurm = dict(SLURM_NTASKS='2', SLURM_NNODES='2', MASTER_ADDR='127.0.0.1', MASTER_PORT=str(free_port()))
-    command = [sys.executable, '-m', 'timm_mixpath.cli', *words, '--output', str(tmp_path / 'two')]
-    tasks = [
-        subprocess.Popen(
-            command,
-            env=environment(SLURM_PROCID=str(rank), SLURM_LOCALID='0', **slurm),
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    outputs = [task.communicate(timeout=HUNG) for task in tasks]
-    assert [task.returncode for task in tasks] == [0, 0], outputs
-    assert [out.count('chosen (*)') for out, _ in outputs] == [1, 0]
+    command = [*words, '--output', str(tmp_path / 'two')]
+    with ThreadPoolExecutor() as pool:
+        tasks = pool.map(lambda rank: mixpath(*command, SLURM_PROCID=rank, SLURM_LOCALID='0', **slurm), '01')
+    done = list(tasks)
+    assert [task.returncode for task in done] == [0, 0], done
+    assert [task.stdout.count('chosen (*)') for task in done] == [1, 0]
     one, two = ((tmp_path / name / 'archive.jsonl').read_text() for name in ('one', 'two'))
     assert one == two
 
