@@ -12,7 +12,7 @@ from timm.models._efficientnet_blocks import InvertedResidual, SqueezeExcite
 
 from timm_mixpath import BlockChoice, BlockSpec, ShadowBatchNorm2d
 from timm_mixpath.models.blocks import DepthwiseSeparable, MultiPathResidual
-from timm_mixpath.models.choice_blocks import ChoiceBlock, subnet_state_dict
+from timm_mixpath.models.choice_blocks import ChoiceBlock
 
 KERNELS = (3, 5, 7, 9)
 SUBSETS = [s for k in range(1, 5) for s in combinations(KERNELS, k)]
@@ -88,9 +88,7 @@ def test_fixed_block_takes_a_selection_of_the_choice_blocks_state(in_chs, out_ch
         choice = BlockChoice((kernel_sizes,), 3)
         choice_block.set_choice(choice)
         block = MultiPathResidual(in_chs, out_chs, (kernel_sizes,), 3, stride=stride).double().eval()
-        block.load_state_dict(
-            subnet_state_dict(choice_block.state_dict(), choice, block)
-        )  # strict: nothing is missing, nothing is left
+        block.load_state_dict(choice_block.inherited(choice, block))  # strict: nothing is missing, nothing is left
         torch.testing.assert_close(block(make_input()), choice_block(make_input()), rtol=1e-9, atol=1e-9)
 
 
@@ -99,7 +97,7 @@ def test_subnet_state_dict_takes_neighbours_of_a_name_apart():
     block = ChoiceBlock(4, BlockSpec(4, expand_ratios=(1, 11), kernel_sizes=tuple(range(1, 25, 2))), num_shadows=12)
     choice = BlockChoice(((1, 11),), 1)
     fixed = MultiPathResidual(4, 4, choice.groups, 1)
-    state_dict = subnet_state_dict(block.state_dict(), choice, fixed)
+    state_dict = block.inherited(choice, fixed)
     assert state_dict.keys() == fixed.state_dict().keys()
     assert state_dict['bn3.weight'] is not None
     block_state = block.state_dict()
@@ -259,7 +257,7 @@ def test_uneven_channel_groups():
         y_ref = reference.choice_block(tensors, '', make_input(), training=False, **kwargs)
         torch.testing.assert_close(block.eval()(make_input()), y_ref, rtol=1e-9, atol=1e-9)
         fixed = MultiPathResidual(8, 8, groups, 5, norm_sums=True).double().eval()
-        fixed.load_state_dict(subnet_state_dict(block.state_dict(), choice, fixed))
+        fixed.load_state_dict(block.inherited(choice, fixed))
         torch.testing.assert_close(fixed(make_input()), y_ref, rtol=1e-9, atol=1e-9)
 
 
@@ -277,7 +275,7 @@ def test_grouped_fixed_block_joins_the_weights_of_equal_neighbours(norm):
         choice = BlockChoice(groups, 6)
         choice_block.set_choice(choice)
         block = MultiPathResidual(8, 8, groups, 6, **kwargs_fixed).double().eval()
-        block.load_state_dict(subnet_state_dict(choice_block.state_dict(), choice, block))
+        block.load_state_dict(choice_block.inherited(choice, block))
         torch.testing.assert_close(block(make_input()), choice_block(make_input()), rtol=1e-9, atol=1e-9)
 
 

@@ -47,7 +47,7 @@ from .pretrained import (
     preprocessing_beside,
     readable,
 )
-from .supernet import Supernet
+from .supernet import BlockSupernet, Supernet
 
 __all__ = [
     'DEFAULT_BACKBONE',
@@ -110,7 +110,7 @@ class BackboneNet(nn.Module):
         return _choice_blocks(self)
 
 
-class BackboneSupernet(Supernet):
+class BackboneSupernet(BlockSupernet):
     """A supernet around a network of timm, as a mixin in front of the network's class. See `Supernet`.
 
     Args:
@@ -177,10 +177,6 @@ class BackboneSupernet(Supernet):
         """Return the blocks that an arch describes, in its order, by module name."""
         return _choice_blocks(self)
 
-    def _activate(self, arch: Arch) -> None:
-        for block, choice in zip(self.get_choice_blocks().values(), arch.blocks):
-            block.set_choice(choice)
-
     def subnet_cls(self, space: BackboneSpace, arch: Arch, **kwargs: Any) -> BackboneNet:
         """Build the network of an arch."""
         return _build_net(space, arch, **kwargs)
@@ -195,19 +191,6 @@ class BackboneSupernet(Supernet):
         with without_memory():
             network = _build_network(self.space.name, **kwargs)
             return type(self)(network, self.space, kwargs, sum_norm='bn', share_widths=False).eval()
-
-    def _prune_like_this(self, model: BackboneNet) -> None:
-        if isinstance(self.conv_head, nn.Identity) and not isinstance(model.conv_head, nn.Identity):
-            model.prune_intermediate_layers([len(self.blocks)], extra_blocks=True)
-            model.reset_classifier(self.num_classes, self.global_pool.pool_type)
-
-    def _subnet_state_dict(self, model: BackboneNet) -> dict[str, torch.Tensor]:
-        blocks = self.get_choice_blocks()
-        left_out = ('sample_step', *(f'{name}.' for name in blocks))
-        state_dict = {key: value for key, value in self.state_dict().items() if not key.startswith(left_out)}
-        for (name, block), choice in zip(blocks.items(), model.arch.blocks):
-            state_dict.update({f'{name}.{key}': value for key, value in block.fixed(choice).state_dict().items()})
-        return state_dict
 
 
 class EfficientNetMixPath(BackboneNet, EfficientNet):

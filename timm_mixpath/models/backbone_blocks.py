@@ -338,6 +338,10 @@ class BackboneChoice(nn.Module):
             _divide_inputs(block.get_submodule(site.linear), num_paths)
         return block.train(self.training)
 
+    def inherited(self, choice: BlockChoice, block: nn.Module) -> dict[str, torch.Tensor]:
+        """Return the state dict of the block of a choice, which `block` is; see `fixed`."""
+        return self.fixed(choice).state_dict()
+
 
 def _call_with(module: nn.Module, weights: dict[str, torch.Tensor], x: torch.Tensor) -> torch.Tensor:
     """Call a module with weights by name in the place of parameters that it does not have."""

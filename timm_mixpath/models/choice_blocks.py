@@ -3,7 +3,7 @@
 Its parameter names are those of the fixed block, below the expansion.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -15,7 +15,7 @@ from ..spaces.space import BlockSpec
 from .blocks import GroupedPaths, MultiPathResidual, PathSum, branch_name, path_name, spec_kwargs
 from .layers import ActiveConv2d, ActiveShadowBatchNorm2d, fuse_conv_bn, set_num_paths, sum_paths
 
-__all__ = ['ActivePathSum', 'ChoiceBlock', 'subnet_state_dict']
+__all__ = ['ActivePathSum', 'ChoiceBlock']
 
 
 class ActivePathSum(PathSum):
@@ -171,43 +171,37 @@ class ChoiceBlock(nn.Module):
         """[B, C_in, H, W] -> [B, C_out, H / stride, W / stride]."""
         return self._modules[self.active_branch](x)
 
+    def inherited(self, choice: BlockChoice, block: MultiPathResidual) -> dict[str, torch.Tensor]:
+        """Select from the state dict what the fixed block of a choice inherits.
 
-def subnet_state_dict(
-    state_dict: Mapping[str, torch.Tensor],
-    choice: BlockChoice,
-    block: MultiPathResidual,
-) -> dict[str, torch.Tensor]:
-    """Select from a choice block's state dict what the fixed block of a choice inherits.
+        Args:
+            choice: Choice of the fixed block.
+            block: The fixed block. Channel groups that share its convolutions have their weights joined.
 
-    Args:
-        state_dict: State dict of a `ChoiceBlock`.
-        choice: Choice of the fixed block.
-        block: The fixed block. Channel groups that share its convolutions have their weights joined.
-
-    Returns:
-        State dict of `block`; tensors that were not joined are those of `state_dict`.
-    """
-    run_names = {group: name.split('.') for name, run in block.run_names.items() for group in run}
-    pieces: dict[str, list[torch.Tensor]] = {}
-    for key, value in state_dict.items():
-        branch, *parts = key.split('.')
-        if branch != branch_name(choice.expand_ratio):
-            continue
-        group = 0
-        if parts[0] == 'paths':
-            if len(choice.groups) > 1:
-                group = int(parts.pop(1)[1:])
-            if parts[1] not in map(path_name, choice.groups[group]):
+        Returns:
+            State dict of `block`; tensors that were not joined are those of this block.
+        """
+        run_names = {group: name.split('.') for name, run in block.run_names.items() for group in run}
+        pieces: dict[str, list[torch.Tensor]] = {}
+        for key, value in self.state_dict().items():
+            branch, *parts = key.split('.')
+            if branch != branch_name(choice.expand_ratio):
                 continue
-            parts[:1] = run_names[group]
-            if block.joint_norm and 'bn' in parts:
-                parts = ['bn2', parts[-1]]
-        elif parts[0] == 'bn2':
-            group = int(parts.pop(1))
-        if parts[1] == 'shadows':
-            if int(parts[2]) != len(choice.groups[group]) - 1:
-                continue
-            del parts[1:3]
-        pieces.setdefault('.'.join(parts), []).append(value)
-    # The channel groups come in order; what is not per channel, such as num_batches_tracked, is the same in all
-    return {key: torch.cat(p) if len(p) > 1 and p[0].ndim else p[0] for key, p in pieces.items()}
+            group = 0
+            if parts[0] == 'paths':
+                if len(choice.groups) > 1:
+                    group = int(parts.pop(1)[1:])
+                if parts[1] not in map(path_name, choice.groups[group]):
+                    continue
+                parts[:1] = run_names[group]
+                if block.joint_norm and 'bn' in parts:
+                    parts = ['bn2', parts[-1]]
+            elif parts[0] == 'bn2':
+                group = int(parts.pop(1))
+            if parts[1] == 'shadows':
+                if int(parts[2]) != len(choice.groups[group]) - 1:
+                    continue
+                del parts[1:3]
+            pieces.setdefault('.'.join(parts), []).append(value)
+        # The channel groups come in order; what is not per channel, such as num_batches_tracked, is the same in all
+        return {key: torch.cat(p) if len(p) > 1 and p[0].ndim else p[0] for key, p in pieces.items()}

@@ -14,7 +14,6 @@ import sys
 from functools import partial
 from typing import Any, ClassVar
 
-import torch
 import torch.nn as nn
 from timm.layers import LayerType, create_classifier, create_conv2d, get_act_layer, get_norm_act_layer
 from timm.models import generate_default_cfgs, is_model, register_model
@@ -28,11 +27,11 @@ from ..utils.errors import as_usage_error
 from ..utils.modes import without_memory
 from ._timm import init_weight_goog
 from .blocks import DepthwiseSeparable, MultiPathResidual, spec_kwargs
-from .choice_blocks import ActivePathSum, ChoiceBlock, subnet_state_dict
+from .choice_blocks import ActivePathSum, ChoiceBlock
 from .layers import ReLU6FromOutput, fold_bn, saves_its_output
 from .pretrained import add_weights, build_model, check_state_dict, space_cfg
 from .released import checkpoint_filter_fn, remap_state_dict
-from .supernet import Supernet
+from .supernet import BlockSupernet, Supernet
 
 __all__ = ['BUILTIN_SPACES', 'MixPath', 'MixPathSupernet', 'register_space']
 
@@ -202,7 +201,7 @@ def _fixed_stages(space: SearchSpace) -> list[list[BlockSpec]]:
     return [[BlockSpec(space.ds_chs, kernel_sizes=())]] if space.ds_chs is not None else []
 
 
-class MixPathSupernet(Supernet, MixPath):
+class MixPathSupernet(BlockSupernet, MixPath):
     """A MixPath supernet of inverted bottlenecks. How it samples, runs and hands out sub-networks: see `Supernet`.
 
     Args:
@@ -275,28 +274,9 @@ class MixPathSupernet(Supernet, MixPath):
             kwargs['act_layer'] = ReLU6FromOutput
         return ChoiceBlock(in_chs, spec, num_shadows=self._num_shadows, norm_sums=norm_sums, **kwargs)
 
-    def _activate(self, arch: Arch) -> None:
-        blocks = (block for stage in self.blocks for block in stage if isinstance(block, ChoiceBlock))
-        for block, choice in zip(blocks, arch.blocks):
-            block.set_choice(choice)
-
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
         remap_state_dict(state_dict, prefix, self)
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
-
-    def _prune_like_this(self, model: MixPath) -> None:
-        if isinstance(self.conv_head, nn.Identity):
-            model.prune_intermediate_layers([len(self.blocks)], extra_blocks=True)
-            model.reset_classifier(self.num_classes, self.global_pool.pool_type)
-
-    def _subnet_state_dict(self, model: MixPath) -> dict[str, torch.Tensor]:
-        blocks, fixed_blocks = self.get_choice_blocks(), model.get_choice_blocks()
-        left_out = ('sample_step', *(f'{name}.' for name in blocks))
-        state_dict = {key: value for key, value in self.state_dict().items() if not key.startswith(left_out)}
-        for (name, block), choice in zip(blocks.items(), model.arch.blocks):
-            inherited = subnet_state_dict(block.state_dict(), choice, fixed_blocks[name])
-            state_dict.update({f'{name}.{key}': value for key, value in inherited.items()})
-        return state_dict
 
 
 def create_mixpath(

@@ -12,11 +12,12 @@ from timm.layers import FrozenBatchNormAct2d, unfreeze_batch_norm_2d
 from timm.models import get_model_args
 from torchvision.ops import FrozenBatchNorm2d
 
+from ..spaces.arch import Arch
 from ..spaces.sampling import check_strategy, sample
 from ..spaces.space import Space
 from ..utils.modes import without_memory
 
-__all__ = ['SumSite', 'Supernet']
+__all__ = ['BlockSupernet', 'SumSite', 'Supernet']
 
 
 @runtime_checkable
@@ -248,6 +249,34 @@ class Supernet(nn.Module):
         raise RuntimeError(
             'a supernet can not be scripted, it chooses its modules when it runs; script extract() instead'
         )
+
+
+class BlockSupernet(Supernet):
+    """A supernet whose archs are one choice per block, see `Supernet`.
+
+    A choice block has the methods `set_choice(choice)`, and `inherited(choice, block)` for the state dict of the block
+    of a sub-network.
+    """
+
+    get_choice_blocks: Callable[[], dict[str, nn.Module]]  # of the network
+
+    def _activate(self, arch: Arch) -> None:
+        for block, choice in zip(self.get_choice_blocks().values(), arch.blocks):
+            block.set_choice(choice)
+
+    def _prune_like_this(self, model: nn.Module) -> None:
+        if isinstance(self.conv_head, nn.Identity) and not isinstance(model.conv_head, nn.Identity):
+            model.prune_intermediate_layers([len(self.blocks)], extra_blocks=True)
+            model.reset_classifier(self.num_classes, self.global_pool.pool_type)
+
+    def _subnet_state_dict(self, model: nn.Module) -> dict[str, torch.Tensor]:
+        blocks, fixed_blocks = self.get_choice_blocks(), model.get_choice_blocks()
+        left_out = ('sample_step', *(f'{name}.' for name in blocks))
+        state_dict = {key: value for key, value in self.state_dict().items() if not key.startswith(left_out)}
+        for (name, block), choice in zip(blocks.items(), model.arch.blocks):
+            inherited = block.inherited(choice, fixed_blocks[name])
+            state_dict.update({f'{name}.{key}': value for key, value in inherited.items()})
+        return state_dict
 
 
 def _fill_buffers(model: nn.Module) -> None:
