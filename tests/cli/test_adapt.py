@@ -123,6 +123,7 @@ def test_supernet_is_searched_as_it_starts(
     assert (tmp_path / 'more paths' / 'model').exists()
 
 
+@pytest.mark.slow
 def test_winner_without_a_training(
     tiny: AdaptConfig, tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -170,7 +170,7 @@ def test_narrower_expansion_keeps_the_channels_that_weigh_most(share_widths: boo
 
 
 @pytest.mark.parametrize(
-    'name', ['mobilenetv3_small_050', pytest.param('tf_mixnet_s', marks=pytest.mark.slow), 'mobilenetv4_conv_small']
+    'name', ['mobilenetv3_small_050', pytest.param('tf_mixnet_s', marks=pytest.mark.slow), 'mobilenetv4_conv_small_035']
 )
 def test_widths_share_weights(name: str) -> None:
     """A narrower copy computes and learns what one of its own weights would, in the place of the widest's."""

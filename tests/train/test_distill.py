@@ -95,7 +95,7 @@ def test_loss_is_that_of_the_formula() -> None:
     assert not any(p.grad is not None for p in task.teacher.parameters())
 
 
-@pytest.mark.parametrize('kind', TASKS)
+@pytest.mark.parametrize('kind', ['logit', pytest.param('feature', marks=pytest.mark.slow)])
 def test_compiled_steps_are_those_of_eager_mode(kind: str) -> None:
     """The student is compiled by regions, and of the teacher what the task calls."""
     torch.manual_seed(0)
@@ -262,6 +262,7 @@ def test_another_size_of_the_teachers_images_is_named(
     teacher: Path,
     tmp_path: Path,
     caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
     then: int | str | None,
     now: int | None,
 ) -> None:
@@ -272,10 +273,10 @@ def test_another_size_of_the_teachers_images_is_named(
         checkpoint = torch.load(last, weights_only=False)
         del checkpoint['args'].kd_teacher_img_size
         torch.save(checkpoint, last)
+    monkeypatch.setattr('timm_mixpath.train.loop._train_all', lambda *_: None)  # it is named before
     options |= dict(epochs=2, resume=str(last))
     train(small_args(digits, tmp_path, kd_teacher_img_size=before, **options))
     assert 'trained with other options' not in caplog.text
-    options['epochs'] = 3
     train(small_args(digits, tmp_path, kd_teacher_img_size=now, **options))
     assert f'--kd-teacher-img-size {before} -> {now}' in caplog.text
 

@@ -16,7 +16,7 @@ import pytest
 import timm
 import torch
 import torch.distributed as dist
-from commands import HUNG, assert_equal, command, environment, torchrun_of_users
+from commands import HUNG, assert_equal, command, environment, torchrun, torchrun_of_users
 from conftest import small_args
 from PIL import Image
 from timm.data import create_transform, resolve_model_data_config
@@ -48,7 +48,7 @@ def test_run_leaves_checkpoint_summary_and_args(supernet_run: Path) -> None:
 
 def test_training_learns(digits: Path, tmp_path: Path) -> None:
     args = small_args(
-        digits, tmp_path, model='mixpath_nano', epochs=12, batch_size=20, reprob=0.0, lr=0.1, val_interval=12
+        digits, tmp_path, model='mixpath_nano', epochs=8, batch_size=20, reprob=0.0, lr=0.1, val_interval=8
     )
     result = train(args)
     assert result.metrics['eval_top1'] > 60  # chance is 10
@@ -123,6 +123,9 @@ def test_origin_of_weights_goes_on_from_training_to_training(digits: Path, tmp_p
 PREPARED = dict(mean=[0.5] * 3, std=[0.25] * 3, crop_pct=0.95, crop_mode='squash')  # nothing has it by default
 
 
+_STARTS = ('weights', 'backbone', 'folder', 'checkpoint')
+
+
 def prepared(checkpoint: Path) -> dict[str, Any]:
     data_config = load_model(checkpoint).data_config
     return {
@@ -136,7 +139,7 @@ def folder_of(model: str, path: Path, **kwargs: Any) -> Path:
     return path
 
 
-@pytest.mark.parametrize('how', ['options', 'weights', 'backbone', 'folder', 'checkpoint', 'initial'])
+@pytest.mark.parametrize('how', ['options', 'initial', *(pytest.param(how, marks=pytest.mark.slow) for how in _STARTS)])
 def test_checkpoint_tells_how_its_images_were_prepared(digits: Path, tmp_path: Path, how: str) -> None:
     """Wherever the training had it from; also behind a --resume that does not say it again."""
     model, expected = dict(model='mixpath_nano'), PREPARED
@@ -392,7 +395,7 @@ def test_batch_of_one_image_is_one_sentence(digits: Path, tmp_path: Path) -> Non
 def test_two_processes_agree(digits: Path, tmp_path: Path) -> None:
     """torchrun with 2 gloo processes: same archs in the same step, equal weights at the end."""
     args = small_args(digits, tmp_path, epochs=1, batch_size=16, workers=1)
-    result = torchrun_of_users(*command(args, 'train'), '--device-modules', 'recorder', RECORDER_DIR=str(tmp_path))
+    result = torchrun(*command(args, 'train'), '--device-modules', 'recorder', RECORDER_DIR=str(tmp_path))
     assert result.returncode == 0, result.stderr[-3000:]
     archs = [(tmp_path / f'archs-{rank}.txt').read_text().splitlines() for rank in (0, 1)]
     space = get_space('nano')
@@ -597,6 +600,7 @@ def test_compiled_run_is_that_of_eager_mode_and_goes_on(digits: Path, tmp_path: 
     assert_equal(_torch_load(str(resumed / 'last.pth.tar'), weights_only=True)['state_dict'], first['state_dict'])
 
 
+@pytest.mark.slow
 def test_ordinary_model_is_compiled_as_timm_does(digits: Path, tmp_path: Path) -> None:
     options = dict(model='mixpath_nb201', model_kwargs=dict(num_cells=1, width=4), epochs=1, torchcompile='eager')
     folder = train(small_args(digits, tmp_path, **options)).output_dir

@@ -66,12 +66,11 @@ def checkpoint(path: Path) -> dict[str, Any]:
 @pytest.mark.parametrize(
     'options',
     [
-        dict(workers=0, model_ema=True, model_ema_decay=0.9, clip_grad=1.0),
-        dict(workers=1, grad_accum_steps=2),
-        dict(cache_images=True, no_aug=True, opt='adamw', lr=0.01),
-        dict(model='mixpath_nano', sched='step', sched_on_updates=False, decay_epochs=1),
+        pytest.param(dict(model_ema=True, model_ema_decay=0.9, clip_grad=1.0), id='ema', marks=pytest.mark.slow),
+        pytest.param(dict(workers=1, grad_accum_steps=2), id='accumulation'),
+        pytest.param(dict(cache_images=True, no_aug=True, opt='adamw', lr=0.01), id='cache', marks=pytest.mark.slow),
+        pytest.param(dict(model='mixpath_nano', sched='step', sched_on_updates=False, decay_epochs=1), id='network'),
     ],
-    ids=['ema', 'accumulation', 'cache', 'network'],
 )
 def test_no_image_is_seen_twice(digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: dict) -> None:
     """Stopped in the second epoch: the images, the weights and the summary are those of an unbroken run."""
@@ -194,6 +193,7 @@ def test_image_that_can_not_be_validated_costs_no_epoch(
         assert_equal(checkpoint(tmp_path / 'run')[key], checkpoint(whole)[key])
 
 
+@pytest.mark.slow
 def test_everybody_is_asked_to_end(digits: Path, tmp_path: Path) -> None:
     """As a scheduler does: the processes that load images get the signal, too."""
     args = small_args(digits, tmp_path, epochs=30, log_interval=1, workers=2)
@@ -321,7 +321,7 @@ def test_killed_many_times_at_random_moments(digits: Path, tmp_path: Path) -> No
 
 @pytest.mark.slow
 def test_two_processes_are_asked_to_end(digits: Path, tmp_path: Path) -> None:
-    args = small_args(digits, tmp_path, epochs=50, log_interval=1, batch_size=16)
+    args = small_args(digits, tmp_path, epochs=50, log_interval=1, batch_size=16, workers=1)
     launch = ['-m', 'torch.distributed.run', '--nproc_per_node=2', '--rdzv-backend=c10d']
     launch += ['--rdzv-endpoint=127.0.0.1:0', '-m', 'timm_mixpath.cli', *command(args, 'train')]
     process = subprocess.Popen(
