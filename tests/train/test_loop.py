@@ -16,7 +16,7 @@ import pytest
 import timm
 import torch
 import torch.distributed as dist
-from commands import HUNG, assert_equal, command, environment, torchrun, torchrun_of_users
+from commands import HUNG, assert_equal, command, environment, torchrun_of_users
 from conftest import small_args
 from PIL import Image
 from timm.data import create_transform, resolve_model_data_config
@@ -395,7 +395,7 @@ def test_batch_of_one_image_is_one_sentence(digits: Path, tmp_path: Path) -> Non
 def test_two_processes_agree(digits: Path, tmp_path: Path) -> None:
     """torchrun with 2 gloo processes: same archs in the same step, equal weights at the end."""
     args = small_args(digits, tmp_path, epochs=1, batch_size=16, workers=1)
-    result = torchrun(*command(args, 'train'), '--device-modules', 'recorder', RECORDER_DIR=str(tmp_path))
+    result = torchrun_of_users(*command(args, 'train'), '--device-modules', 'recorder', RECORDER_DIR=str(tmp_path))
     assert result.returncode == 0, result.stderr[-3000:]
     archs = [(tmp_path / f'archs-{rank}.txt').read_text().splitlines() for rank in (0, 1)]
     space = get_space('nano')
