@@ -69,6 +69,7 @@ def test_real_measurement(supernet, tmp_path: Path) -> None:
     assert len({row['arch'] for row in table.measured}) == 40
 
 
+@pytest.mark.slow
 def test_goes_on_where_it_was_cut_off(supernet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     calls = []
 

@@ -60,6 +60,7 @@ def test_from_a_table_to_a_measured_front(
     assert status == 2 and 'was' in message and 'in the archive' in message
 
 
+@pytest.mark.slow
 def test_recipe_in_the_place_of_a_checkpoint(supernet_run: Path, table: Path, tmp_path: Path) -> None:
     words = ['latency', '--config', str(supernet_run / 'args.yaml'), '--output', str(tmp_path / 'r.json'), *QUICK]
     assert cli.main(words) == 0

@@ -333,7 +333,7 @@ def test_statistics_of_paths(name):
     assert all(-1 <= s.cosine_mean <= 1 and s.var_ratio[0] == pytest.approx(1) for s in sites)
 
 
-@pytest.mark.parametrize('name', SPACES)
+@pytest.mark.parametrize('name', ['nb201', pytest.param('nb101', marks=pytest.mark.slow)])
 def test_from_training_to_ranking(name, digits, tmp_path):
     """Training, search, export and ranking with small real images, through the commands."""
     options = dict(model=f'mixpath_{name}_supernet', model_kwargs=dict(SMALL[name]), cache_images=True, reprob=0.0)

@@ -179,6 +179,7 @@ def test_training_uses_it_where_it_is_asked_for(digits: Path, tmp_path: Path) ->
     assert not use_cpu_kernels(False)
 
 
+@pytest.mark.slow
 def test_importing_the_module_is_asking_for_it() -> None:
     code = (
         'import torch, timm_mixpath.cpu_kernels as k\n'

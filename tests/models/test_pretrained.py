@@ -105,7 +105,9 @@ def test_damaged_weights_are_one_sentence(tmp_path: Path, monkeypatch: pytest.Mo
         timm.create_model(name.partition('.')[0], **create)
 
 
-@pytest.mark.parametrize('damage', ['folder', 'config', 'weights'])
+@pytest.mark.parametrize(
+    'damage', ['weights', *(pytest.param(d, marks=pytest.mark.slow) for d in ('folder', 'config'))]
+)
 def test_an_incomplete_installation_imports_and_says_so(tmp_path: Path, damage: str) -> None:
     package = tmp_path / 'timm_mixpath'
     shutil.copytree(ROOT, package, ignore=shutil.ignore_patterns('__pycache__'))
