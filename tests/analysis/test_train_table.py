@@ -118,6 +118,7 @@ def test_cut_off_table_ends_the_same(
     assert (tmp_path / 'table.csv').read_bytes() == (table / 'table.csv').read_bytes()
 
 
+@pytest.mark.slow
 def test_archs_and_seeds_can_be_added(
     digits: Path, table: Path, grown: Path, trained: list, caplog: pytest.LogCaptureFixture
 ) -> None:

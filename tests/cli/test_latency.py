@@ -24,6 +24,7 @@ def table(supernet_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+@pytest.mark.slow
 def test_from_a_table_to_a_measured_front(
     supernet_run: Path, table: Path, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:

@@ -219,6 +219,7 @@ def test_pushed_in_half_precision_with_what_validate_measured(hub: Hub, run: Pat
     assert not (tmp_path / 'other').exists()
 
 
+@pytest.mark.slow
 def test_packaged_weights_are_pushed_in_one_command(hub: Hub, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     """All of them, one repo each; what is there already is not pushed again, and what failed is."""
     words = ['push', '--packaged', '--org', 'lab']

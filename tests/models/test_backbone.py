@@ -23,7 +23,6 @@ from timm_mixpath.utils.errors import RunError, UsageError
 
 # One of every family, small ones; SAME padding, squeeze-and-excite, mixed kernels, fused blocks, blur are among them
 FAMILIES = [
-    'tf_efficientnet_lite0',
     'tf_efficientnetv2_b0',
     'mobilenetv2_050',
     'mobilenetv3_small_050',
@@ -34,6 +33,7 @@ FAMILIES = [
     *[
         pytest.param(name, marks=pytest.mark.slow)
         for name in (
+            'tf_efficientnet_lite0',
             'efficientnet_b0',
             'tf_efficientnet_b0',
             'tf_mobilenetv3_small_minimal_100',
@@ -170,7 +170,8 @@ def test_narrower_expansion_keeps_the_channels_that_weigh_most(share_widths: boo
 
 
 @pytest.mark.parametrize(
-    'name', ['mobilenetv3_small_050', pytest.param('tf_mixnet_s', marks=pytest.mark.slow), 'mobilenetv4_conv_small_035']
+    'name',
+    ['mobilenetv3_small_050', *(pytest.param(n, marks=pytest.mark.slow) for n in CHEAP[1:])],
 )
 def test_widths_share_weights(name: str) -> None:
     """A narrower copy computes and learns what one of its own weights would, in the place of the widest's."""

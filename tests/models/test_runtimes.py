@@ -118,7 +118,10 @@ def test_every_network_is_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
     assert graphs.count == len(runners)
 
 
-@pytest.mark.parametrize('name', ['mobilenetv3_small_050', 'mixpath_s3', 'mixpath_nb101'])
+@pytest.mark.parametrize(
+    'name',
+    ['mixpath_s3', *(pytest.param(n, marks=pytest.mark.slow) for n in ('mobilenetv3_small_050', 'mixpath_nb101'))],
+)
 def test_networks_are_compiled_as_one_graph(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
     graphs = _Graphs(monkeypatch)

@@ -666,7 +666,10 @@ def test_shadows_are_like_the_other_norms():
 
 @pytest.mark.filterwarnings('ignore:.*weight_norm.*:FutureWarning')
 @pytest.mark.parametrize('how', ['weight_norm', 'old_weight_norm', 'spectral_norm', 'prune', 'lora'])
-@pytest.mark.parametrize('name', ['mixpath_nano_supernet', 'mixpath_nb201_supernet', 'mixpath_nb101_supernet'])
+@pytest.mark.parametrize(
+    'name',
+    ['mixpath_nano_supernet', 'mixpath_nb101_supernet', pytest.param('mixpath_nb201_supernet', marks=pytest.mark.slow)],
+)
 def test_wrapped_layers_are_one_sentence(name, how):
     supernet = timm.create_model(name, num_classes=4, **(dict(width=16) if 'nb101' in name else {}))
     arch = supernet.space.default_arch

@@ -152,7 +152,7 @@ def test_checkpoint_without_a_record_is_searched_on_the_images_of_its_time(
     assert search_set.indices != other.indices
 
 
-@pytest.mark.parametrize('by', ['pretrained_path', 'initial_checkpoint'])
+@pytest.mark.parametrize('by', ['pretrained_path', pytest.param('initial_checkpoint', marks=pytest.mark.slow)])
 def test_start_from_a_training_that_held_the_same_out(
     digits: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, by: str
 ) -> None:
@@ -207,6 +207,7 @@ def test_search_without_objectives_goes_on_as_it_began(supernet_run: Path, tmp_p
     assert cli.main([*words, str(tmp_path / 'new')]) == 2
 
 
+@pytest.mark.slow
 def test_mixed_precision_is_part_of_the_archive(
     supernet_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:

@@ -85,6 +85,7 @@ def test_ranks_share_an_epoch(digits: Path):
     assert not keys[0] & keys[1]
 
 
+@pytest.mark.slow
 def test_training_with_cached_images_resumes_bit_exactly(digits: Path, tmp_path: Path):
     options = dict(
         workers=1, cache_images=True, reprob=0.0, hflip=0.5, epochs=3, checkpoint_hist=3

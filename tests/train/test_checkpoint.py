@@ -109,7 +109,7 @@ def test_run_from_pretrained_weights_needs_them_no_more(source: Path, digits: Pa
         assert train(small_args(digits, tmp_path, **again)).output_dir == last.parent
 
 
-@pytest.mark.parametrize('suffix', ['.pth', '.safetensors'])
+@pytest.mark.parametrize('suffix', [pytest.param('.pth', marks=pytest.mark.slow), '.safetensors'])
 def test_weights_alone_with_what_they_are_of(supernet_run: Path, tmp_path: Path, capsys, suffix: str) -> None:
     """What timm's clean_checkpoint.py and avg_checkpoints.py leave of a supernet."""
     state_dict = load_model(supernet_run / 'last.pth.tar').model.state_dict()

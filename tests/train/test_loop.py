@@ -610,7 +610,7 @@ def test_ordinary_model_is_compiled_as_timm_does(digits: Path, tmp_path: Path) -
 
 @pytest.mark.parametrize('live_on', [False, True])
 def test_processes_that_load_images_live_on_if_asked(digits: Path, tmp_path: Path, live_on: bool) -> None:
-    args = small_args(digits, tmp_path, use_multi_epochs_loader=live_on)
+    args = small_args(digits, tmp_path, use_multi_epochs_loader=live_on, workers=1)
     args.distributed, args.rank, args.world_size = False, 0, 1
     data_config = dict(input_size=(3, 16, 16), mean=(0.5,) * 3, std=(0.5,) * 3, interpolation='bilinear', crop_pct=1.0)
     train_set = open_dataset('', str(digits), 'train')

@@ -98,6 +98,7 @@ def test_no_image_is_seen_twice(digits: Path, tmp_path: Path, monkeypatch: pytes
     assert not (folder / RECOVERY).exists() and latest_checkpoint(folder) == folder / 'last.pth.tar'
 
 
+@pytest.mark.slow
 def test_begins_at_an_epoch_and_goes_on_behind_it(
     digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -126,7 +127,12 @@ def test_begins_at_an_epoch_and_goes_on_behind_it(
 
 
 @pytest.mark.parametrize(
-    'before, after', [({}, dict(val_split='')), (dict(val_split=''), {}), ({}, dict(eval_metric='loss'))]
+    'before, after',
+    [
+        ({}, dict(val_split='')),
+        pytest.param(dict(val_split=''), {}, marks=pytest.mark.slow),
+        pytest.param({}, dict(eval_metric='loss'), marks=pytest.mark.slow),
+    ],
 )
 def test_checkpoints_of_a_run_are_ranked_by_one_metric(digits: Path, tmp_path: Path, before: dict, after: dict) -> None:
     run = train(plain_args(digits, tmp_path, epochs=1, **before)).output_dir
@@ -286,6 +292,7 @@ raise KeyError('unforeseen')
 """
 
 
+@pytest.mark.slow
 def test_process_that_loads_images_ends_with_one_that_fails() -> None:
     """Python ends its processes by SIGTERM, and waits for them: they outlive that of others only."""
     done = subprocess.run([sys.executable, '-c', UNFORESEEN], env=environment(), capture_output=True, timeout=HUNG)

@@ -23,6 +23,7 @@ print(first, faults())
 
 
 @pytest.mark.skipif(not sys.platform.startswith('linux'), reason='glibc')
+@pytest.mark.slow
 def test_memory_is_taken_from_the_system_once() -> None:
     done = subprocess.run([sys.executable, '-c', SCRIPT], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
