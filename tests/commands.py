@@ -6,11 +6,12 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import forked_worker
 import pytest
 import torch
 import torch.distributed.run
@@ -21,7 +22,7 @@ from timm_mixpath.train import default_args
 
 TESTS = Path(__file__).parent
 TRAIN_SCRIPT = os.environ.get('TIMM_TRAIN_SCRIPT')  # train.py of a clone of pytorch-image-models
-HUNG = 900  # seconds after which a process never ends; a busy machine may need some of those, a free one seconds
+HUNG = 900  # seconds until a process counts as hung; a busy machine takes minutes for what a free one does in seconds
 
 
 def assert_equal(a: Any, b: Any, path: str = '') -> None:
@@ -83,7 +84,7 @@ def torchrun(*words: str, cwd: Path | None = None, processes: int = 2, **more: s
         launch = [f'--nproc-per-node={processes}', '--rdzv-backend=c10d', '--rdzv-endpoint=127.0.0.1:0']
         launch += ['--start-method=forkserver', '--redirects=3', f'--log-dir={folder}', '--run-path']
         surroundings = json.dumps([environment(**more), str(cwd or Path.cwd())])
-        launch += [str(TESTS / 'torchrun_worker.py'), surroundings, *words]
+        launch += [str(TESTS / 'forked_worker.py'), surroundings, *words]
         process = _forkserver().Process(target=_launch, args=(launch, folder))
         process.start()
         process.join(HUNG)
@@ -98,7 +99,7 @@ def torchrun(*words: str, cwd: Path | None = None, processes: int = 2, **more: s
 def mixpath(*words: str, **more: str) -> subprocess.CompletedProcess:
     """Run a command of timm-mixpath in a process of its own that need not import torch and timm."""
     with tempfile.TemporaryDirectory() as folder:
-        process = _forkserver().Process(target=_call, args=(words, environment(**more), folder))
+        process = _forkserver().Process(target=_call, args=(folder, environment(**more), str(Path.cwd()), words))
         process.start()
         process.join(HUNG)
         if process.exitcode is None:
@@ -107,14 +108,17 @@ def mixpath(*words: str, **more: str) -> subprocess.CompletedProcess:
         return subprocess.CompletedProcess(list(words), process.exitcode, out, err)
 
 
-def _call(words: Sequence[str], variables: dict[str, str], folder: str) -> None:
-    os.environ.update(variables)
-    for descriptor, name in (1, 'stdout'), (2, 'stderr'):
-        with open(Path(folder) / name, 'w') as file:
+def _call(folder: str, *surroundings_and_words: Any) -> None:
+    _write_to(Path(folder) / 'stdout', 1)
+    _write_to(Path(folder) / 'stderr', 2)
+    forked_worker.run(*surroundings_and_words)
+
+
+def _write_to(path: Path, *descriptors: int) -> None:
+    """Send what this process writes to descriptors into a file."""
+    with open(path, 'w') as file:
+        for descriptor in descriptors:
             os.dup2(file.fileno(), descriptor)
-    multiprocessing.set_start_method(None, force=True)  # that of this process is inherited otherwise
-    sys.argv = ['timm-mixpath', *words]
-    sys.exit(cli.main(words))
 
 
 def _forkserver() -> Any:
@@ -125,9 +129,7 @@ def _forkserver() -> Any:
 
 
 def _launch(words: list[str], folder: str) -> None:
-    with open(Path(folder) / 'launcher', 'w') as file:
-        os.dup2(file.fileno(), 1)
-        os.dup2(file.fileno(), 2)
+    _write_to(Path(folder) / 'launcher', 1, 2)
     torch.distributed.run.main(words)
 
 

@@ -87,7 +87,7 @@ def test_gpu_on_a_cpu(tmp_path):
     """The script for a card, which has to run at the first try there."""
     options = '--device cpu --seconds 0.01 --warmup 1 --batch-size 2 --img-size 16 --num-classes 10 --backend eager'
     models = ['--models', 'nano supernet', 'mixnet_m', 'nb201 supernet']
-    models += ['--parallel', 'nano supernet', '--compile', 'nb201 supernet']
+    models += ['--compile', 'nb201 supernet']
     command = [sys.executable, str(FOLDER / 'gpu.py'), '--threads', '1', *options.split(), *models]
     files = tmp_path / 'gpu.csv', tmp_path / 'profile.txt'
     done = subprocess.run(

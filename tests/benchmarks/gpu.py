@@ -36,17 +36,19 @@ from timm_mixpath.models.compiled import CompiledRegions
 from timm_mixpath.search.accuracy import SupernetEvaluator
 from timm_mixpath.train.data_parallel import SampledDataParallel
 
+SMALL = 'nano supernet'  # to try the script
 # Name, arguments, pixels, images per step on a card
 MODELS: dict[str, tuple[str, dict[str, Any], int, int]] = {
     'S1 supernet': ('mixpath_s1_supernet', dict(m=4), 32, 96),
     'S2 supernet': ('mixpath_s2_supernet', {}, 224, 128),
     'S3 supernet': ('mixpath_s3_supernet', {}, 224, 128),
     'nb201 supernet': ('mixpath_nb201_supernet', {}, 32, 256),
-    'nano supernet': ('mixpath_nano_supernet', {}, 32, 256),
+    SMALL: ('mixpath_nano_supernet', {}, 32, 256),
     'supernet of efficientnet_b0': ('mixpath_supernet', dict(backbone='efficientnet_b0'), 224, 128),
     'mixpath_a': ('mixpath_a', {}, 224, 128),
     'mixnet_m': ('mixnet_m', {}, 224, 128),
 }
+IN_PARALLEL = ('S1 supernet', 'S2 supernet', 'S3 supernet', SMALL)
 FORMATS = {'channels_last': torch.channels_last, 'contiguous': torch.contiguous_format}
 DTYPES = {'float32': None, 'bfloat16': torch.bfloat16, 'float16': torch.float16}
 COLUMNS = ('what', 'model', 'dtype', 'format', 'per_s', 'unit', 'peak_mib')
@@ -154,7 +156,9 @@ def parallel(args: argparse.Namespace, device: torch.device) -> Iterator[tuple]:
         'training, reduced at once': SampledDataParallel,
     }
     with process_group(device):
-        for name, (what, wrap) in itertools.product(args.parallel, wraps.items()):
+        for name, (what, wrap) in itertools.product(args.models, wraps.items()):
+            if name not in IN_PARALLEL:
+                continue
             training = Training(name, args, device, torch.channels_last)
             training.wrapped = wrap(training.model)
             steps, peak = rate(partial(training.step, *precision(torch.bfloat16, device)), args, device)
@@ -202,9 +206,8 @@ def main() -> None:
     add_common_args(parser)
     parser.set_defaults(device='cuda')
     add = parser.add_argument
-    add('--models', nargs='+', choices=list(MODELS), default=list(MODELS), metavar='NAME', help=', '.join(MODELS))
-    add('--parallel', nargs='*', choices=list(MODELS), default=['S1 supernet', 'S2 supernet', 'S3 supernet'],
-        metavar='NAME', help='train these with DDP, too, and with our reduction (default: S1 to S3)')  # fmt: skip
+    add('--models', nargs='+', choices=list(MODELS), default=[name for name in MODELS if name != SMALL], metavar='NAME',
+        help=f'{", ".join(MODELS)} (default: all but {SMALL})')  # fmt: skip
     add('--compile', nargs='+', choices=list(MODELS), default=[], metavar='NAME',
         help='compile these too; a supernet takes minutes')  # fmt: skip
     add('--backend', default='inductor', metavar='NAME', help='backend of torch.compile (default: inductor)')

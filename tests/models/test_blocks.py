@@ -92,7 +92,7 @@ def test_fixed_block_takes_a_selection_of_the_choice_blocks_state(in_chs, out_ch
         torch.testing.assert_close(block(make_input()), choice_block(make_input()), rtol=1e-9, atol=1e-9)
 
 
-def test_subnet_state_dict_takes_neighbours_of_a_name_apart():
+def test_inherited_takes_neighbours_of_a_name_apart():
     """Kernels 5 and 15, shadows 1 and 11: names that begin alike."""
     block = ChoiceBlock(4, BlockSpec(4, expand_ratios=(1, 11), kernel_sizes=tuple(range(1, 25, 2))), num_shadows=12)
     choice = BlockChoice(((1, 11),), 1)

@@ -87,9 +87,8 @@ def test_ranks_share_an_epoch(digits: Path):
 
 @pytest.mark.slow
 def test_training_with_cached_images_resumes_bit_exactly(digits: Path, tmp_path: Path):
-    options = dict(
-        workers=1, cache_images=True, reprob=0.0, hflip=0.5, epochs=3, checkpoint_hist=3
-    )  # whichever is best
+    options = dict(workers=1, cache_images=True, reprob=0.0, hflip=0.5, epochs=3)
+    options['checkpoint_hist'] = 3  # whichever is best
     whole = train(small_args(digits, tmp_path / 'whole', **options)).output_dir
     part = train(small_args(digits, tmp_path / 'part', **options)).output_dir
     resumed = train(

@@ -123,9 +123,6 @@ def test_origin_of_weights_goes_on_from_training_to_training(digits: Path, tmp_p
 PREPARED = dict(mean=[0.5] * 3, std=[0.25] * 3, crop_pct=0.95, crop_mode='squash')  # nothing has it by default
 
 
-_STARTS = ('weights', 'backbone', 'folder', 'checkpoint')
-
-
 def prepared(checkpoint: Path) -> dict[str, Any]:
     data_config = load_model(checkpoint).data_config
     return {
@@ -139,7 +136,14 @@ def folder_of(model: str, path: Path, **kwargs: Any) -> Path:
     return path
 
 
-@pytest.mark.parametrize('how', ['options', 'initial', *(pytest.param(how, marks=pytest.mark.slow) for how in _STARTS)])
+@pytest.mark.parametrize(
+    'how',
+    [
+        'options',
+        'initial',
+        *(pytest.param(how, marks=pytest.mark.slow) for how in ('weights', 'backbone', 'folder', 'checkpoint')),
+    ],
+)
 def test_checkpoint_tells_how_its_images_were_prepared(digits: Path, tmp_path: Path, how: str) -> None:
     """Wherever the training had it from; also behind a --resume that does not say it again."""
     model, expected = dict(model='mixpath_nano'), PREPARED

@@ -25,7 +25,7 @@ from ..spaces.nasbench import CellArch
 from ..spaces.sampling import sample
 from ..spaces.space import BlockSpace, SearchSpace, Space
 from ..utils.errors import UsageError, as_usage_error
-from ..utils.modes import shapes_only
+from ..utils.modes import ShapesOnly
 from .backbone import BackboneSupernet
 from .cellnet import CellSupernet
 from .mixpath import MixPath
@@ -475,7 +475,7 @@ def count_macs(model: nn.Module, input_size: tuple[int, int, int]) -> dict[str, 
     x = torch.zeros(1, *input_size, device=parameter.device, dtype=parameter.dtype)
     counter = FlopCounterMode(display=False)
     # Fused attention is not counted on every device
-    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), shapes_only(), counter:
+    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), ShapesOnly(), counter:
         model(x)
     # The counter calls the model by its class, and gives every module what the ones inside it have, too
     root = type(model).__name__

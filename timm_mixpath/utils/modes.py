@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-__all__ = ['eval_mode', 'shapes_only', 'without_memory']
+__all__ = ['ShapesOnly', 'eval_mode', 'without_memory']
 
 
 @contextmanager
@@ -46,27 +46,19 @@ class _NoInit(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
-@contextmanager
-def shapes_only() -> Iterator[None]:
-    """Within the context models on the meta device are called in a third of the time, for the shapes alone.
+class ShapesOnly(TorchFunctionMode):
+    """Within the context batch norms and activations return a tensor on the meta device as it is.
 
-    There torch derives shape and type behind a batch norm or an activation by their formulas, in Python.
+    Torch would derive its shape and type by the formulas of these layers, in Python, which takes most of the time.
     """
-    with _NoFormulas():
-        yield
 
-
-_KEEP_SHAPE = frozenset(
-    (F.batch_norm, F.relu, F.relu6, F.hardtanh, F.silu, F.gelu, F.hardswish, F.hardsigmoid, F.sigmoid, torch.sigmoid)
-)
-
-
-class _NoFormulas(TorchFunctionMode):
-    """Batch norms and activations return a tensor on the meta device as it is."""
+    _KEEP_SHAPE = frozenset(
+        (F.batch_norm, F.relu, F.relu6, F.hardtanh, F.silu, F.gelu, F.hardswish, F.hardsigmoid, torch.sigmoid)
+    )
 
     def __torch_function__(
         self, func: Callable, types: tuple[type, ...], args: tuple = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        if func in _KEEP_SHAPE and args and args[0].is_meta:
+        if func in self._KEEP_SHAPE and args and args[0].is_meta:
             return args[0]
         return func(*args, **(kwargs or {}))
